@@ -1,0 +1,95 @@
+#include "caster.h"
+
+#include <sstream>
+
+#include "dlpack.h"
+
+namespace ei {
+namespace {
+
+const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
+  PyObject* capsule =
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+  if (!capsule) {
+    PyErr_Clear();
+    throw pybind11::type_error(std::string("expected a tensor, got ") + type->tp_name);
+  }
+  auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);  // the type keeps the table alive
+  if (!api) {
+    PyErr_Clear();
+    throw pybind11::type_error("the tensor's DLPack exchange capsule has an unknown name");
+  }
+  while (api && api->header.version.major > 1)
+    api = reinterpret_cast<const DLPackExchangeAPI*>(api->header.prev_api);
+  if (!api || api->header.version.major != 1 || !api->dltensor_from_py_object_no_sync)
+    throw pybind11::type_error("the tensor's framework does not offer DLPack exchange version 1");
+  return api;
+}
+
+DType dtype_of(DLDataType t) {
+  if (t.lanes != 1) return DType::other;
+  if (t.code == kDLFloat && t.bits == 32) return DType::f32;
+  if (t.code == kDLBfloat && t.bits == 16) return DType::bf16;
+  if (t.code == kDLFloat && t.bits == 16) return DType::f16;
+  if (t.code == kDLInt && t.bits == 32) return DType::i32;
+  if (t.code == kDLInt && t.bits == 64) return DType::i64;
+  if (t.code == kDLUInt && t.bits == 8) return DType::u8;
+  return DType::other;
+}
+
+// The Python exception that a failed exchange left behind, as text.
+std::string pending_error() {
+  pybind11::error_already_set error;
+  return error.what();
+}
+
+}  // namespace
+
+void tensor_from_python(PyObject* object, TensorArg& out) {
+  // The table belongs to the type; one type (torch.Tensor) is nearly all there is to see.
+  static PyTypeObject* last_type = nullptr;
+  static const DLPackExchangeAPI* last_api = nullptr;
+  PyTypeObject* type = Py_TYPE(object);
+  if (type != last_type) {
+    last_api = exchange_api(type);
+    last_type = type;
+  }
+  DLTensor t;
+  if (last_api->dltensor_from_py_object_no_sync(object, &t) != 0)
+    throw pybind11::type_error("tensor refused by its framework: " + pending_error());
+  if (t.ndim > kMaxDims)
+    throw pybind11::type_error("expected a tensor of at most 6 dimensions, got " +
+                               std::to_string(t.ndim));
+  const bool cuda = t.device.device_type == kDLCUDA || t.device.device_type == kDLCUDAManaged;
+  if (!cuda && t.device.device_type != kDLCPU && t.device.device_type != kDLCUDAHost)
+    throw pybind11::type_error("expected a tensor on the CPU or a CUDA device, got device type " +
+                               std::to_string(t.device.device_type));
+  out.data = static_cast<char*>(t.data) + t.byte_offset;
+  out.dtype = dtype_of(t.dtype);
+  out.ndim = t.ndim;
+  int64_t dense = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    out.shape[i] = t.shape[i];
+    out.stride[i] = t.strides ? t.strides[i] : dense;
+    dense *= t.shape[i];
+  }
+  out.cuda = cuda;
+  out.device_id = t.device.device_id;
+  out.given = true;
+  out.object = object;
+  if (dense > 0 && reinterpret_cast<uintptr_t>(out.data) % dtype_size(out.dtype) != 0)
+    throw pybind11::type_error("expected tensor memory aligned to its dtype");
+}
+
+std::string Tensor::describe() const {
+  if (!given) return "None";
+  std::ostringstream s;
+  s << dtype_name(dtype) << "[";
+  for (int i = 0; i < ndim; ++i) s << (i ? ", " : "") << shape[i];
+  s << "] on " << (cuda ? "cuda:" + std::to_string(device_id) : std::string("cpu"));
+  return s.str();
+}
+
+}  // namespace ei

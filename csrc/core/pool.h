@@ -1,0 +1,81 @@
+// A fixed set of worker threads that share the parts of one kernel at a time.
+//
+// run(parts, f) calls f(part, thread) once for every part in [0, parts), on the caller and the
+// workers, and returns when all are done. Which thread takes a part never changes a result: parts
+// are independent and kernels fix their own order of summation. Workers spin for a short while
+// after work, then sleep. A pool of one thread starts none.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "isa.h"
+
+namespace ei {
+
+class Pool {
+ public:
+  Pool(int threads, Isa isa);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  Isa isa() const { return isa_; }
+
+  template <class F>
+  void run(int64_t parts, const F& f) {
+    if (parts <= 1 || workers_.empty()) {
+      for (int64_t i = 0; i < parts; ++i) f(i, 0);
+      return;
+    }
+    share(parts, [](const void* g, int64_t part, int thread) {
+      (*static_cast<const F*>(g))(part, thread);
+    }, &f);
+  }
+
+  // Scratch memory of one thread, 64-byte aligned, of the size last reserved.
+  char* scratch(int thread) { return scratch_[thread].get(); }
+  // Grows every thread's scratch. Called while arguments are checked, never by a kernel.
+  void reserve(int64_t bytes);
+
+  // Held by whoever runs kernels on this pool, so that two Python threads may share one.
+  std::mutex& busy() { return busy_; }
+
+  // Called by a kernel that finds bad data; the first message is thrown by check_failure().
+  void fail(const std::string& message);
+  void check_failure();
+
+ private:
+  using Thunk = void (*)(const void*, int64_t, int);
+  void share(int64_t parts, Thunk thunk, const void* f);
+  void work(int thread);
+  bool take(int thread);
+
+  struct Free {
+    void operator()(char* p) const;
+  };
+  Isa isa_;
+  // The current job. Written before its parts are published in `ticket_`.
+  Thunk thunk_ = nullptr;
+  const void* function_ = nullptr;
+  int64_t parts_ = 0;
+  alignas(64) std::atomic<uint64_t> ticket_{0};  // generation << 32 | parts not yet taken
+  alignas(64) std::atomic<int64_t> done_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_, busy_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  std::vector<std::unique_ptr<char, Free>> scratch_;
+  int64_t scratch_bytes_ = 0;
+  std::atomic<bool> failed_{false};
+  std::string failure_;
+};
+
+}  // namespace ei

@@ -1,0 +1,63 @@
+// A view of somebody else's tensor: pointer, dtype, shape, strides, device. Owns nothing.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace ei {
+
+enum class DType : int32_t { f32, bf16, f16, i32, i64, u8, other };
+
+inline const char* dtype_name(DType t) {
+  switch (t) {
+    case DType::f32: return "float32";
+    case DType::bf16: return "bfloat16";
+    case DType::f16: return "float16";
+    case DType::i32: return "int32";
+    case DType::i64: return "int64";
+    case DType::u8: return "uint8";
+    default: return "unsupported dtype";
+  }
+}
+
+inline int64_t dtype_size(DType t) {
+  switch (t) {
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::i64: return 8;
+    case DType::bf16:
+    case DType::f16: return 2;
+    default: return 1;
+  }
+}
+
+struct bf16 {  // storage only; arithmetic is done in float
+  uint16_t bits;
+};
+
+constexpr int kMaxDims = 6;
+
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::other;
+  int32_t ndim = 0;
+  int64_t shape[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};  // in elements
+  bool cuda = false;
+  int32_t device_id = 0;
+  bool given = false;  // false for an optional argument that was None
+
+  explicit operator bool() const { return given; }
+  template <class T>
+  T* ptr() const {
+    return static_cast<T*>(data);
+  }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int i = 0; i < ndim; ++i) n *= shape[i];
+    return n;
+  }
+  // "float32[4, 64] on cpu"
+  std::string describe() const;
+};
+
+}  // namespace ei

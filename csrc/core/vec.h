@@ -1,0 +1,77 @@
+// The vector type `V` of the instruction set that this file is being compiled for, and the few
+// primitives that all CPU kernels are written with. Included only by `*_cpu.cpp` (and by headers
+// that they share), each of which CMake compiles once per instruction set with EI_ISA set to the
+// namespace's name. x86 intrinsics live only in vec_avx2.h and vec_avx512.h.
+//
+// V holds kLanes floats. All kernels see sizes that are multiples of 16, so none needs masks.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "tensor.h"
+
+#ifndef EI_ISA
+#error "vec.h is for sources that are compiled once per instruction set"
+#endif
+
+#if defined(EI_ISA_avx512)
+#include "vec_avx512.h"
+#elif defined(EI_ISA_avx2)
+#include "vec_avx2.h"
+#else
+#include "vec_portable.h"
+#endif
+
+namespace ei::EI_ISA {
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline void from_float(float x, float& out) { out = x; }
+// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
+inline void from_float(float x, bf16& out) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u)
+    out.bits = static_cast<uint16_t>((u >> 16) | 0x40);
+  else
+    out.bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+template <class T>
+inline float rounded(float x) {  // what x becomes when stored as T
+  T t;
+  from_float(x, t);
+  return to_float(t);
+}
+
+// exp(x) for finite and infinite x, within 2 ulp: 2^n times a degree-6 polynomial on
+// [-ln2/2, ln2/2]; overflows to +inf and underflows to 0.
+inline V exp(V x) {
+  const V clamped = min(max(x, V::set(-87.9f)), V::set(88.8f));
+  const V n = round(mul(clamped, V::set(1.44269504088896341f)));
+  V r = fma(n, V::set(-0.693359375f), clamped);
+  r = fma(n, V::set(2.12194440e-4f), r);
+  V p = V::set(1.9875691500e-4f);
+  p = fma(p, r, V::set(1.3981999507e-3f));
+  p = fma(p, r, V::set(8.3334519073e-3f));
+  p = fma(p, r, V::set(4.1665795894e-2f));
+  p = fma(p, r, V::set(1.6666665459e-1f));
+  p = fma(p, r, V::set(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, V::set(1.0f)));
+  p = scale_by_power_of_two(p, n);
+  p = select_less(x, V::set(-87.9f), V::set(0.0f), p);
+  return propagate_nan(x, p);
+}
+
+// x * sigmoid(x).
+inline V silu(V x) {
+  return div(x, add(V::set(1.0f), exp(sub(V::set(0.0f), x))));
+}
+
+}  // namespace ei::EI_ISA

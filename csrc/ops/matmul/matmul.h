@@ -1,0 +1,43 @@
+// matmul: out[r, c] = sum over k < k_r of x[r, k] * W[row(c), k], on tiled weights.
+//
+// W is an image of 64x64 tiles [N tiles][K tiles][tile bytes] (csrc/core/gemm.h). Its rows come in
+// segments: segment s starts at tile row tile_row[s], has rows[s] rows, and its first row goes to
+// output column column[s]. Row r of x uses the first k_sizes[w] columns and writes the first
+// n_sizes[w, s] outputs of each segment, w = row_width[r]; the rest of each segment is written as
+// zero. Without row_width every row uses all of K and all rows.
+#pragma once
+#include "../../core/isa.h"
+#include "../../core/tensor.h"
+
+namespace ei {
+
+constexpr int kMaxSegments = 8;
+
+enum class Activation : int { none = 0, relu2 = 1 };
+
+struct MatmulArgs {
+  Tensor x;          // [R, K] f32 or bf16, rows dense
+  Tensor w;          // [N tiles, K tiles, tile bytes] u8
+  DType w_dtype;     // f32 or bf16, from the tile's bytes
+  Tensor out;        // [R, N] f32 or bf16, rows dense
+  Tensor row_width;  // [R] i32, may be absent
+  Tensor k_sizes;    // [W] i32
+  Tensor n_sizes;    // [W, S] i32
+  int segments;
+  int tile_row[kMaxSegments], column[kMaxSegments], rows[kMaxSegments];
+  Activation activation;
+};
+
+EI_CPU_KERNEL(matmul, MatmulArgs)
+
+// Packs rows of a plain matrix into tiles of an image.
+struct PackArgs {
+  Tensor source;  // [N, K] f32 or bf16, rows dense
+  Tensor image;   // [N tiles, K tiles, tile bytes] u8; tiles touched are fully written
+  DType w_dtype;
+  int tile_row;   // first tile row of the image to write
+};
+
+EI_CPU_KERNEL(matmul_pack, PackArgs)
+
+}  // namespace ei

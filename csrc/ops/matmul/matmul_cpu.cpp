@@ -1,0 +1,139 @@
+// Computes: matmul and matmul_pack (matmul.h).
+// Layout: weights in 64x64 tiles, lane = weight row; activations re-packed per thread as float (or
+//   bf16 pairs) in [K/64][rows][64].
+// Work split: parts are ranges of weight tile rows; all activation rows (256 at a time) pass over a
+//   tile while it is in the first-level cache, so weights are read from memory once per 256 rows.
+// Scratch: one panel per thread (panel_bytes).
+// Limits: k sizes are multiples of 16.
+// Speed: see the op table in the README (bench/ops.py).
+#include "matmul.h"
+
+#include "../../core/gemm.h"
+#include "../../core/pool.h"
+
+namespace ei::EI_ISA {
+namespace {
+
+// Output columns of one tile row, and how many of them each width wants.
+struct TileRow {
+  int segment, first, columns;  // first: row inside the segment; columns: <= 64
+};
+
+TileRow locate(const MatmulArgs& a, int tile) {
+  for (int s = 0;; ++s) {
+    const int in_segment = tile - static_cast<int>(tiles(a.rows[s]));
+    if (in_segment < 0) return {s, tile * kTile, std::min(kTile, a.rows[s] - tile * kTile)};
+    tile = in_segment;
+  }
+}
+
+template <class X, class O>
+void write_row(const MatmulArgs& a, const float* sums, O* out, int wanted, int columns) {
+  for (int c = 0; c < wanted; ++c) {
+    float v = sums[c];
+    if (a.activation == Activation::relu2) {
+      // As two rounded steps of the working type: the projection, then relu squared.
+      v = std::max(rounded<X>(v), 0.0f);
+      v = v * v;
+    }
+    from_float(v, out[c]);
+  }
+  for (int c = wanted; c < columns; ++c) from_float(0.0f, out[c]);
+}
+
+template <class X, class O>
+void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
+  const bool pairs = use_pairs<X>(a.w_dtype);
+  const int64_t K = a.x.shape[1];
+  int total_tiles = 0;
+  for (int s = 0; s < a.segments; ++s) total_tiles += static_cast<int>(tiles(a.rows[s]));
+  const int parts = static_cast<int>(
+      std::min<int64_t>(total_tiles, rows > 8 ? pool.threads() * 4 : pool.threads() * 8));
+  pool.run(parts, [&](int64_t part, int thread) {
+    const int begin = static_cast<int>(part * total_tiles / parts);
+    const int end = static_cast<int>((part + 1) * total_tiles / parts);
+    char* scratch = pool.scratch(thread);
+    int* k = reinterpret_cast<int*>(scratch);
+    const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first_row : nullptr;
+    int k_max = 0;
+    for (int r = 0; r < rows; ++r) {
+      k[r] = width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K);
+      k_max = std::max(k_max, k[r]);
+    }
+    float* totals;
+    const Panel panel = place_panel(scratch + (rows * 4 + 63) / 64 * 64, rows, K, k, &totals);
+    for (int r = 0; r < rows; ++r) {
+      fill_row(panel, r, a.x.ptr<X>() + (first_row + r) * a.x.stride[0], pairs);
+      pad_row(panel, r, k_max, pairs);
+    }
+    for (int tile = begin; tile < end; ++tile) {
+      const TileRow t = locate(a, tile);
+      int wanted[kMaxRows], widest = 0;
+      for (int r = 0; r < rows; ++r) {
+        const int n =
+            width ? a.n_sizes.ptr<int32_t>()[width[r] * a.segments + t.segment] : a.rows[t.segment];
+        wanted[r] = std::clamp(n - t.first, 0, t.columns);
+        widest = std::max(widest, wanted[r]);
+      }
+      if (widest > 0) {
+        const int64_t row = a.tile_row[t.segment] + t.first / kTile;
+        tile_row(panel, a.w.ptr<char>() + row * a.w.shape[1] * tile_bytes(a.w_dtype), a.w_dtype,
+                 pairs, totals);
+      }
+      for (int r = 0; r < rows; ++r) {
+        O* out = a.out.ptr<O>() + (first_row + r) * a.out.stride[0] + a.column[t.segment] + t.first;
+        write_row<X>(a, totals + r * kTile, out, wanted[r], t.columns);
+      }
+    }
+  });
+}
+
+template <class X, class O>
+void run_all(const MatmulArgs& a, Pool& pool) {
+  for (int64_t r = 0; r < a.x.shape[0]; r += kMaxRows)
+    run_block<X, O>(a, pool, r, static_cast<int>(std::min<int64_t>(kMaxRows, a.x.shape[0] - r)));
+}
+
+template <class S>
+void pack_tile(const S* rows, int64_t stride, int n, int k, DType to, char* tile) {
+  std::memset(tile, 0, tile_bytes(to));
+  for (int r = 0; r < n; ++r)
+    for (int c = 0; c < k; ++c) {
+      const float v = to_float(rows[r * stride + c]);
+      if (to == DType::f32)
+        reinterpret_cast<float*>(tile)[c * kTile + r] = v;
+      else
+        from_float(v, reinterpret_cast<bf16*>(tile)[(c / 2 * kTile + r) * 2 + c % 2]);
+    }
+}
+
+template <class S>
+void pack(const PackArgs& a, Pool& pool) {
+  const int64_t N = a.source.shape[0], K = a.source.shape[1];
+  const int64_t image_tiles = a.image.shape[1], bytes = tile_bytes(a.w_dtype);
+  pool.run(tiles(N), [&](int64_t t, int) {
+    for (int64_t c = 0; c < image_tiles; ++c) {
+      char* tile = a.image.ptr<char>() + ((a.tile_row + t) * image_tiles + c) * bytes;
+      const int64_t k = std::clamp<int64_t>(K - c * kTile, 0, kTile);
+      pack_tile(a.source.ptr<S>() + t * kTile * a.source.stride[0] + c * kTile, a.source.stride[0],
+                static_cast<int>(std::min<int64_t>(kTile, N - t * kTile)), static_cast<int>(k),
+                a.w_dtype, tile);
+    }
+  });
+}
+
+}  // namespace
+
+void matmul(const MatmulArgs& a, Pool& pool) {
+  const bool x16 = a.x.dtype == DType::bf16, o16 = a.out.dtype == DType::bf16;
+  if (x16 && o16) return run_all<bf16, bf16>(a, pool);
+  if (x16) return run_all<bf16, float>(a, pool);
+  if (o16) return run_all<float, bf16>(a, pool);
+  run_all<float, float>(a, pool);
+}
+
+void matmul_pack(const PackArgs& a, Pool& pool) {
+  a.source.dtype == DType::bf16 ? pack<bf16>(a, pool) : pack<float>(a, pool);
+}
+
+}  // namespace ei::EI_ISA

@@ -1,0 +1,1 @@
+"""Inference of elastic hybrid models: many widths, one set of weights, one cache."""
