@@ -1,0 +1,308 @@
+"""Opening a checkpoint: a folder or a Hub id, its config, its widths and its tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_infer.config import ModelConfig, Width, parse_widths
+from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.slicing import Selection, expected_shapes
+from elastic_infer.tensor_files import Axis, TensorFiles, fingerprint, read_json
+
+__all__ = ["Checkpoint", "config_folder", "is_download_cache", "resolve_folder"]
+
+logger = logging.getLogger(__name__)
+
+WIDTHS_NAME = "elastic_widths.json"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HUB_PATTERNS = [
+    "config.json",
+    "generation_config.json",
+    WIDTHS_NAME,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+]
+
+
+def resolve_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: the path itself, else a snapshot from the Hub.
+
+    Without a network (or with the Hub client set to offline) the newest snapshot in the Hub
+    client's cache is used. The cache is only read.
+
+    Args:
+        path_or_hub_id: folder, or ``owner/name``.
+        revision: branch, tag or commit, for a Hub id only.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: says everything that was tried.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"checkpoint: revision must be None for a folder, got {revision!r} for {path}"
+            )
+        return path
+    text = str(path_or_hub_id)
+    parts = text.split("/")
+    if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        kind = "a file" if path.exists() else "neither (no such folder)"
+        raise CheckpointError(
+            f"checkpoint: path must be a checkpoint folder or a Hub id owner/name, got {text!r}, "
+            f"which is {kind}"
+        )
+    return _from_hub(text, revision)
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = repo if revision is None else f"{repo} at revision {revision}"
+    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": _HUB_PATTERNS}
+    try:
+        return Path(snapshot_download(repo, **arguments))
+    except (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    ) as error:
+        raise CheckpointError(
+            f"checkpoint: {wanted} must be a folder or a readable Hub repository; tried the folder "
+            f"{repo} (none) and the Hub: {error}"
+        ) from error
+    except Exception as error:  # the HTTP client's own errors have no common public base
+        online = error
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True, **arguments))
+    except Exception as offline:
+        raise CheckpointError(
+            f"checkpoint: {wanted} must be a folder, on the Hub or in the Hub cache; tried the "
+            f"folder {repo} (none), the Hub ({type(online).__name__}: {online}) and the cache "
+            f"({type(offline).__name__}: {offline}); connect, or pass a folder"
+        ) from offline
+    logger.warning(
+        "checkpoint: the Hub gave %s; using the cached %s", type(online).__name__, folder
+    )
+    return folder
+
+
+def is_download_cache(folder: str | Path) -> bool:
+    """Whether ``folder`` belongs to a Hub download cache, whose files must not be touched.
+
+    True for ``models--*/snapshots/<commit>`` folders, for anything under the Hub client's cache
+    folder, and where config.json is a link into a ``blobs`` folder.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(folder).expanduser().absolute()
+    hub = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    for path in {folder, folder.resolve()}:
+        chain = (path, *path.parents)
+        if hub in chain or any(p.parent.name == "snapshots" for p in chain[:2]):
+            return True
+        if any(p.name.startswith(("models--", "datasets--")) for p in chain):
+            return True
+    config = folder / "config.json"
+    return config.is_symlink() and config.resolve().parent.name == "blobs"
+
+
+def config_folder(config_home: str | Path | None = None) -> Path:
+    """Folder of the user's width tables, ``<config_home>/elastic_infer/widths``.
+
+    Args:
+        config_home: the user's config folder, None = ``~/.config``.
+    """
+    home = Path("~/.config").expanduser() if config_home is None else Path(config_home)
+    return home / "elastic_infer" / "widths"
+
+
+class Checkpoint:
+    """An opened checkpoint: config, widths, and tensors that are read piece by piece.
+
+    Attributes:
+        folder: Path of the folder.
+        config: ModelConfig of the full checkpoint.
+        widths: {name: Width} in ascending order of active parameters.
+        default_width: name of the width used where none is named.
+        widths_source: where the table came from, for messages.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: TensorFiles,
+        config: ModelConfig,
+        names: list[str],
+        widths: str | Path | Mapping[str, Any] | None = None,
+        config_home: str | Path | None = None,
+    ):
+        """Use ``Checkpoint.open``; this takes what it has read and checked."""
+        self.folder = folder
+        self.config = config
+        self.names = names
+        self._files = files
+        self._known = frozenset(names)
+        table, self.widths_source = self._find_table(widths, config_home)
+        try:
+            self.widths, self.default_width = parse_widths(config, table)
+        except WidthError as error:
+            raise WidthError(f"{error} (width table of {self.widths_source})") from error
+
+    widths: dict[str, Width]
+    default_width: str
+
+    @classmethod
+    def open(
+        cls,
+        path_or_hub_id: str | Path,
+        revision: str | None = None,
+        widths: str | Path | Mapping[str, Any] | None = None,
+        *,
+        config_home: str | Path | None = None,
+    ) -> Checkpoint:
+        """Opens a checkpoint and checks that every tensor is there with the right shape.
+
+        The width table is read from the first that exists of: ``widths``; elastic_widths.json
+        beside config.json; ``<config_home>/elastic_infer/widths/<fingerprint>.json``; the
+        ``elastic`` key of config.json. With none there is one width, "full".
+
+        Args:
+            path_or_hub_id: folder, or ``owner/name`` on the Hub.
+            revision: branch, tag or commit of a Hub id.
+            widths: table as a dict, or path of a JSON file with one.
+            config_home: the user's config folder, None = ``~/.config``.
+
+        Returns:
+            The open checkpoint; tensor data is not yet read.
+
+        Raises:
+            CheckpointError: folder, file or tensor missing, damaged, misshapen or unsupported.
+            WidthError: the width table does not fit the checkpoint.
+        """
+        folder = resolve_folder(path_or_hub_id, revision)
+        path = folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint: {folder} must hold config.json, got none")
+        raw = read_json(path)
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"checkpoint: {path} must be a JSON object, got {type(raw)}")
+        config = ModelConfig.from_dict(raw)
+        files = TensorFiles(folder)
+        names = _check_tensors(files, config)
+        return cls(folder, files, config, names, widths, config_home)
+
+    def _find_table(
+        self, widths: str | Path | Mapping[str, Any] | None, config_home: str | Path | None
+    ) -> tuple[Mapping[str, Any] | None, str]:
+        if isinstance(widths, Mapping):
+            return widths, "widths="
+        if widths is not None:
+            path = Path(widths).expanduser()
+            if not path.is_file():
+                raise CheckpointError(f"checkpoint: widths must name a JSON file, got {path}")
+            return read_json(path), str(path)
+        beside = self.folder / WIDTHS_NAME
+        if beside.is_file():
+            return read_json(beside), str(beside)
+        users = config_folder(config_home)
+        # The fingerprint reads from every tensor: it is taken only if the user keeps any table.
+        if users.is_dir() and any(users.glob("*.json")):
+            path = users / f"{self.fingerprint}.json"
+            if path.is_file():
+                return read_json(path), str(path)
+        table = self.config.raw.get("elastic")
+        return table, "config.json" if table is not None else "no table"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits that tell these weights from others, whatever the sharding.
+
+        Covers name, dtype, shape and sampled values of every tensor of the model in checkpoint
+        order (see ``tensor_files.fingerprint``), not config.json, not ``mtp.*``.
+        """
+        return fingerprint(self._files, self.names)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Stored shape of tensor ``name``."""
+        return self._files.shape_of(name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Stored dtype of tensor ``name``."""
+        return self._files.dtype_of(name)
+
+    def tensor(self, name: str, rows: Axis = None, cols: Axis = None) -> torch.Tensor:
+        """``weights[name][rows][:, cols]`` as a new contiguous CPU tensor in its stored dtype.
+
+        Args:
+            name: one of ``names``.
+            rows: None (all), slice of step 1, or index list, of dimension 0.
+            cols: the same of dimension 1; must be None for a vector.
+
+        Returns:
+            Tensor that owns its memory; only what was asked for is read from the file.
+
+        Raises:
+            CheckpointError: no such tensor.
+            ValueError: an index outside the tensor.
+        """
+        if name not in self._known:
+            raise CheckpointError(f"checkpoint: {self.folder} has no model tensor {name}")
+        return self._files.tensor(name, rows, cols)
+
+    def selected(self, name: str, selection: Selection) -> torch.Tensor:
+        """``tensor`` with the rows and columns of a ``Selection`` (see ``tensor_selections``)."""
+        return self.tensor(name, *selection)
+
+
+def _check_tensors(files: TensorFiles, config: ModelConfig) -> list[str]:
+    """Names of the model's tensors in checkpoint order, after all were checked."""
+    expected = expected_shapes(config)
+    for name, shape in expected.items():
+        if name not in files:
+            raise CheckpointError(
+                f"checkpoint: {files.folder} must hold {name} of shape {list(shape)}, got none; "
+                "config.json and the weights must belong together"
+            )
+        found, dtype = files.shape_of(name), files.dtype_of(name)
+        if found != shape:
+            raise CheckpointError(
+                f"checkpoint: {name} must have shape {list(shape)} as config.json says, got "
+                f"{list(found)} in {files.file_of(name).name}"
+            )
+        if dtype not in _FLOATS:
+            raise CheckpointError(
+                f"checkpoint: {name} must be float32, bfloat16 or float16, got {dtype} in "
+                f"{files.file_of(name).name}"
+            )
+    extra = [name for name in files.names if name not in expected]
+    mtp = [name for name in extra if name.startswith("mtp.")]
+    if mtp:
+        logger.info("checkpoint: %d mtp.* tensors (token look-ahead) are skipped", len(mtp))
+    other = [name for name in extra if not name.startswith("mtp.")]
+    if other:
+        shown = ", ".join(other[:8]) + (", …" if len(other) > 8 else "")
+        logger.warning("checkpoint: %d tensors are no part of the model: %s", len(other), shown)
+    return list(expected)

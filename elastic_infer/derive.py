@@ -1,0 +1,259 @@
+"""Width tables from extracted slices: their sizes, checked against the full weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_infer.checkpoint import (
+    WIDTHS_NAME,
+    Checkpoint,
+    config_folder,
+    is_download_cache,
+    resolve_folder,
+)
+from elastic_infer.config import ModelConfig, Width, parse_widths, width_to_dict
+from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.slicing import (
+    LAYER_AXES,
+    Selection,
+    hull,
+    selection_shape,
+    tensor_selections,
+)
+from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, Axis, TensorFiles, read_json
+
+__all__ = ["derive_widths", "write_widths"]
+
+logger = logging.getLogger(__name__)
+
+# What every slice shares with the full model: it is never narrowed.
+_SHARED = (
+    "pattern",
+    "vocab_size",
+    "num_key_value_heads",
+    "head_dim",
+    "mamba_head_dim",
+    "n_groups",
+    "ssm_state_size",
+    "conv_kernel",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "layer_norm_epsilon",
+    "tie_word_embeddings",
+)
+_BLOCK_BYTES = 32 * 2**20  # compared at a time
+
+
+def derive_widths(
+    full: str | Path | Checkpoint,
+    slices: Mapping[str, str | Path] | None = None,
+    slice_configs: Mapping[str, str | Path] | None = None,
+    *,
+    full_name: str = "full",
+) -> dict[str, Any]:
+    """The elastic table of ``full`` whose widths are the given extracted slices.
+
+    Sizes come from each slice's config.json. Where a slice folder also holds weights, every
+    tensor is compared with the prefix of the full one (in blocks, bounded memory); Mamba and
+    query heads under the rule "the first of every group".
+
+    Args:
+        full: the elastic checkpoint: folder, Hub id, or open Checkpoint.
+        slices: {width name: folder or Hub id of the extracted slice, with or without weights}.
+        slice_configs: {width name: config.json of the slice}, sizes only.
+        full_name: name of the full width, which becomes the default.
+
+    Returns:
+        ``{"version": 1, "default_width": full_name, "widths": {full_name: {}, name: {...}}}``
+
+    Raises:
+        WidthError: a size above full, off the grid, or a name given twice.
+        CheckpointError: something that no width may change differs, or a tensor is no prefix:
+            names the first such tensor and its first differing coordinate.
+    """
+    slices, slice_configs = dict(slices or {}), dict(slice_configs or {})
+    names = [full_name, *slices, *slice_configs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or len(names) == 1:
+        got = f"{', '.join(twice)} twice" if twice else "none"
+        raise WidthError(f"derive_widths: slices must name at least one width each once, got {got}")
+    table: dict[str, Any] = {full_name: {}}
+    whole = full
+    if not isinstance(whole, Checkpoint):  # a table that the folder already has plays no part
+        whole = Checkpoint.open(whole, widths=_table(full_name, dict(table)))
+    for name, source in {**slices, **slice_configs}.items():
+        folder = resolve_folder(source) if name in slices else None
+        path = Path(source).expanduser() if folder is None else folder / "config.json"
+        config = ModelConfig.from_dict(_config_json(name, path))
+        width = _derive_one(whole.config, config, name)
+        table[name] = width_to_dict(width, whole.config)
+        has_weights = folder is not None and any(
+            (folder / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)
+        )
+        if has_weights:
+            _compare(whole, TensorFiles(folder), hull(whole.config, width), name)
+        else:
+            logger.info("derive_widths: %s has no weights: sizes taken, nothing compared", name)
+    return _table(full_name, table)
+
+
+def _table(default: str, widths: dict[str, Any]) -> dict[str, Any]:
+    return {"version": 1, "default_width": default, "widths": widths}
+
+
+def _config_json(name: str, path: Path) -> dict[str, Any]:
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"derive_widths: {path} of {name} must be a JSON object")
+    return raw
+
+
+def _derive_one(full: ModelConfig, part: ModelConfig, name: str) -> Width:
+    for key in _SHARED:
+        want, got = getattr(full, key), getattr(part, key)
+        if want != got:
+            hint = ""
+            if key == "pattern" and len(got) != len(want):
+                hint = "; a slice that skips layers is no width (its cache would lack them)"
+            raise CheckpointError(
+                f"derive_widths: {key} of {name} must be {want!r} as in the full checkpoint, got "
+                f"{got!r}{hint}"
+            )
+    sizes = {axis: _sizes(full, part, axis) for axis in ("hidden_size", *LAYER_AXES)}
+    for axis, size in sizes.items():
+        most = getattr(full, axis)
+        largest = max(size) if isinstance(size, list) else size
+        if largest > most:
+            raise WidthError(
+                f"derive_widths: {axis} of {name} must be at most {most}, the full checkpoint's, "
+                f"got {largest}"
+            )
+    return parse_widths(full, _table(name, {name: sizes}))[0][name]
+
+
+def _sizes(full: ModelConfig, part: ModelConfig, axis: str) -> int | list[int]:
+    """The slice's size(s) of one axis; per-layer ones stand in the table of an elastic slice."""
+    kind = LAYER_AXES.get(axis)
+    if kind is not None and kind not in full.pattern:
+        return getattr(full, axis)  # sizes nothing: any value in the slice's config is fine
+    table = part.raw.get("elastic")
+    if table is not None:
+        widths = table.get("widths", {})
+        if len(widths) != 1:
+            raise CheckpointError(
+                f"derive_widths: a slice must have at most one width, got {', '.join(widths)}"
+            )
+        (sizes,) = widths.values()
+        if axis in sizes:
+            return sizes[axis]
+    return getattr(part, axis)
+
+
+def _compare(whole: Checkpoint, part: TensorFiles, width: Width, name: str) -> None:
+    absent = 0
+    for tensor, kept in tensor_selections(whole.config, width).items():
+        if tensor not in part:
+            absent += 1
+            continue
+        want = selection_shape(whole.shape_of(tensor), kept)
+        got = part.shape_of(tensor)
+        if got != want:
+            raise CheckpointError(
+                f"derive_widths: {tensor} of {name} must have shape {list(want)} as its "
+                f"config.json says, got {list(got)}"
+            )
+        _compare_one(whole, part, tensor, kept, name)
+    if absent:
+        logger.warning("derive_widths: %d tensors of %s are absent: not compared", absent, name)
+
+
+def _part_of(axis: Axis, start: int, stop: int) -> slice | list[int]:
+    """Entries start..stop-1 of a selection."""
+    if axis is None:
+        return slice(start, stop)
+    if isinstance(axis, slice):
+        return slice((axis.start or 0) + start, (axis.start or 0) + stop)
+    return list(axis[start:stop])
+
+
+def _compare_one(
+    whole: Checkpoint, part: TensorFiles, tensor: str, kept: Selection, name: str
+) -> None:
+    shape, dtype = part.shape_of(tensor), part.dtype_of(tensor)
+    row_bytes = max(1, torch.Size(shape[1:]).numel()) * dtype.itemsize
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    for start in range(0, shape[0], step):
+        stop = min(shape[0], start + step)
+        got = part.tensor(tensor, slice(start, stop))
+        want = whole.tensor(tensor, _part_of(kept.rows, start, stop), kept.cols).to(dtype)
+        differs = (got != want) & ~(got.isnan() & want.isnan())
+        if not bool(differs.any()):
+            continue
+        at = [int(i) for i in differs.nonzero()[0]]
+        mine, full = got[tuple(at)].item(), want[tuple(at)].item()
+        at[0] += start
+        source = [_source(axis, i) for axis, i in zip(kept, at, strict=False)] + at[2:]
+        raise CheckpointError(
+            f"derive_widths: {tensor} of {name} must be a prefix of the full tensor, got {mine!r} "
+            f"at {at} where the full one has {full!r} at {source}; the slice's channels were "
+            "reordered or trained further"
+        )
+
+
+def _source(axis: Axis, index: int) -> int:
+    if axis is None:
+        return index
+    return (axis.start or 0) + index if isinstance(axis, slice) else axis[index]
+
+
+def write_widths(
+    table: Mapping[str, Any],
+    target: str | Path,
+    *,
+    config_home: str | Path | None = None,
+) -> Path:
+    """Writes a width table where ``Checkpoint.open`` finds it.
+
+    Args:
+        table: elastic table; checked against the checkpoint where ``target`` is one.
+        target: a ``.json`` file to write; or a checkpoint folder or Hub id: then
+            elastic_widths.json beside its config.json, or, where the folder belongs to a download
+            cache (never written to), ``<config_home>/elastic_infer/widths/<fingerprint>.json``.
+        config_home: the user's config folder, None = ``~/.config``.
+
+    Returns:
+        The file written.
+
+    Raises:
+        CheckpointError: the file would lie in a download cache, or its folder is missing.
+        WidthError: the table does not fit the checkpoint.
+    """
+    path = Path(target).expanduser()
+    if path.suffix == ".json" and not path.is_dir():
+        if not path.parent.is_dir():
+            raise CheckpointError(f"write_widths: target must lie in a folder, got {path}")
+        if is_download_cache(path.parent):
+            raise CheckpointError(
+                f"write_widths: target must not lie in a download cache, got {path}; give the "
+                "checkpoint folder (the table then goes to the user's config folder) or another "
+                "file"
+            )
+    else:
+        folder = resolve_folder(target)
+        checkpoint = Checkpoint.open(folder, widths=table)
+        path = folder / WIDTHS_NAME
+        if is_download_cache(folder):
+            path = config_folder(config_home) / f"{checkpoint.fingerprint}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    logger.info("write_widths: wrote %s", path)
+    return path

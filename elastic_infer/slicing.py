@@ -1,0 +1,366 @@
+"""Which rows and columns of every tensor a width keeps, and checkpoints cut down to one width."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from elastic_infer.config import ModelConfig, Width, slice_config, width_to_dict
+from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.tensor_files import take, write_safetensors
+
+if TYPE_CHECKING:
+    from elastic_infer.checkpoint import Checkpoint
+
+__all__ = [
+    "Selection",
+    "copy_side_files",
+    "expected_shapes",
+    "selection_shape",
+    "slice_checkpoint",
+    "slice_state_dict",
+    "tensor_selections",
+]
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 5 * 10**9
+
+# Tokenizer and generation files that an exported checkpoint takes along.
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+class Selection(NamedTuple):
+    """What a width keeps of one tensor: indices of dimensions 0 and 1, None = all of it."""
+
+    rows: slice | list[int] | None
+    cols: slice | list[int] | None
+
+
+def _kept_heads(total: int, kept: int, groups: int) -> list[int]:
+    """The first kept/groups heads of every group of total/groups heads, in checkpoint order."""
+    step, keep = total // groups, kept // groups
+    return [group * step + head for group in range(groups) for head in range(keep)]
+
+
+def _channels(heads: Iterable[int], size: int, start: int = 0) -> list[int]:
+    """Indices of the channels of ``heads``, each ``size`` wide, from ``start`` on."""
+    return [start + head * size + channel for head in heads for channel in range(size)]
+
+
+def _mamba(config: ModelConfig, width: Width, layer: int) -> dict[str, Selection]:
+    total, size = config.mamba_num_heads, config.mamba_head_dim
+    inner, shared = total * size, 2 * config.n_groups * config.ssm_state_size
+    heads = _kept_heads(total, width.mamba_num_heads[layer], config.n_groups)
+    channels = _channels(heads, size)
+    # in_proj rows: z | x | B, C | dt; conv channels: x | B, C. B and C are kept whole.
+    conv = channels + list(range(inner, inner + shared))
+    rows = channels + [inner + channel for channel in conv]
+    rows += [2 * inner + shared + head for head in heads]
+    hidden = slice(0, width.hidden_size)
+    return {
+        "A_log": Selection(heads, None),
+        "D": Selection(heads, None),
+        "dt_bias": Selection(heads, None),
+        "conv1d.weight": Selection(conv, None),
+        "conv1d.bias": Selection(conv, None),
+        "in_proj.weight": Selection(rows, hidden),
+        "norm.weight": Selection(channels, None),
+        "out_proj.weight": Selection(hidden, channels),
+    }
+
+
+def _attention(config: ModelConfig, width: Width, layer: int) -> dict[str, Selection]:
+    heads = _kept_heads(
+        config.num_attention_heads, width.num_attention_heads[layer], config.num_key_value_heads
+    )
+    channels = _channels(heads, config.head_dim)
+    hidden = slice(0, width.hidden_size)
+    return {
+        "q_proj.weight": Selection(channels, hidden),
+        "k_proj.weight": Selection(None, hidden),
+        "v_proj.weight": Selection(None, hidden),
+        "o_proj.weight": Selection(hidden, channels),
+    }
+
+
+def _mlp(config: ModelConfig, width: Width, layer: int) -> dict[str, Selection]:
+    inner, hidden = slice(0, width.intermediate_size[layer]), slice(0, width.hidden_size)
+    return {
+        "up_proj.weight": Selection(inner, hidden),
+        "down_proj.weight": Selection(hidden, inner),
+    }
+
+
+def _moe(config: ModelConfig, width: Width, layer: int) -> dict[str, Selection]:
+    hidden = slice(0, width.hidden_size)
+    experts = width.n_routed_experts[layer]
+    inner = slice(0, width.moe_intermediate_size[layer])
+    shared = slice(0, width.moe_shared_expert_intermediate_size[layer])
+    out = {
+        "gate.weight": Selection(slice(0, experts), hidden),
+        "gate.e_score_correction_bias": Selection(slice(0, experts), None),
+    }
+    for expert in range(experts):
+        out[f"experts.{expert}.up_proj.weight"] = Selection(inner, hidden)
+        out[f"experts.{expert}.down_proj.weight"] = Selection(hidden, inner)
+    out["shared_experts.up_proj.weight"] = Selection(shared, hidden)
+    out["shared_experts.down_proj.weight"] = Selection(hidden, shared)
+    return out
+
+
+_MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}
+
+
+def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]:
+    """What ``width`` keeps of every tensor, in checkpoint order (order of the layers).
+
+    Hidden channels, experts and FFN channels are the first ones; Mamba heads the first wH/G of
+    every group, query heads the first wHq/Hkv of every KV head; B, C, K and V are whole. A
+    tensor that the width does not use at all (an expert beyond wE) is absent.
+
+    Args:
+        config: the full checkpoint.
+        width: sizes of one width; per-layer tuples are indexed by layer.
+
+    Returns:
+        {checkpoint name: Selection}
+    """
+    hidden = slice(0, width.hidden_size)
+    out = {"backbone.embeddings.weight": Selection(None, hidden)}
+    for layer, kind in enumerate(config.pattern):
+        out[f"backbone.layers.{layer}.norm.weight"] = Selection(hidden, None)
+        for name, selection in _MIXERS[kind](config, width, layer).items():
+            out[f"backbone.layers.{layer}.mixer.{name}"] = selection
+    out["backbone.norm_f.weight"] = Selection(hidden, None)
+    if not config.tie_word_embeddings:
+        out["lm_head.weight"] = Selection(None, hidden)
+    return out
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{checkpoint name: shape} of every tensor a checkpoint of ``config`` must hold, in order."""
+    hidden = config.hidden_size
+    inner = config.mamba_num_heads * config.mamba_head_dim
+    conv = inner + 2 * config.n_groups * config.ssm_state_size
+    heads = (config.mamba_num_heads,)
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    ffn, shared = config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
+    mixers: dict[str, dict[str, tuple[int, ...]]] = {
+        "M": {
+            "A_log": heads,
+            "D": heads,
+            "dt_bias": heads,
+            "conv1d.weight": (conv, 1, config.conv_kernel),
+            "conv1d.bias": (conv,),
+            "in_proj.weight": (inner + conv + config.mamba_num_heads, hidden),
+            "norm.weight": (inner,),
+            "out_proj.weight": (hidden, inner),
+        },
+        "*": {
+            "q_proj.weight": (q, hidden),
+            "k_proj.weight": (kv, hidden),
+            "v_proj.weight": (kv, hidden),
+            "o_proj.weight": (hidden, q),
+        },
+        "-": {
+            "up_proj.weight": (config.intermediate_size, hidden),
+            "down_proj.weight": (hidden, config.intermediate_size),
+        },
+        "E": {
+            "gate.weight": (config.n_routed_experts, hidden),
+            "gate.e_score_correction_bias": (config.n_routed_experts,),
+        },
+    }
+    for expert in range(config.n_routed_experts):
+        mixers["E"][f"experts.{expert}.up_proj.weight"] = (ffn, hidden)
+        mixers["E"][f"experts.{expert}.down_proj.weight"] = (hidden, ffn)
+    mixers["E"]["shared_experts.up_proj.weight"] = (shared, hidden)
+    mixers["E"]["shared_experts.down_proj.weight"] = (hidden, shared)
+    out = {"backbone.embeddings.weight": (config.vocab_size, hidden)}
+    for layer, kind in enumerate(config.pattern):
+        out[f"backbone.layers.{layer}.norm.weight"] = (hidden,)
+        for name, shape in mixers[kind].items():
+            out[f"backbone.layers.{layer}.mixer.{name}"] = shape
+    out["backbone.norm_f.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        out["lm_head.weight"] = (config.vocab_size, hidden)
+    return out
+
+
+def _axis_size(axis: slice | list[int] | None, size: int) -> int:
+    if axis is None:
+        return size
+    return len(range(size)[axis]) if isinstance(axis, slice) else len(axis)
+
+
+def selection_shape(shape: tuple[int, ...], selection: Selection) -> tuple[int, ...]:
+    """Shape of what ``selection`` keeps of a tensor of ``shape``."""
+    out = (_axis_size(selection.rows, shape[0]), *shape[1:])
+    if len(shape) == 1:
+        return out
+    return (out[0], _axis_size(selection.cols, shape[1]), *shape[2:])
+
+
+def slice_state_dict(
+    state: Mapping[str, torch.Tensor], config: ModelConfig, width: Width
+) -> dict[str, torch.Tensor]:
+    """The weights of the exported slice: every tensor of ``state`` cut to ``width``.
+
+    Args:
+        state: {checkpoint name: full tensor}; names that no width knows are left out.
+        config: the full checkpoint.
+        width: sizes; with per-layer lists each layer's tensors get that layer's own sizes.
+
+    Returns:
+        {checkpoint name: contiguous copy}, dtypes unchanged.
+
+    Raises:
+        CheckpointError: a tensor that the width needs is not in ``state``.
+    """
+    out = {}
+    for name, (rows, cols) in tensor_selections(config, width).items():
+        if name not in state:
+            raise CheckpointError(f"slice_state_dict: state must hold {name}, got none")
+        out[name] = take(state[name], rows, cols)
+    return out
+
+
+# Axes with one value per layer, beside the kind of layer that they size.
+LAYER_AXES = {
+    "mamba_num_heads": "M",
+    "num_attention_heads": "*",
+    "n_routed_experts": "E",
+    "moe_intermediate_size": "E",
+    "moe_shared_expert_intermediate_size": "E",
+    "intermediate_size": "-",
+}
+
+
+def layer_values(config: ModelConfig, width: Width, axis: str) -> list[int]:
+    """Sizes of ``axis`` at the layers that it sizes (not at layers of another kind)."""
+    kind = LAYER_AXES[axis]
+    return [size for size, k in zip(getattr(width, axis), config.pattern, strict=True) if k == kind]
+
+
+def is_uniform(config: ModelConfig, width: Width) -> bool:
+    """Whether every axis has one size over all the layers that it sizes."""
+    return all(len(set(layer_values(config, width, axis))) <= 1 for axis in LAYER_AXES)
+
+
+def hull(config: ModelConfig, width: Width) -> Width:
+    """The smallest uniform width that holds ``width``: the maximum over the layers, per axis."""
+    layers = len(config.pattern)
+    sizes = {}
+    for axis in LAYER_AXES:
+        values = layer_values(config, width, axis)
+        sizes[axis] = (max(values) if values else getattr(config, axis),) * layers
+    return replace(width, **sizes)
+
+
+def _within(config: ModelConfig, width: Width, cut: Width) -> Width:
+    """``width`` with the entries that size nothing (layers of another kind) taken from ``cut``."""
+    sizes = {}
+    for axis, kind in LAYER_AXES.items():
+        pairs = zip(getattr(width, axis), getattr(cut, axis), config.pattern, strict=True)
+        sizes[axis] = tuple(size if k == kind else most for size, most, k in pairs)
+    return replace(width, **sizes)
+
+
+def slice_checkpoint(
+    checkpoint: Checkpoint,
+    width_name: str,
+    out_folder: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes width ``width_name`` as a checkpoint of its own; no other copy of it is needed.
+
+    A width with one size per axis gives an ordinary ``nemotron_h`` checkpoint. One with per-layer
+    sizes has no ordinary config: it gives an elastic checkpoint cut at the maximum over the
+    layers, whose table holds this one width with its per-layer lists. Tensors are streamed, one
+    in memory at a time; config.json is written last, so an interrupted export does not open.
+
+    Args:
+        checkpoint: the open elastic checkpoint.
+        width_name: a name in ``checkpoint.widths``.
+        out_folder: new or empty folder.
+        progress: called with (bytes written, bytes in all) after every tensor.
+        shard_bytes: size at which the next safetensors file is begun.
+
+    Returns:
+        The folder.
+
+    Raises:
+        WidthError: unknown width.
+        CheckpointError: the folder exists and is not empty, or is a file.
+    """
+    config = checkpoint.config
+    if width_name not in checkpoint.widths:
+        known = ", ".join(checkpoint.widths)
+        raise WidthError(f"slice: width must be one of {known}, got {width_name!r}")
+    width = checkpoint.widths[width_name]
+    out = Path(out_folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(
+            f"slice: out_folder must be a new or empty folder, got {out} with something in it; "
+            "name another one"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    cut = hull(config, width)
+    selections = tensor_selections(config, cut)
+    specs = {
+        name: (selection_shape(checkpoint.shape_of(name), kept), checkpoint.dtype_of(name))
+        for name, kept in selections.items()
+    }
+    write_safetensors(
+        out,
+        specs,
+        lambda name: checkpoint.tensor(name, *selections[name]),
+        shard_bytes,
+        progress,
+    )
+    copy_side_files(checkpoint.folder, out)
+    raw = slice_config(config, cut)
+    raw.pop("elastic", None)
+    if not is_uniform(config, width):
+        sizes = width_to_dict(_within(config, width, cut), ModelConfig.from_dict(raw))
+        raw["elastic"] = {"version": 1, "default_width": width_name, "widths": {width_name: sizes}}
+        logger.info("slice: %s has per-layer sizes: %s is an elastic checkpoint", width_name, out)
+    text = json.dumps(raw, indent=2) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    logger.info(
+        "slice: wrote width %s to %s; its config.json keeps time_step_min = %s: transformers "
+        "clamps dt to it in prefill (not in a step), this library never does",
+        width_name,
+        out,
+        raw.get("time_step_min", "0.001 (the default)"),
+    )
+    return out
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copies the tokenizer and generation files that ``source`` has; returns their names."""
+    copied = [name for name in SIDE_FILES if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    return copied
