@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from elastic_infer.config import ModelConfig, Width, parse_widths
+from elastic_infer.config import ModelConfig, Width, default_width_name, parse_widths
 from elastic_infer.errors import CheckpointError, WidthError
 from elastic_infer.slicing import Selection, expected_shapes
 from elastic_infer.tensor_files import Axis, TensorFiles, fingerprint, read_json
@@ -167,7 +167,8 @@ class Checkpoint:
         self._known = frozenset(names)
         table, self.widths_source = self._find_table(widths, config_home)
         try:
-            self.widths, self.default_width = parse_widths(config, table)
+            self.widths = parse_widths(config, table)
+            self.default_width = default_width_name(self.widths, table)
         except WidthError as error:
             raise WidthError(f"{error} (width table of {self.widths_source})") from error
 
@@ -203,13 +204,7 @@ class Checkpoint:
             WidthError: the width table does not fit the checkpoint.
         """
         folder = resolve_folder(path_or_hub_id, revision)
-        path = folder / "config.json"
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint: {folder} must hold config.json, got none")
-        raw = read_json(path)
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"checkpoint: {path} must be a JSON object, got {type(raw)}")
-        config = ModelConfig.from_dict(raw)
+        config = ModelConfig.from_folder(folder)
         files = TensorFiles(folder)
         names = _check_tensors(files, config)
         return cls(folder, files, config, names, widths, config_home)
@@ -233,7 +228,7 @@ class Checkpoint:
             path = users / f"{self.fingerprint}.json"
             if path.is_file():
                 return read_json(path), str(path)
-        table = self.config.raw.get("elastic")
+        table = self.config.elastic
         return table, "config.json" if table is not None else "no table"
 
     @cached_property

@@ -18,10 +18,9 @@ from elastic_infer.checkpoint import (
     is_download_cache,
     resolve_folder,
 )
-from elastic_infer.config import ModelConfig, Width, parse_widths, width_to_dict
+from elastic_infer.config import LAYER_KEYS, ModelConfig, Width, parse_widths, width_to_dict
 from elastic_infer.errors import CheckpointError, WidthError
 from elastic_infer.slicing import (
-    LAYER_AXES,
     Selection,
     hull,
     selection_shape,
@@ -91,9 +90,9 @@ def derive_widths(
     for name, source in {**slices, **slice_configs}.items():
         folder = resolve_folder(source) if name in slices else None
         path = Path(source).expanduser() if folder is None else folder / "config.json"
-        config = ModelConfig.from_dict(_config_json(name, path))
+        config = _slice_config(name, path)
         width = _derive_one(whole.config, config, name)
-        table[name] = width_to_dict(width, whole.config)
+        table[name] = width_to_dict(whole.config, width)
         has_weights = folder is not None and any(
             (folder / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)
         )
@@ -108,11 +107,11 @@ def _table(default: str, widths: dict[str, Any]) -> dict[str, Any]:
     return {"version": 1, "default_width": default, "widths": widths}
 
 
-def _config_json(name: str, path: Path) -> dict[str, Any]:
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"derive_widths: {path} of {name} must be a JSON object")
-    return raw
+def _slice_config(name: str, path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(read_json(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"derive_widths: slice {name} ({path}): {error}") from error
 
 
 def _derive_one(full: ModelConfig, part: ModelConfig, name: str) -> Width:
@@ -126,34 +125,17 @@ def _derive_one(full: ModelConfig, part: ModelConfig, name: str) -> Width:
                 f"derive_widths: {key} of {name} must be {want!r} as in the full checkpoint, got "
                 f"{got!r}{hint}"
             )
-    sizes = {axis: _sizes(full, part, axis) for axis in ("hidden_size", *LAYER_AXES)}
-    for axis, size in sizes.items():
-        most = getattr(full, axis)
-        largest = max(size) if isinstance(size, list) else size
-        if largest > most:
-            raise WidthError(
-                f"derive_widths: {axis} of {name} must be at most {most}, the full checkpoint's, "
-                f"got {largest}"
-            )
-    return parse_widths(full, _table(name, {name: sizes}))[0][name]
-
-
-def _sizes(full: ModelConfig, part: ModelConfig, axis: str) -> int | list[int]:
-    """The slice's size(s) of one axis; per-layer ones stand in the table of an elastic slice."""
-    kind = LAYER_AXES.get(axis)
-    if kind is not None and kind not in full.pattern:
-        return getattr(full, axis)  # sizes nothing: any value in the slice's config is fine
-    table = part.raw.get("elastic")
-    if table is not None:
-        widths = table.get("widths", {})
-        if len(widths) != 1:
-            raise CheckpointError(
-                f"derive_widths: a slice must have at most one width, got {', '.join(widths)}"
-            )
-        (sizes,) = widths.values()
-        if axis in sizes:
-            return sizes[axis]
-    return getattr(part, axis)
+    widths = parse_widths(part)
+    if len(widths) != 1:
+        raise CheckpointError(
+            f"derive_widths: {name} must be a slice, which has one width, got {', '.join(widths)}"
+        )
+    (width,) = widths.values()
+    sizes: dict[str, Any] = {"hidden_size": width.hidden_size}
+    for key, kind in LAYER_KEYS.items():
+        if kind in full.layers:
+            sizes[key] = [getattr(width, key)[layer] for layer in full.layers_of(kind)]
+    return parse_widths(full, {name: sizes})[name]
 
 
 def _compare(whole: Checkpoint, part: TensorFiles, width: Width, name: str) -> None:

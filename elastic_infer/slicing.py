@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from elastic_infer.config import ModelConfig, Width, slice_config, width_to_dict
+from elastic_infer.config import LAYER_KEYS, ModelConfig, Width, slice_config
 from elastic_infer.errors import CheckpointError, WidthError
 from elastic_infer.tensor_files import take, write_safetensors
 
@@ -23,6 +23,8 @@ __all__ = [
     "Selection",
     "copy_side_files",
     "expected_shapes",
+    "hull",
+    "is_uniform",
     "selection_shape",
     "slice_checkpoint",
     "slice_state_dict",
@@ -146,7 +148,7 @@ def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]
     """
     hidden = slice(0, width.hidden_size)
     out = {"backbone.embeddings.weight": Selection(None, hidden)}
-    for layer, kind in enumerate(config.pattern):
+    for layer, kind in enumerate(config.layers):
         out[f"backbone.layers.{layer}.norm.weight"] = Selection(hidden, None)
         for name, selection in _MIXERS[kind](config, width, layer).items():
             out[f"backbone.layers.{layer}.mixer.{name}"] = selection
@@ -196,7 +198,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     mixers["E"]["shared_experts.up_proj.weight"] = (shared, hidden)
     mixers["E"]["shared_experts.down_proj.weight"] = (hidden, shared)
     out = {"backbone.embeddings.weight": (config.vocab_size, hidden)}
-    for layer, kind in enumerate(config.pattern):
+    for layer, kind in enumerate(config.layers):
         out[f"backbone.layers.{layer}.norm.weight"] = (hidden,)
         for name, shape in mixers[kind].items():
             out[f"backbone.layers.{layer}.mixer.{name}"] = shape
@@ -244,44 +246,17 @@ def slice_state_dict(
     return out
 
 
-# Axes with one value per layer, beside the kind of layer that they size.
-LAYER_AXES = {
-    "mamba_num_heads": "M",
-    "num_attention_heads": "*",
-    "n_routed_experts": "E",
-    "moe_intermediate_size": "E",
-    "moe_shared_expert_intermediate_size": "E",
-    "intermediate_size": "-",
-}
-
-
-def layer_values(config: ModelConfig, width: Width, axis: str) -> list[int]:
-    """Sizes of ``axis`` at the layers that it sizes (not at layers of another kind)."""
-    kind = LAYER_AXES[axis]
-    return [size for size, k in zip(getattr(width, axis), config.pattern, strict=True) if k == kind]
-
-
 def is_uniform(config: ModelConfig, width: Width) -> bool:
     """Whether every axis has one size over all the layers that it sizes."""
-    return all(len(set(layer_values(config, width, axis))) <= 1 for axis in LAYER_AXES)
+    return width.same_sizes(hull(config, width))
 
 
 def hull(config: ModelConfig, width: Width) -> Width:
     """The smallest uniform width that holds ``width``: the maximum over the layers, per axis."""
-    layers = len(config.pattern)
     sizes = {}
-    for axis in LAYER_AXES:
-        values = layer_values(config, width, axis)
-        sizes[axis] = (max(values) if values else getattr(config, axis),) * layers
-    return replace(width, **sizes)
-
-
-def _within(config: ModelConfig, width: Width, cut: Width) -> Width:
-    """``width`` with the entries that size nothing (layers of another kind) taken from ``cut``."""
-    sizes = {}
-    for axis, kind in LAYER_AXES.items():
-        pairs = zip(getattr(width, axis), getattr(cut, axis), config.pattern, strict=True)
-        sizes[axis] = tuple(size if k == kind else most for size, most, k in pairs)
+    for key, kind in LAYER_KEYS.items():
+        most = max(getattr(width, key))
+        sizes[key] = tuple(most if layer == kind else 0 for layer in config.layers)
     return replace(width, **sizes)
 
 
@@ -340,11 +315,8 @@ def slice_checkpoint(
         progress,
     )
     copy_side_files(checkpoint.folder, out)
-    raw = slice_config(config, cut)
-    raw.pop("elastic", None)
-    if not is_uniform(config, width):
-        sizes = width_to_dict(_within(config, width, cut), ModelConfig.from_dict(raw))
-        raw["elastic"] = {"version": 1, "default_width": width_name, "widths": {width_name: sizes}}
+    raw = slice_config(config, width)
+    if "elastic" in raw:
         logger.info("slice: %s has per-layer sizes: %s is an elastic checkpoint", width_name, out)
     text = json.dumps(raw, indent=2) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")

@@ -139,7 +139,7 @@ def test_no_weights_no_config_no_folder(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"must hold model\.safetensors or"):
         open_quiet(folder, tmp_path)
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json must be JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json must be readable JSON"):
         open_quiet(folder, tmp_path)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"must hold config\.json"):

@@ -334,10 +334,10 @@ def test_derive_names_the_perturbed_tensor(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"hidden_size": 112}, WidthError, "hidden_size of S must be at most 96"),
-        ({"hidden_size": 40}, WidthError, "hidden_size"),
-        ({"mamba_num_heads": 5}, WidthError, "mamba_num_heads"),
-        ({"n_routed_experts": 99}, WidthError, "n_routed_experts of S must be at most"),
+        ({"hidden_size": 112}, WidthError, r"'S': hidden_size must be at most 96"),
+        ({"hidden_size": 40}, CheckpointError, "slice S .*hidden_size"),
+        ({"mamba_num_heads": 5}, CheckpointError, "slice S .*mamba_num_heads"),
+        ({"n_routed_experts": 99}, WidthError, r"'S': n_routed_experts must be at most"),
         ({"vocab_size": 96}, CheckpointError, "vocab_size of S must be"),
         ({"num_key_value_heads": 1}, CheckpointError, "num_key_value_heads of S"),
         (
