@@ -1,0 +1,256 @@
+"""Text and token ids: the tokenizer of a checkpoint folder, and its chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from elastic_infer.chat import ChatTemplates
+from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.text import StreamRule
+
+__all__ = ["Tokenizer", "eos_ids_from_folder"]
+
+# The named special tokens, which chat templates can refer to.
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+_NAMED += ("mask_token",)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path.name}: must be readable JSON, got {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name}: must be a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token as configs write it: a string, or {"content": …}."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def eos_ids_from_folder(folder: str | Path) -> tuple[int, ...]:
+    """The end-of-sequence ids that a checkpoint states, in order, without a tokenizer.
+
+    folder: holds generation_config.json, or else config.json, with eos_token_id (int or list).
+    Returns the ids; empty if none is stated. Raises CheckpointError if they are not ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(Path(folder) / name).get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+                raise CheckpointError(f"{name}: eos_token_id must be ids >= 0, got {value!r}")
+        return tuple(dict.fromkeys(ids))
+    return ()
+
+
+class Tokenizer:
+    """Encodes and decodes text and renders chats. Safe to use from several threads.
+
+    backend: the tokenizers.Tokenizer underneath.
+    special_tokens: {"bos_token": text, …}, what chat templates can name.
+    eos_ids: tokens that end a sequence.
+    special_ids: tokens that `decode` leaves out unless asked not to.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        """Wrap a tokenizer.
+
+        backend: a tokenizers.Tokenizer; its truncation and padding are switched off.
+        special_tokens: named special tokens; vocabulary entries among them become special.
+        chat_template: one template, or {name: template} with "default" and maybe "tool_use".
+        eos_ids: ids that end a sequence, beside special_tokens["eos_token"].
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        _mark_special(backend, self.special_tokens.values())
+        named = self.token_id(self.special_tokens.get("eos_token", ""))
+        ids = [*eos_ids] if named is None else [named, *eos_ids]
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ids))
+        self.special_ids: frozenset[int] = frozenset(
+            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self._templates = ChatTemplates(chat_template)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer | None:
+        """The tokenizer of a checkpoint folder, None if it has no tokenizer.json.
+
+        folder: holds tokenizer.json and, where present, tokenizer_config.json,
+            special_tokens_map.json, chat_template.jinja, additional_chat_templates/*.jinja,
+            generation_config.json and config.json.
+        Raises CheckpointError for a file that cannot be read.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for a bad file
+            raise CheckpointError(f"tokenizer.json: must be a tokenizer, got {error}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        special_map = _read_json(folder / "special_tokens_map.json")
+        named: dict[str, str] = {}
+        for name in _NAMED:
+            text = _content(config.get(name)) or _content(special_map.get(name))
+            if text:
+                named[name] = text
+        _add_tokens(backend, config, special_map)
+        return cls(
+            backend,
+            special_tokens=named,
+            chat_template=_read_templates(folder, config),
+            eos_ids=eos_ids_from_folder(folder),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included (a model's vocabulary may be padded)."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def stream_rule(self) -> StreamRule:
+        """Where this tokenizer's text may be cut; used by `Detokenizer`."""
+        return StreamRule(self.backend)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is exactly this text, None if there is none."""
+        return self.backend.token_to_id(text)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text. Special tokens written out in it become their ids.
+
+        text: any text.
+        add_special_tokens: add what the tokenizer's post-processor adds (a BOS for some models,
+            nothing for others). False for text from `apply_chat_template`, which has its own.
+        """
+        if not isinstance(text, str):
+            raise InvalidRequest(f"encode: text must be a str, got {type(text).__name__}")
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        keep: Collection[int] = (),
+    ) -> str:
+        """The text of token ids; ids outside the vocabulary have none.
+
+        token_ids: the tokens.
+        skip_special_tokens: leave special tokens out.
+        keep: special ids that stay in all the same.
+        """
+        if skip_special_tokens:
+            skip = self.special_ids - set(keep)
+            token_ids = [index for index in token_ids if index not in skip]
+        return self.backend.decode(list(token_ids), skip_special_tokens=False)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt text of a chat; encode it with add_special_tokens=False.
+
+        messages: dicts with "role" and "content" (or "tool_calls"), oldest first.
+        add_generation_prompt: end with what opens the assistant's turn.
+        tools, documents: JSON schemas of tools, documents; passed to the template.
+        chat_template: a template, or the name of one of the tokenizer's; None for its default.
+        kwargs: variables of the template, such as enable_thinking=False.
+        Raises InvalidRequest for a malformed message, a missing template, or what the template
+        itself refuses.
+        """
+        return self._templates.render(
+            messages,
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            variables={
+                **self.special_tokens,
+                **kwargs,
+                "add_generation_prompt": add_generation_prompt,
+            },
+        )
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_map: Mapping[str, Any]
+) -> None:
+    """Adds the tokens that only tokenizer_config.json knows, and marks the special ones."""
+    listed = config.get("added_tokens_decoder") or {}
+    for key, token in sorted(listed.items(), key=lambda item: int(item[0])):
+        text = _content(token)
+        if text is None or backend.token_to_id(text) is not None:
+            continue
+        flags = {
+            flag: bool(token[flag])
+            for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            if flag in token
+        }
+        backend.add_tokens([AddedToken(text, **flags)])
+        if backend.token_to_id(text) != int(key):
+            raise CheckpointError(
+                f"tokenizer_config.json: added token {text!r} must have id"
+                f" {backend.token_to_id(text)} to follow tokenizer.json, got {key}"
+            )
+    extra: list[Any] = []
+    for source in (config, special_map):
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            value = source.get(name) or []
+            extra.extend(value.values() if isinstance(value, Mapping) else value)
+    _mark_special(backend, map(_content, extra))
+
+
+def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str | None]) -> None:
+    """Makes plain vocabulary entries special; for added tokens tokenizer.json has decided."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    plain = [t for t in texts if t and t not in added and backend.token_to_id(t) is not None]
+    if plain:
+        backend.add_special_tokens(plain)
+
+
+def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """{name: template}: the .jinja files, or else tokenizer_config.json's chat_template."""
+    found: dict[str, str] = {}
+    main = folder / "chat_template.jinja"
+    if main.is_file():
+        found["default"] = main.read_text(encoding="utf-8")
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = path.read_text(encoding="utf-8")
+    if found:
+        return found
+    value = config.get("chat_template")
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        return {entry["name"]: entry["template"] for entry in value}
+    return {}
