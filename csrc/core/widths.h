@@ -1,5 +1,5 @@
-// The width arguments that most ops share: row_width [R] i32 picks, for each row, one of W widths;
-// `sizes` [W] i32 (or [W, S]) tells the active size at each.
+// The width arguments that most ops share: row_width [R] i32 picks, for each row, one of W widths
+// (seq_width [S] i32, for each sequence); `sizes` [W] i32 (or [W, S]) tells the active size at each.
 #pragma once
 #include "check.h"
 
@@ -10,10 +10,11 @@ namespace ei {
 // [0, W), each size in [0, largest] and a multiple of `grain`.
 class WidthCheck {
  public:
-  // `live`: values are final and may be looked at.
-  WidthCheck(Checker& check, const Tensor& row_width, bool live)
-      : check_(check), rows_(row_width), live_(live && !row_width.cuda) {
-    if (row_width) check(row_width, "row_width").dtype({DType::i32}).shape({"R"}).contiguous();
+  // `live`: values are final and may be looked at. `name` and `letter`: what picks widths, per what.
+  WidthCheck(Checker& check, const Tensor& row_width, bool live, const char* name = "row_width",
+             const char* letter = "R")
+      : check_(check), rows_(row_width), live_(live && !row_width.cuda), name_(name) {
+    if (row_width) check(row_width, name).dtype({DType::i32}).shape({letter}).contiguous();
   }
 
   void sizes(const Tensor& table, const char* name, int64_t largest, int64_t grain) {
@@ -34,7 +35,7 @@ class WidthCheck {
  private:
   void begin(const Tensor& table, const char* name) {
     if (table.given != rows_.given)
-      check_.fail(name, rows_ ? "be given with row_width" : "be absent without row_width",
+      check_.fail(name, std::string(rows_ ? "be given with " : "be absent without ") + name_,
                   table.describe());
   }
 
@@ -52,13 +53,14 @@ class WidthCheck {
     const auto* r = rows_.ptr<int32_t>();
     for (int64_t i = 0; i < rows_.shape[0]; ++i)
       if (r[i] < 0 || r[i] >= table.shape[0])
-        check_.fail("row_width", "hold indices in [0, " + std::to_string(table.shape[0]) + ")",
+        check_.fail(name_, "hold indices in [0, " + std::to_string(table.shape[0]) + ")",
                     std::to_string(r[i]) + " at row " + std::to_string(i));
   }
 
   Checker& check_;
   const Tensor& rows_;
   bool live_;
+  const char* name_;
 };
 
 }  // namespace ei
