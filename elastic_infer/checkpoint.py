@@ -292,6 +292,12 @@ def _check_tensors(files: TensorFiles, config: ModelConfig) -> list[str]:
                 f"checkpoint: {name} must be float32, bfloat16 or float16, got {dtype} in "
                 f"{files.file_of(name).name}"
             )
+    if config.tie_word_embeddings and "lm_head.weight" in files:
+        raise CheckpointError(
+            "checkpoint: lm_head.weight must be absent where tie_word_embeddings is true, got it "
+            f"in {files.file_of('lm_head.weight').name}; set tie_word_embeddings to false in "
+            "config.json if the head has weights of its own"
+        )
     extra = [name for name in files.names if name not in expected]
     mtp = [name for name in extra if name.startswith("mtp.")]
     if mtp:

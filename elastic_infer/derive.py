@@ -21,6 +21,7 @@ from elastic_infer.checkpoint import (
 from elastic_infer.config import LAYER_KEYS, ModelConfig, Width, parse_widths, width_to_dict
 from elastic_infer.errors import CheckpointError, WidthError
 from elastic_infer.slicing import (
+    EMBEDDING,
     Selection,
     hull,
     selection_shape,
@@ -45,8 +46,8 @@ _SHARED = (
     "num_experts_per_tok",
     "routed_scaling_factor",
     "layer_norm_epsilon",
-    "tie_word_embeddings",
 )
+HEAD = "lm_head.weight"
 _BLOCK_BYTES = 32 * 2**20  # compared at a time
 
 
@@ -125,6 +126,11 @@ def _derive_one(full: ModelConfig, part: ModelConfig, name: str) -> Width:
                 f"derive_widths: {key} of {name} must be {want!r} as in the full checkpoint, got "
                 f"{got!r}{hint}"
             )
+    if part.tie_word_embeddings and not full.tie_word_embeddings:
+        raise CheckpointError(
+            f"derive_widths: tie_word_embeddings of {name} must be false as in the full "
+            "checkpoint, got True"
+        )
     widths = parse_widths(part)
     if len(widths) != 1:
         raise CheckpointError(
@@ -140,18 +146,22 @@ def _derive_one(full: ModelConfig, part: ModelConfig, name: str) -> Width:
 
 def _compare(whole: Checkpoint, part: TensorFiles, width: Width, name: str) -> None:
     absent = 0
-    for tensor, kept in tensor_selections(whole.config, width).items():
+    sources = {tensor: tensor for tensor in whole.names}
+    selections = tensor_selections(whole.config, width)
+    if whole.config.tie_word_embeddings and HEAD in part:  # a slice of a tied model has a head
+        sources[HEAD], selections[HEAD] = EMBEDDING, selections[EMBEDDING]
+    for tensor, kept in selections.items():
         if tensor not in part:
             absent += 1
             continue
-        want = selection_shape(whole.shape_of(tensor), kept)
+        want = selection_shape(whole.shape_of(sources[tensor]), kept)
         got = part.shape_of(tensor)
         if got != want:
             raise CheckpointError(
                 f"derive_widths: {tensor} of {name} must have shape {list(want)} as its "
                 f"config.json says, got {list(got)}"
             )
-        _compare_one(whole, part, tensor, kept, name)
+        _compare_one(whole, part, tensor, sources[tensor], kept, name)
     if absent:
         logger.warning("derive_widths: %d tensors of %s are absent: not compared", absent, name)
 
@@ -166,7 +176,7 @@ def _part_of(axis: Axis, start: int, stop: int) -> slice | list[int]:
 
 
 def _compare_one(
-    whole: Checkpoint, part: TensorFiles, tensor: str, kept: Selection, name: str
+    whole: Checkpoint, part: TensorFiles, tensor: str, source: str, kept: Selection, name: str
 ) -> None:
     shape, dtype = part.shape_of(tensor), part.dtype_of(tensor)
     row_bytes = max(1, torch.Size(shape[1:]).numel()) * dtype.itemsize
@@ -174,17 +184,17 @@ def _compare_one(
     for start in range(0, shape[0], step):
         stop = min(shape[0], start + step)
         got = part.tensor(tensor, slice(start, stop))
-        want = whole.tensor(tensor, _part_of(kept.rows, start, stop), kept.cols).to(dtype)
+        want = whole.tensor(source, _part_of(kept.rows, start, stop), kept.cols).to(dtype)
         differs = (got != want) & ~(got.isnan() & want.isnan())
         if not bool(differs.any()):
             continue
         at = [int(i) for i in differs.nonzero()[0]]
         mine, full = got[tuple(at)].item(), want[tuple(at)].item()
         at[0] += start
-        source = [_source(axis, i) for axis, i in zip(kept, at, strict=False)] + at[2:]
+        origin = [_source(axis, i) for axis, i in zip(kept, at, strict=False)] + at[2:]
         raise CheckpointError(
             f"derive_widths: {tensor} of {name} must be a prefix of the full tensor, got {mine!r} "
-            f"at {at} where the full one has {full!r} at {source}; the slice's channels were "
+            f"at {at} where the full one has {full!r} at {origin}; the slice's channels were "
             "reordered or trained further"
         )
 

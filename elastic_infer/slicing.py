@@ -33,6 +33,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+EMBEDDING = "backbone.embeddings.weight"
 SHARD_BYTES = 5 * 10**9
 
 # Tokenizer and generation files that an exported checkpoint takes along.
@@ -147,7 +148,7 @@ def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]
         {checkpoint name: Selection}
     """
     hidden = slice(0, width.hidden_size)
-    out = {"backbone.embeddings.weight": Selection(None, hidden)}
+    out = {EMBEDDING: Selection(None, hidden)}
     for layer, kind in enumerate(config.layers):
         out[f"backbone.layers.{layer}.norm.weight"] = Selection(hidden, None)
         for name, selection in _MIXERS[kind](config, width, layer).items():
@@ -197,7 +198,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         mixers["E"][f"experts.{expert}.down_proj.weight"] = (hidden, ffn)
     mixers["E"]["shared_experts.up_proj.weight"] = (shared, hidden)
     mixers["E"]["shared_experts.down_proj.weight"] = (hidden, shared)
-    out = {"backbone.embeddings.weight": (config.vocab_size, hidden)}
+    out = {EMBEDDING: (config.vocab_size, hidden)}
     for layer, kind in enumerate(config.layers):
         out[f"backbone.layers.{layer}.norm.weight"] = (hidden,)
         for name, shape in mixers[kind].items():
@@ -302,20 +303,25 @@ def slice_checkpoint(
         )
     out.mkdir(parents=True, exist_ok=True)
     cut = hull(config, width)
-    selections = tensor_selections(config, cut)
+    sources = {name: (name, kept) for name, kept in tensor_selections(config, cut).items()}
+    raw = slice_config(config, width)
+    if config.tie_word_embeddings:
+        # transformers ties no nemotron_h head: without its own tensor it would draw a random one.
+        sources["lm_head.weight"] = (EMBEDDING, sources[EMBEDDING][1])
+        raw["tie_word_embeddings"] = False
+        logger.info("slice: the tied head is written out as lm_head.weight")
     specs = {
-        name: (selection_shape(checkpoint.shape_of(name), kept), checkpoint.dtype_of(name))
-        for name, kept in selections.items()
+        name: (selection_shape(checkpoint.shape_of(source), kept), checkpoint.dtype_of(source))
+        for name, (source, kept) in sources.items()
     }
     write_safetensors(
         out,
         specs,
-        lambda name: checkpoint.tensor(name, *selections[name]),
+        lambda name: checkpoint.selected(*sources[name]),
         shard_bytes,
         progress,
     )
     copy_side_files(checkpoint.folder, out)
-    raw = slice_config(config, width)
     if "elastic" in raw:
         logger.info("slice: %s has per-layer sizes: %s is an elastic checkpoint", width_name, out)
     text = json.dumps(raw, indent=2) + "\n"

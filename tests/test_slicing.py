@@ -230,6 +230,33 @@ def test_sharded_equals_single(tmp_path):
     assert torch.equal(got, logits(tiny.transformers_model(one), config["vocab_size"]))
 
 
+def test_tied_head(tmp_path):
+    """A tied model exports with its head written out: transformers has no tied nemotron_h."""
+    config, checkpoint = make(tmp_path, 3, per_layer=False, tie_word_embeddings=True)
+    assert "lm_head.weight" not in checkpoint.names
+    out = slice_checkpoint(checkpoint, "S", tmp_path / "S")
+    state = load_all(out)
+    assert torch.equal(state["lm_head.weight"], state["backbone.embeddings.weight"])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    untied = tiny.write_tiny(tmp_path / "untied", {**config, "tie_word_embeddings": False}, seed=3)
+    tensors = load_file(checkpoint.folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"].clone()
+    save_file(tensors, untied / "model.safetensors")
+    want = masked_logits(tiny.transformers_model(untied), config, checkpoint.widths["S"])
+    got = logits(tiny.transformers_model(out), config["vocab_size"])
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+    assert list(derive_widths(checkpoint, {"S": out})["widths"]) == ["full", "S"]
+    perturb(out, lambda state: state["lm_head.weight"][4, 2].add_(1e-3))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight of S .* at \[4, 2\]"):
+        derive_widths(checkpoint, {"S": out})
+    perturb(
+        checkpoint.folder, lambda state: state.update({"lm_head.weight": tensors["lm_head.weight"]})
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight must be absent"):
+        Checkpoint.open(checkpoint.folder)
+
+
 def test_slice_refuses(tmp_path):
     _, checkpoint = make(tmp_path, 0, per_layer=False)
     with pytest.raises(WidthError, match=r"one of .*'XL'"):
