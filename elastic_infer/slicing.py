@@ -224,13 +224,13 @@ def selection_shape(shape: tuple[int, ...], selection: Selection) -> tuple[int, 
 
 
 def slice_state_dict(
-    state: Mapping[str, torch.Tensor], config: ModelConfig, width: Width
+    config: ModelConfig, state: Mapping[str, torch.Tensor], width: Width
 ) -> dict[str, torch.Tensor]:
     """The weights of the exported slice: every tensor of ``state`` cut to ``width``.
 
     Args:
-        state: {checkpoint name: full tensor}; names that no width knows are left out.
         config: the full checkpoint.
+        state: {checkpoint name: full tensor}; names that no width knows are left out.
         width: sizes; with per-layer lists each layer's tensors get that layer's own sizes.
 
     Returns:

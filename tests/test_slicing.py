@@ -23,6 +23,15 @@ from elastic_infer.slicing import (
 from elastic_infer.tensor_files import take
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices: a second thread would only wait, for long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make(tmp_path, seed, per_layer, dtype=torch.float32, shards=1, **overrides):
     config = tiny.tiny_config(seed, **overrides)
     table = tiny.tiny_widths(config, seed, count=3, per_layer=per_layer)
@@ -101,7 +110,7 @@ def masked_logits(model, config, width):
     return out
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 3])
 def test_transformers_loads_a_slice(tmp_path, seed):
     """transformers on the export == transformers on the full weights under masks, per width."""
     config, checkpoint = make(tmp_path, seed, per_layer=False)
@@ -122,7 +131,7 @@ def test_export_equals_slice_state_dict(tmp_path, seed):
     state = tiny.tiny_state_dict(config, dtype, seed)
     for name, width in checkpoint.widths.items():
         out = slice_checkpoint(checkpoint, name, tmp_path / name)
-        want = slice_state_dict(state, checkpoint.config, width)
+        want = slice_state_dict(checkpoint.config, state, width)
         got = load_all(out)
         assert set(got) == set(want)
         for tensor, value in want.items():
@@ -156,7 +165,7 @@ def test_per_layer_slice_is_an_elastic_folder_with_one_width(tmp_path):
         if kind == "E"
     )
     state = tiny.tiny_state_dict(config, seed=2)
-    want = slice_state_dict(state, checkpoint.config, width)
+    want = slice_state_dict(checkpoint.config, state, width)
     kept = tensor_selections(exported.config, exported.widths["S"])
     assert set(kept) == set(want)
     for name, value in want.items():
