@@ -31,7 +31,9 @@ def offsets(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def draw_slots(generator: torch.Generator, sequences: int, slots: int, padded: int | None)::
+def draw_slots(
+    generator: torch.Generator, sequences: int, slots: int, padded: int | None
+) -> torch.Tensor:
     """[S] int32 distinct slots in random order; the sequence `padded` gets -1."""
     drawn = torch.randperm(slots, generator=generator)[:sequences].to(torch.int32)
     if padded is not None:

@@ -1,0 +1,103 @@
+// The Mamba-2 recurrence (ssm.h) for one head of one sequence. ssm_scan and ssm_step compile this
+// same code, so a prefill cut anywhere, or run token by token, gives equal bits.
+#pragma once
+#include "pool.h"
+#include "ssm.h"
+#include "vec.h"
+
+namespace ei::EI_ISA {
+
+// State rows that stay in the first-level cache while tokens pass over them, rows that share the
+// loads of B and C, tokens whose dt is computed at once, and the largest N.
+constexpr int kSsmRows = 32, kSsmTile = 4, kSsmTokens = 64, kSsmMaxState = 256;
+
+// One row of B or C as floats: itself, or converted into `room`.
+inline const float* as_floats(const float* row, int, float*) { return row; }
+inline const float* as_floats(const bf16* row, int n, float* room) {
+  for (int i = 0; i < n; i += V::kLanes) store(room + i, V::load(row + i));
+  return room;
+}
+
+// h = decay * h + drive[p] * B for kSsmTile rows of state, and y[p] = h . C: lanes over N ascending,
+// then pairwise.
+inline void ssm_tile(float* h, const float* B, const float* C, int N, float decay,
+                     const float* drive, float* y) {
+  const V a = V::set(decay);
+  V u[kSsmTile], total[kSsmTile];
+  for (int p = 0; p < kSsmTile; ++p) {
+    u[p] = V::set(drive[p]);
+    total[p] = V::set(0.0f);
+  }
+  for (int n = 0; n < N; n += V::kLanes) {
+    const V b = V::load(B + n), c = V::load(C + n);
+    for (int p = 0; p < kSsmTile; ++p) {
+      const V next = fma(u[p], b, mul(a, V::load(h + p * N + n)));
+      store(h + p * N + n, next);
+      total[p] = fma(next, c, total[p]);
+    }
+  }
+  for (int p = 0; p < kSsmTile; ++p) y[p] = sum(total[p]);
+}
+
+// Tokens [token, token + tokens) of one head; state rows [row, row + rows), rows <= kSsmRows.
+template <class T>
+void ssm_rows(const SsmArgs& a, int64_t head, int64_t token, int tokens, float* state, int row,
+              int rows, const float* dt, const float* decay) {
+  const int P = static_cast<int>(a.state.shape[2]), N = static_cast<int>(a.state.shape[3]);
+  const int64_t group = head % a.groups, column = head * P + row;
+  const float skip = a.D.ptr<float>()[head];
+  alignas(64) float room[2][kSsmMaxState], drive[kSsmRows], y[kSsmRows];
+  for (int t = 0; t < tokens; ++t) {
+    const int64_t at = token + t;
+    const float* B = as_floats(a.B.ptr<T>() + at * a.B.stride[0] + group * N, N, room[0]);
+    const float* C = as_floats(a.C.ptr<T>() + at * a.C.stride[0] + group * N, N, room[1]);
+    const T* x = a.x.ptr<T>() + at * a.x.stride[0] + column;
+    for (int p = 0; p < rows; ++p) drive[p] = dt[t] * to_float(x[p]);
+    for (int p = 0; p < rows; p += kSsmTile)
+      ssm_tile(state + (row + p) * N, B, C, N, decay[t], drive + p, y + p);
+    T* out = a.y.ptr<T>() + at * a.y.stride[0] + column;
+    for (int p = 0; p < rows; p += V::kLanes)
+      store(out + p, fma(V::set(skip), V::load(x + p), V::load(y + p)));
+  }
+}
+
+// All tokens [begin, end) of one head of one sequence.
+template <class T, class TimeStep>
+void ssm_head(const SsmArgs& a, int64_t head, int64_t begin, int64_t end, int64_t slot) {
+  const int P = static_cast<int>(a.state.shape[2]), N = static_cast<int>(a.state.shape[3]);
+  const float rate = -std::exp(a.A_log.ptr<float>()[head]);
+  const float bias = a.dt_bias.ptr<float>()[head];
+  float* state = a.state.ptr<float>() + slot * a.state.stride[0] + head * P * N;
+  float dt[kSsmTokens], decay[kSsmTokens];
+  for (int64_t token = begin; token < end; token += kSsmTokens) {
+    const int tokens = static_cast<int>(std::min<int64_t>(kSsmTokens, end - token));
+    const TimeStep* raw = a.dt.ptr<TimeStep>() + token * a.dt.stride[0] + head;
+    for (int t = 0; t < tokens; ++t) {
+      const float z = to_float(raw[t * a.dt.stride[0]]) + bias;
+      dt[t] = z > 20.0f ? z : std::log1p(std::exp(z));
+      decay[t] = std::exp(rate * dt[t]);
+    }
+    for (int row = 0; row < P; row += kSsmRows)
+      ssm_rows<T>(a, head, token, tokens, state, row, std::min(kSsmRows, P - row), dt, decay);
+  }
+}
+
+template <class T, class TimeStep>
+void ssm_all(const SsmArgs& a, Pool& pool) {
+  const int64_t S = a.slots.shape[0], H = a.state.shape[1];
+  pool.run(S * H, [&](int64_t part, int) {
+    const int64_t s = part / H, head = part % H;
+    const int32_t slot = a.slots.ptr<int32_t>()[s];
+    if (slot < 0) return;
+    if (a.seq_width && head >= a.h_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[s]]) return;
+    const int32_t* start = a.cu_seqlens ? a.cu_seqlens.ptr<int32_t>() + s : nullptr;
+    ssm_head<T, TimeStep>(a, head, start ? start[0] : s, start ? start[1] : s + 1, slot);
+  });
+}
+
+inline void ssm_run(const SsmArgs& a, Pool& pool) {
+  if (a.x.dtype == DType::f32) return ssm_all<float, float>(a, pool);
+  a.dt.dtype == DType::f32 ? ssm_all<bf16, float>(a, pool) : ssm_all<bf16, bf16>(a, pool);
+}
+
+}  // namespace ei::EI_ISA
