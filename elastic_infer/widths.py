@@ -133,7 +133,15 @@ def default_width_name(widths: Mapping[str, Width], table: Mapping[str, Any] | N
 def widest(widths: Mapping[str, Width] | Sequence[Width], name: str = "widest") -> Width:
     """The axis-wise maximum of some widths, which need not be one of them.
 
-    Returns the width itself, under its own name, when one of them contains all the others.
+    Args:
+        widths: at least one width of one checkpoint.
+        name: what the result is called when it is none of them.
+
+    Returns:
+        The width itself, under its own name, when one of them contains all the others.
+
+    Raises:
+        WidthError: no width given.
     """
     items = list(widths.values() if isinstance(widths, Mapping) else widths)
     if not items:
@@ -152,7 +160,12 @@ def widest(widths: Mapping[str, Width] | Sequence[Width], name: str = "widest") 
 def width_to_dict(config: ModelConfig, width: Width) -> dict[str, int | list[int]]:
     """The table entry of a width: an int where all layers agree, absent where full.
 
-    Lists have one int per layer of the key's kind.
+    Args:
+        config: the checkpoint whose sizes count as full.
+        width: a width of it.
+
+    Returns:
+        {Hugging Face name: size}; lists have one int per layer of the key's kind.
     """
     entry: dict[str, int | list[int]] = {}
     if width.hidden_size != config.hidden_size:
@@ -171,6 +184,13 @@ def slice_config(config: ModelConfig, width: Width) -> dict[str, Any]:
     An ordinary `nemotron_h` config where every layer of a kind has the same sizes. Otherwise
     an elastic one: its sizes are the largest of any layer, and a table with this one width
     says what each layer has.
+
+    Args:
+        config: the checkpoint that is sliced; its `raw` supplies every other key.
+        width: a width of it.
+
+    Returns:
+        A new dictionary; `config.raw` is left alone.
     """
     data = dict(config.raw)
     data.pop("num_local_experts", None)  # the older name of n_routed_experts, set below
@@ -296,7 +316,16 @@ def _check_width_size(config: ModelConfig, name: str, key: str, value: Any) -> N
 
 
 def count_parameters(config: ModelConfig, width: Width) -> Counts:
-    """Parameters of a width: all of them, and those that one token uses."""
+    """Parameters of a width: all of them, and those that one token uses.
+
+    Args:
+        config: the checkpoint.
+        width: a width of it.
+
+    Returns:
+        Counts(total, active, active_without_embedding), norms, biases and per-head vectors
+        included, the router's correction bias too.
+    """
     hidden = width.hidden_size
     total = active = hidden  # final norm
     for i, layer in enumerate(config.layers):
@@ -327,13 +356,23 @@ def count_parameters(config: ModelConfig, width: Width) -> Counts:
 
 
 def kv_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
-    """Bytes of K and V of one token over all attention layers; the same at every width."""
+    """Bytes of K and V of one token over all attention layers; the same at every width.
+
+    Args:
+        config: the checkpoint.
+        itemsize: bytes of one cached value, 2 for bfloat16.
+    """
     layers = len(config.layers_of(ATTENTION))
     return layers * 2 * config.num_key_value_heads * config.head_dim * itemsize
 
 
 def state_bytes(config: ModelConfig, conv_itemsize: int = 2) -> int:
-    """Bytes of one sequence's Mamba state: SSM float32 [H, P, N] and conv [C, 3] per layer."""
+    """Bytes of one sequence's Mamba state: SSM float32 [H, P, N] and conv [C, 3] per layer.
+
+    Args:
+        config: the checkpoint; state is kept for all of its heads, whatever the width.
+        conv_itemsize: bytes of one conv value, 2 for bfloat16.
+    """
     ssm = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * 4
     conv = config.conv_dim() * (config.conv_kernel - 1) * conv_itemsize
     return len(config.layers_of(MAMBA)) * (ssm + conv)
