@@ -1,0 +1,54 @@
+// Checks and binding of kv_append.
+#include "kv_append.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "../../core/check.h"
+#include "../../core/step.h"
+
+namespace py = pybind11;
+
+namespace ei {
+namespace {
+
+// Each slot is -1 or a place in the pages, and no place is written twice.
+void check_slots(const Checker& check, const Tensor& slot_mapping, int64_t places) {
+  std::vector<int32_t> slots;
+  for (int64_t r = 0; r < slot_mapping.shape[0]; ++r) {
+    const int32_t slot = slot_mapping.ptr<int32_t>()[r];
+    if (slot < -1 || slot >= places)
+      check.fail("slot_mapping", "hold -1 or slots in [0, " + std::to_string(places) + ")",
+                 std::to_string(slot) + " at row " + std::to_string(r));
+    if (slot >= 0) slots.push_back(slot);
+  }
+  std::sort(slots.begin(), slots.end());
+  const auto twice = std::adjacent_find(slots.begin(), slots.end());
+  if (twice != slots.end())
+    check.fail("slot_mapping", "name each slot once", std::to_string(*twice) + " twice");
+}
+
+void kv_append_entry(const TensorArg& k, const TensorArg& v, const TensorArg& k_pages,
+                     const TensorArg& v_pages, const TensorArg& slot_mapping,
+                     const py::object& run) {
+  Checker check("kv_append");
+  const Runner runner = runner_from(run);
+  check(k_pages, "k_pages").dtype({DType::f32, DType::bf16}).shape({"pages", "Hkv", 64, "K"});
+  check(k_pages, "k_pages").contiguous();
+  check(v_pages, "v_pages").dtype({k_pages.dtype}).shape({"pages", "Hkv", 64, "K"}).contiguous();
+  const int64_t row = check["Hkv"] * check["K"];
+  check(k, "k").dtype({k_pages.dtype}).shape({"R", row}).rows_dense();
+  check(v, "v").dtype({k_pages.dtype}).shape({"R", row}).rows_dense();
+  check(slot_mapping, "slot_mapping").dtype({DType::i32}).shape({"R"}).contiguous();
+  if (!runner.step && !slot_mapping.cuda) check_slots(check, slot_mapping, check["pages"] * 64);
+  submit(runner, kv_append_cpu, KvAppendArgs{k, v, k_pages, v_pages, slot_mapping},
+         {&k, &v, &k_pages, &v_pages, &slot_mapping});
+}
+
+const RegisterOp registered([](py::module_& m) {
+  m.def("kv_append", kv_append_entry, py::arg("k"), py::arg("v"), py::arg("k_pages"),
+        py::arg("v_pages"), py::arg("slot_mapping"), py::arg("run"));
+});
+
+}  // namespace
+}  // namespace ei

@@ -1,0 +1,100 @@
+"""kv_append: keys and values of new tokens into the paged cache."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _C
+from ._spec import Arguments, Case, OpSpec, randn
+
+PAGE = 64  # tokens of one page
+
+
+def kv_append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    *,
+    slot_mapping: torch.Tensor,
+    run=None,
+) -> None:
+    """``k_pages[slot // 64, h, slot % 64] = k[r, h*K : (h+1)*K]``, and v alike, where slot is
+    ``slot_mapping[r]``; a row with slot -1 is skipped.
+
+    Args:
+        k, v: [R, Hkv*K] float32 or bfloat16, rows dense (a view into a wider matrix will do).
+        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `k`, contiguous; updated in place.
+        slot_mapping: [R] int32 ``page * 64 + offset``, each at most once, or -1.
+        run: None, a Pool or a Step.
+
+    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value; a slot
+    outside the pages is found at the call, or at the replay of a recorded call.
+    """
+    _C.kv_append(k, v, k_pages, v_pages, slot_mapping, run)
+
+
+def _reference(a: Arguments) -> dict[str, torch.Tensor]:
+    done = {}
+    for name in ("k", "v"):
+        pages = a[f"{name}_pages"].clone()
+        for r, slot in enumerate(a["slot_mapping"].tolist()):
+            if slot >= 0:
+                row = a[name][r].view(pages.shape[1], pages.shape[3])
+                pages[slot // PAGE, :, slot % PAGE] = row
+        done[f"{name}_pages"] = pages
+    return done
+
+
+def _cases():
+    yield {"R": 1, "pages": 1, "Hkv": 1, "K": 16, "skip": 0}
+    yield {"R": 7, "pages": 3, "Hkv": 2, "K": 48, "skip": 2}
+    yield {"R": 300, "pages": 6, "Hkv": 3, "K": 32, "skip": 9}
+    yield {"R": 64, "pages": 256, "Hkv": 2, "K": 128, "skip": 0, "bench": True}
+
+
+def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
+    R, pages, Hkv, K = case["R"], case["pages"], case["Hkv"], case["K"]
+    slots = torch.randperm(pages * PAGE, generator=generator)[:R].to(torch.int32)
+    slots[torch.randperm(R, generator=generator)[: case["skip"]]] = -1
+    packed = randn(generator, R, 2 * Hkv * K, dtype=dtype)  # k | v, as a projection leaves them
+    return {
+        "k": packed[:, : Hkv * K],
+        "v": packed[:, Hkv * K :],
+        "k_pages": randn(generator, pages, Hkv, PAGE, K, dtype=dtype),
+        "v_pages": randn(generator, pages, Hkv, PAGE, K, dtype=dtype),
+        "slot_mapping": slots,
+    }
+
+
+def _call(a: Arguments, run) -> None:
+    kv_append(run=run, **a)
+
+
+def _poison(a: Arguments) -> None:
+    skipped = a["slot_mapping"] == -1
+    a["k"][skipped] = float("nan")
+    a["v"][skipped] = float("nan")
+
+
+def _row(a: Arguments, r: int):
+    one = {name: a[name][r : r + 1].clone() for name in ("k", "v", "slot_mapping")}
+    one |= {name: a[name].clone() for name in ("k_pages", "v_pages")}
+    slot = int(a["slot_mapping"][r])
+    if slot < 0:
+        return one, {}
+    where = (slot // PAGE, slice(None), slot % PAGE)
+    return one, {"k_pages": (where, where), "v_pages": (where, where)}
+
+
+def _cost(case: Case, itemsize: int) -> tuple[int, int]:
+    return 4 * case["R"] * case["Hkv"] * case["K"] * itemsize, 0
+
+
+SPECS = [
+    OpSpec(
+        name="kv_append", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
+        outputs=("k_pages", "v_pages"), cost=_cost, poison=_poison, row=_row,
+        rows=lambda a: a["k"].shape[0],
+    )
+]  # fmt: skip
