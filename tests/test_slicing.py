@@ -124,6 +124,19 @@ def test_transformers_loads_a_slice(tmp_path, seed):
             assert (got - logits(full, config["vocab_size"])).abs().max() > 1e-2 * want.abs().max()
 
 
+@pytest.mark.parametrize(("seed", "per_layer"), [(3, False), (2, True), (9, True)])
+def test_transformers_with_rebuilt_mixers(tmp_path, seed, per_layer):
+    """slice_state_dict in mixers of their own sizes == the full model under masks."""
+    config, checkpoint = make(tmp_path, seed, per_layer)
+    full = tiny.transformers_model(checkpoint.folder)
+    state = tiny.tiny_state_dict(config, seed=seed)
+    for name, width in checkpoint.widths.items():
+        want = masked_logits(full, config, width)
+        small = tiny.transformers_slice(checkpoint.folder, width, state)
+        got = logits(small, config["vocab_size"])
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max(), name
+
+
 @pytest.mark.parametrize("seed", [4, 5, 6, 8])
 def test_export_equals_slice_state_dict(tmp_path, seed):
     dtype = (torch.bfloat16, torch.float32)[seed % 2]

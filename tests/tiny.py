@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -335,3 +336,46 @@ def transformers_model(folder: str | Path) -> Any:
         folder, config=config, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
+
+
+def transformers_slice(folder: str | Path, width: Any, state: dict[str, torch.Tensor]) -> Any:
+    """The oracle of any width, per-layer sizes included: every mixer rebuilt at its own sizes.
+
+    Args:
+        folder: of the full checkpoint (its config.json is read).
+        width: a ``Width``; per-layer tuples as in elastic_infer.config.
+        state: {checkpoint name: full tensor}; cut here with ``slice_state_dict``.
+
+    Returns:
+        NemotronHForCausalLM in fp32, eager attention, eval, with time_step_min 1e-12.
+    """
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    from elastic_infer.config import LAYER_KEYS, ModelConfig
+    from elastic_infer.slicing import slice_state_dict
+
+    full = ModelConfig.from_folder(folder)
+    config = NemotronHConfig.from_pretrained(folder)
+    config.hidden_size, config.time_step_min = width.hidden_size, 1e-12
+    config._attn_implementation = "eager"
+    model = NemotronHForCausalLM(config)
+    for index, block in enumerate(model.model.layers):
+        own = copy.deepcopy(config)
+        for key, kind in LAYER_KEYS.items():
+            if full.layers[index] == kind:
+                setattr(own, key, getattr(width, key)[index])
+        block.mixer = type(block.mixer)(own, layer_idx=index)
+    tensors: dict[str, torch.Tensor] = {}
+    experts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in slice_state_dict(full, state, width).items():
+        name = name.replace("backbone.", "model.")
+        prefix, found, rest = name.partition(".experts.")
+        if found:  # experts come in ascending order; transformers keeps them in one tensor
+            experts.setdefault(f"{prefix}.experts.{rest.split('.')[1]}", []).append(tensor.float())
+        else:
+            tensors[name] = tensor.float()
+    tensors.update({name: torch.stack(parts) for name, parts in experts.items()})
+    if full.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embeddings.weight"]
+    model.load_state_dict(tensors, strict=True)
+    return model.float().eval()
