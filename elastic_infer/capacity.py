@@ -1,0 +1,92 @@
+"""How much cache to make: limits from what was asked and from free memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from .cache import PAGE
+from .config import ModelConfig, Width, kv_bytes_per_token
+from .errors import InvalidRequest, OutOfCapacity
+
+MAX_ROWS = 256  # sequences of one pass
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """max_model_len: tokens of a sequence, prompt and output. max_num_seqs: sequences in the cache
+    at once. num_slots: state slots, snapshots included. num_pages: KV pages of 64 tokens."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_pages: int
+    num_slots: int
+
+
+def free_memory() -> int:
+    """Bytes of host memory that can be taken without swapping (Linux; elsewhere 4 GiB)."""
+    try:
+        with open("/proc/meminfo") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    pages = getattr(os, "sysconf_names", {}).get("SC_AVPHYS_PAGES")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if pages else 4 << 30
+
+
+def slot_bytes(config: ModelConfig, served: Width, dtype: torch.dtype) -> int:
+    """Bytes of one state slot at the served width."""
+    item, bc = torch.empty(0, dtype=dtype).element_size(), config.n_groups * config.ssm_state_size
+    total = 0
+    for layer in config.layers_of("M"):
+        inner = served.mamba_num_heads[layer] * config.mamba_head_dim
+        total += inner * config.ssm_state_size * 4
+        total += (inner + 2 * bc) * (config.conv_kernel - 1) * item
+    return total
+
+
+def plan_capacity(
+    config: ModelConfig,
+    served: Width,
+    dtype: torch.dtype,
+    max_model_len: int | None,
+    max_num_seqs: int | None,
+    max_num_batched_tokens: int,
+    kv_cache_memory_bytes: int | None,
+) -> Capacity:
+    """Limits that fit together. By default half of the free memory is for the cache, and no more
+    than 64 sequences of full length can use.
+
+    Raises: InvalidRequest for a limit out of range; OutOfCapacity if one sequence cannot fit.
+    """
+    length = config.max_position_embeddings if max_model_len is None else max_model_len
+    _check("max_model_len", length, 2, config.max_position_embeddings)
+    wanted = 64 if max_num_seqs is None else max_num_seqs
+    _check("max_num_seqs", wanted, 1, MAX_ROWS)
+    _check("max_num_batched_tokens", max_num_batched_tokens, wanted + PAGE, 1 << 20)
+    if kv_cache_memory_bytes is not None:
+        _check("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, 1 << 50)
+    budget = free_memory() // 2 if kv_cache_memory_bytes is None else kv_cache_memory_bytes
+    slot = max(slot_bytes(config, served, dtype), 1)
+    page = PAGE * kv_bytes_per_token(config, torch.empty(0, dtype=dtype).element_size())
+    per_sequence = -(-length // PAGE)
+    if slot + page > budget:
+        raise OutOfCapacity(
+            f"engine: kv_cache_memory_bytes must hold one state slot ({slot} bytes) and one KV page "
+            f"({page} bytes), got {budget}"
+        )
+    # Three slots per sequence: its own and two snapshots, as far as half of the budget goes.
+    slots = max(1, min(3 * wanted, budget // 2 // slot))
+    rows = min(wanted, slots) if max_num_seqs is None else wanted
+    pages = max(1, min(rows * per_sequence + 1, (budget - slots * slot) // max(page, 1)))
+    return Capacity(length, min(rows, slots), max_num_batched_tokens, int(pages), int(slots))
+
+
+def _check(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"engine: {name} must be an int in [{low}, {high}], got {value!r}")

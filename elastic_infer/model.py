@@ -1,0 +1,332 @@
+"""The model: runs one pass over a batch of segments, each at its own width.
+
+A pass reads the next tokens of several sequences: `step` segments (one token each, decode) come
+first, then `prefill` segments. All widths share the same ops; a row's mode says how much of every
+weight it uses. A pass of steps only is recorded once per batch size and then replayed with one
+native call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from ._C import Pool, Step
+from .buffers import LOGIT_ROWS, Buffers
+from .cache import PAGE, Cache, Sequence
+from .config import ModelConfig, Width
+from .ops.attention_decode import attention_decode
+from .ops.attention_prefill import attention_prefill
+from .ops.causal_conv import causal_conv
+from .ops.embed import embed
+from .ops.gated_norm import gated_norm
+from .ops.kv_append import kv_append
+from .ops.matmul import matmul
+from .ops.moe_matmul import moe_matmul
+from .ops.moe_route import moe_route
+from .ops.rms_norm import rms_norm
+from .ops.ssm_scan import ssm_scan
+from .ops.ssm_step import ssm_step
+from .tables import WidthTables
+from .weights import Weights
+
+
+@dataclass
+class Segment:
+    """The next tokens of one sequence in a pass.
+
+    kind: "step" (exactly one token) or "prefill". logits: "none", "last" (after the last token)
+    or "all" (after every token).
+    """
+
+    sequence: Sequence
+    tokens: list[int]
+    width: str
+    kind: str = "step"
+    logits: str = "last"
+
+
+@dataclass
+class Result:
+    """Logits of a pass: float32 [rows, V], and per segment (in the order given) its rows of it.
+
+    A view of a buffer that the next pass overwrites, except for more than LOGIT_ROWS rows.
+    """
+
+    logits: torch.Tensor
+    spans: list[tuple[int, int]]
+
+    def of(self, segment: int) -> torch.Tensor:
+        """Logits [rows, V] of one segment."""
+        start, end = self.spans[segment]
+        return self.logits[start:end]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Extent of a pass: all rows, how many of them are steps, all segments."""
+
+    rows: int
+    steps: int
+    segments: int
+
+
+class Model:
+    """Weights, cache and buffers of one served model.
+
+    widths: served widths in index order. max_tokens: rows of the largest pass. max_segments:
+    sequences of the largest pass. max_length: tokens of the longest sequence.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        widths: Seq[Width],
+        cache: Cache,
+        pool: Pool,
+        max_tokens: int,
+        max_segments: int,
+        max_length: int,
+    ):
+        self.config, self.weights, self.cache, self.pool = config, weights, cache, pool
+        self.widths = {w.name: w for w in widths}
+        self.tables = WidthTables(config, widths, weights.served)
+        self.max_tokens, self.max_segments, self.max_length = max_tokens, max_segments, max_length
+        self.buffers = Buffers(
+            config, weights.served, weights.dtype, max_tokens, max_segments, max_length
+        )
+        self._recorded: dict[int, Step] = {}
+
+    # -- passes ------------------------------------------------------------------------------
+
+    def forward(self, segments: Seq[Segment]) -> Result:
+        """Reads the segments' tokens into the cache.
+
+        Returns: the logits after the tokens that each segment asks for.
+
+        Raises: OutOfCapacity when pages run out (nothing is read then).
+        """
+        order = sorted(range(len(segments)), key=lambda i: self._place(segments[i]))
+        ordered = [segments[i] for i in order]
+        self._reserve(ordered)
+        steps = sum(s.kind == "step" for s in ordered)
+        shape = Shape(sum(len(s.tokens) for s in ordered), steps, len(ordered))
+        self._fill(ordered, shape)
+        if shape.rows == steps:
+            self._replay(steps)
+            logits, spans = self.buffers.logits[:steps], [(i, i + 1) for i in range(steps)]
+        else:
+            self._record(self.pool, shape)
+            logits, spans = self._logits(ordered)
+        for s in ordered:
+            self.cache.advance(s.sequence, s.tokens, s.width, s.kind)
+        by_segment = dict(zip(order, spans))
+        return Result(logits, [by_segment[i] for i in range(len(segments))])
+
+    def _place(self, s: Segment) -> tuple[bool, int]:
+        return s.kind != "step", self.tables.mode(s.width, s.sequence.track)
+
+    def _reserve(self, segments: list[Segment]) -> None:
+        """Pages for the whole pass, or none."""
+        if self.cache.k:
+            needed = sum(self.cache.pages_needed(s.sequence, len(s.tokens)) for s in segments)
+            if needed > self.cache.pages.free:
+                self.cache.pages.take(needed)  # raises, with the numbers
+        for s in segments:
+            self.cache.reserve(s.sequence, len(s.tokens))
+
+    def _fill(self, segments: list[Segment], shape: Shape) -> None:
+        """Writes the host tables of a pass."""
+        b, row = self.buffers, 0
+        ids, row_mode, mapping, cu = [], [], [], [0]
+        for i, s in enumerate(segments):
+            sequence, n = s.sequence, len(s.tokens)
+            mode, pages = self.tables.mode(s.width, sequence.track), sequence.pages
+            ids += s.tokens
+            row_mode += [mode] * n
+            if pages:
+                positions = range(sequence.length, sequence.length + n)
+                mapping += [pages[p // PAGE] * PAGE + p % PAGE for p in positions]
+                b.page_table[i, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            row += n
+            cu.append(row)
+        write = _write_table
+        write(b.ids, ids), write(b.row_mode, row_mode), write(b.slot_mapping, mapping)
+        write(b.cu_seqlens, cu)
+        write(b.cu_prefill, [c - shape.steps for c in cu[shape.steps :]])
+        write(b.slots, [s.sequence.slot for s in segments])
+        write(b.seq_mode, [self.tables.mode(s.width, s.sequence.track) for s in segments])
+        write(b.lengths, [s.sequence.length + len(s.tokens) for s in segments])
+        write(b.context, [s.sequence.length for s in segments])
+
+    def _replay(self, steps: int) -> None:
+        """Runs a pass of `steps` one-token segments, recording it the first time."""
+        if steps not in self._recorded:
+            step = Step(self.pool)
+            self._record(step, Shape(steps, steps, steps))
+            self._head(step, self.buffers.normed[:steps], self.buffers.row_mode[:steps])
+            self._recorded[steps] = step
+        self._recorded[steps].run()
+
+    def step_names(self, steps: int) -> list[str]:
+        """Ops of the recorded pass of `steps` sequences, in order (empty before its first use)."""
+        return self._recorded[steps].names() if steps in self._recorded else []
+
+    def profile_step(self, steps: int) -> list[tuple[str, float]]:
+        """Replays the recorded pass and gives (op, seconds) in order."""
+        return self._recorded[steps].profile()
+
+    def _logits(self, segments: list[Segment]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Logits of a pass that was just run, in blocks of at most LOGIT_ROWS rows, and the
+        rows of each segment."""
+        rows: list[int] = []
+        spans, at = [], 0
+        for s in segments:
+            n = len(s.tokens)
+            wanted = {"none": 0, "last": 1, "all": n}[s.logits]
+            spans.append((len(rows), len(rows) + wanted))
+            rows += range(at + n - wanted, at + n)
+            at += n
+        b, blocks = self.buffers, []
+        for start in range(0, len(rows), LOGIT_ROWS):
+            part = rows[start : start + LOGIT_ROWS]
+            n = len(part)
+            _write_table(b.logit_rows, part)
+            b.logit_mode[:n] = b.row_mode[b.logit_rows[:n].long()]
+            embed(b.logit_rows[:n], b.normed, b.gathered[:n], run=self.pool)
+            self._head(self.pool, b.gathered[:n], b.logit_mode[:n])
+            logits = b.logits[:n]
+            blocks.append(logits.clone() if len(rows) > LOGIT_ROWS else logits)
+        if len(blocks) > 1:
+            return torch.cat(blocks), spans
+        return (blocks[0] if blocks else b.logits[:0]), spans
+
+    # -- ops of one pass ---------------------------------------------------------------------
+
+    def _record(self, run, shape: Shape) -> None:
+        """Runs (on a Pool) or records (in a Step) embedding, all layers and the final norm; the
+        normed rows are left in ``buffers.normed``."""
+        b, w, t, R = self.buffers, self.weights, self.tables, shape.rows
+        modes = b.row_mode[:R]
+        embed(b.ids[:R], w.embedding, b.residual[:R], row_width=modes, sizes=t.hidden, run=run)
+        delta, kv, state = None, 0, 0
+        for i, kind in enumerate(self.config.layers):
+            self._norm(run, R, w.layers[i].norm, delta)
+            if kind == "M":
+                self._mamba(run, shape, i, state)
+                state += 1
+            elif kind == "*":
+                self._attention(run, shape, i, kv)
+                kv += 1
+            elif kind == "-":
+                self._ffn(run, R, w.layers[i].up, w.layers[i].down, i, b.delta)
+            else:
+                self._moe(run, R, i)
+            delta = b.delta[:R]
+        self._norm(run, R, w.final_norm, delta)
+
+    def _norm(self, run, R: int, weight: torch.Tensor, delta: torch.Tensor | None) -> None:
+        b = self.buffers
+        rms_norm(
+            b.residual[:R], weight, b.normed[:R], eps=self.config.layer_norm_epsilon, delta=delta,
+            row_width=b.row_mode[:R], sizes=self.tables.hidden, run=run,
+        )  # fmt: skip
+
+    def _mamba(self, run, shape: Shape, layer: int, state: int) -> None:
+        b, c, w = self.buffers, self.config, self.weights.layers[layer]
+        t, R, B, S = self.tables.layers[layer], shape.rows, shape.steps, shape.segments
+        modes, hidden = b.row_mode[:R], self.tables.hidden
+        H = w.A_log.shape[0]
+        inner, bc = H * c.mamba_head_dim, c.n_groups * c.ssm_state_size
+        projected = b.projected[:R, : 2 * inner + 2 * bc + H]
+        matmul(b.normed[:R], w.in_proj, projected, row_width=modes, k_sizes=hidden,
+               n_sizes=t.rows, run=run)  # fmt: skip
+        z, xbc, dt = projected.split([inner, inner + 2 * bc, H], 1)
+        ssm, conv_state = self.cache.ssm[state], self.cache.conv[state]
+        conv = b.conv[:R, : inner + 2 * bc]
+        causal_conv(
+            xbc, w.conv_weight, w.conv_bias, conv_state, conv, cu_seqlens=b.cu_seqlens[: S + 1],
+            slots=b.slots[:S], x_channels=inner, seq_width=b.seq_mode[:S], x_sizes=t.conv, run=run,
+        )  # fmt: skip
+        x, B_in, C_in = conv.split([inner, bc, bc], 1)
+        y = b.scanned[:R, :inner]
+        heads = (w.A_log, w.D, w.dt_bias, ssm)
+        if B:
+            ssm_step(x[:B], B_in[:B], C_in[:B], dt[:B], *heads, y[:B], slots=b.slots[:B],
+                     seq_width=b.seq_mode[:B], h_sizes=t.state_heads, run=run)  # fmt: skip
+        if S > B:
+            ssm_scan(
+                x[B:], B_in[B:], C_in[B:], dt[B:], *heads, y[B:],
+                cu_seqlens=b.cu_prefill[: S - B + 1], slots=b.slots[B:S],
+                seq_width=b.seq_mode[B:S], h_sizes=t.state_heads, run=run,
+            )  # fmt: skip
+        gated_norm(
+            y, z, w.gated_norm, b.inner[:R, :inner], groups=c.n_groups, head_dim=c.mamba_head_dim,
+            eps=c.layer_norm_epsilon, row_width=modes, h_sizes=t.heads, run=run,
+        )  # fmt: skip
+        matmul(b.inner[:R, :inner], w.out_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
+               n_sizes=self.tables.hidden_rows, run=run)  # fmt: skip
+
+    def _attention(self, run, shape: Shape, layer: int, kv: int) -> None:
+        b, c, w = self.buffers, self.config, self.weights.layers[layer]
+        t, R, B, S = self.tables.layers[layer], shape.rows, shape.steps, shape.segments
+        q_width, kv_width = (w.qkv.segments[i].rows for i in (0, 1))
+        modes, hidden = b.row_mode[:R], self.tables.hidden
+        projected = b.projected[:R, : q_width + 2 * kv_width]
+        matmul(b.normed[:R], w.qkv, projected, row_width=modes, k_sizes=hidden, n_sizes=t.rows,
+               run=run)  # fmt: skip
+        q, k, v = projected.split([q_width, kv_width, kv_width], 1)
+        pages = (self.cache.k[kv], self.cache.v[kv])
+        kv_append(k, v, *pages, slot_mapping=b.slot_mapping[:R], run=run)
+        out, scale = b.inner[:R, :q_width], c.head_dim**-0.5
+        if B:
+            attention_decode(
+                q[:B], *pages, out[:B], page_table=b.page_table[:B], lengths=b.lengths[:B],
+                scale=scale, seq_width=b.seq_mode[:B], q_sizes=t.q_heads, run=run,
+            )  # fmt: skip
+        if S > B:
+            attention_prefill(
+                q[B:], *pages, out[B:], page_table=b.page_table[B:S],
+                cu_seqlens=b.cu_prefill[: S - B + 1], context=b.context[B:S], scale=scale,
+                seq_width=b.seq_mode[B:S], q_sizes=t.q_heads, run=run,
+            )  # fmt: skip
+        matmul(out, w.o_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
+               n_sizes=self.tables.hidden_rows, run=run)  # fmt: skip
+
+    def _ffn(self, run, R: int, up, down, layer: int, out: torch.Tensor) -> None:
+        """out = down(relu(up normed)^2)."""
+        b, t = self.buffers, self.tables.layers[layer]
+        modes = b.row_mode[:R]
+        middle = b.projected[:R, : up.rows]
+        matmul(b.normed[:R], up, middle, activation="relu2", row_width=modes,
+               k_sizes=self.tables.hidden, n_sizes=t.rows, run=run)  # fmt: skip
+        matmul(middle, down, out[:R], row_width=modes, k_sizes=t.inner,
+               n_sizes=self.tables.hidden_rows, run=run)  # fmt: skip
+
+    def _moe(self, run, R: int, layer: int) -> None:
+        b, w, t = self.buffers, self.weights.layers[layer], self.tables.layers[layer]
+        modes, hidden = b.row_mode[:R], self.tables.hidden
+        ids, weights = b.expert_ids[:R], b.expert_weights[:R]
+        moe_route(
+            b.normed[:R], w.gate, w.correction_bias, ids, weights,
+            scaling_factor=self.config.routed_scaling_factor, row_width=modes, k_sizes=hidden,
+            e_sizes=t.experts, run=run,
+        )  # fmt: skip
+        self._ffn(run, R, w.shared_up, w.shared_down, layer, b.shared)
+        moe_matmul(
+            b.normed[:R], w.up, w.down, ids, weights, b.delta[:R], shared=b.shared[:R],
+            workspace=b.workspace, row_width=modes, k_sizes=hidden, f_sizes=t.expert, run=run,
+        )  # fmt: skip
+
+    def _head(self, run, rows: torch.Tensor, modes: torch.Tensor) -> None:
+        """Logits of `rows` [n, D] into ``buffers.logits``."""
+        matmul(rows, self.weights.head, self.buffers.logits[: rows.shape[0]], row_width=modes,
+               k_sizes=self.tables.hidden, n_sizes=self.tables.vocabulary, run=run)  # fmt: skip
+
+
+def _write_table(table: torch.Tensor, values: list[int]) -> None:
+    if values:
+        table[: len(values)] = torch.tensor(values, dtype=torch.int32)

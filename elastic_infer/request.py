@@ -1,0 +1,214 @@
+"""A request and its branches: what was asked, how far it is, what it has produced."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .cache import Sequence
+from .errors import ElasticError, RequestCancelled
+from .outputs import Choice, FinishReason, Output, Times, Token, Usage
+from .plan import Plan, PlanRun
+from .sampling import RowProcessors, SamplingParams
+from .switching import Read
+from .text import Detokenizer, StopStrings, split_reasoning
+from .tokenizer import Tokenizer
+
+_numbers = itertools.count(1)
+
+
+class Branch:
+    """One continuation of a request's prompt: its sequence, plan, text and result.
+
+    pending: reads still to be made before the next token can be sampled.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        plan: PlanRun,
+        processors: RowProcessors,
+        tokenizer: Tokenizer | None,
+        keep: tuple[int, ...],
+    ):
+        params = request.params
+        self.request, self.index, self.plan, self.processors = request, index, plan, processors
+        self.sequence: Sequence | None = None
+        self.pending: list[Read] = []
+        self.width = ""
+        self.phase = None
+        self.entropy: float | None = None
+        self.waited = 0
+        self.token_ids: list[int] = []
+        self.tokens: list[Token] = []
+        self.pieces: list[str] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.text = Detokenizer(tokenizer, params.skip_special_tokens, keep) if tokenizer else None
+        self.stops = StopStrings(params.stop)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has tokens to read and a place in the cache."""
+        return bool(self.pending) and self.sequence is not None and self.sequence.slot >= 0
+
+    def emit(self, token: Token) -> None:
+        """Adds a token to the result and, for the first branch, to the stream."""
+        self.tokens.append(token)
+        if token.text:
+            self.pieces.append(token.text)
+        if self.index == 0:
+            self.request.events.put(token)
+
+    def push_text(self, token_id: int, last: bool, hidden: bool, search: bool) -> str | None:
+        """The text that becomes final with a token; sets the stop reason when a stop string is
+        found. hidden: the token ends the text and is no part of it."""
+        if self.text is None:
+            return None
+        shown, hit = self.stops.push("" if hidden else self.text.push(token_id), search)
+        if hit is None and (last or hidden):
+            more, hit = self.stops.push(self.text.finish(), search)
+            shown += more
+            if hit is None:
+                shown += self.stops.finish()
+        if hit is not None:
+            self.finish_reason, self.stop_reason = "stop", hit
+        return shown
+
+    def choice(self) -> Choice:
+        """The result so far."""
+        runs: list[tuple[str, int]] = []
+        for token in self.tokens:
+            if runs and runs[-1][0] == token.width:
+                runs[-1] = (token.width, runs[-1][1] + 1)
+            else:
+                runs.append((token.width, 1))
+        text = None if self.text is None else "".join(self.pieces)
+        reasoning, answer = None, text
+        start, end = self.plan.plan.start_tag, self.plan.plan.end_tag
+        if text is not None and isinstance(start, str) and isinstance(end, str):
+            reasoning, answer = split_reasoning(text, start, end, self.plan.prompt_is_thinking)
+        wanted = self.request.params.logprobs is not None
+        return Choice(
+            text=text,
+            reasoning=reasoning,
+            answer=answer,
+            token_ids=list(self.token_ids),
+            logprobs=[t.top_logprobs for t in self.tokens] if wanted else None,
+            width_runs=runs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+@dataclass(eq=False)
+class Request:
+    """A submitted prompt: iterate over its tokens as they come, or wait for `result()`.
+
+    Iterating gives the tokens of the first choice. `cancel()` takes effect before the next pass.
+    """
+
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    plan: Plan
+    seed: int
+    track: bool
+    request_id: str = ""
+    branches: list[Branch] = field(default_factory=list)
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    cancelled: bool = False
+    error: ElasticError | Exception | None = None
+    preemptions: int = 0
+    rebuilt_tokens: int = 0
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+    def __post_init__(self) -> None:
+        self.request_id = self.request_id or f"request-{next(_numbers)}"
+        self.number = next(_numbers)
+        self._done = threading.Event()
+        self._wake = None  # set by the engine: tells its worker that something changed
+
+    def __iter__(self) -> Iterator[Token]:
+        while True:
+            event = self.events.get()
+            if event is None:
+                self.events.put(None)  # further iterations end at once
+                if self.error is not None:
+                    raise self.error
+                return
+            yield event
+
+    @property
+    def done(self) -> bool:
+        """Whether the result is there."""
+        return self._done.is_set()
+
+    def cancel(self) -> None:
+        """Asks to stop; what was generated stays in the result, with finish_reason "cancelled"."""
+        self.cancelled = True
+        if self._wake:
+            self._wake()
+
+    def result(self, timeout: float | None = None) -> Output:
+        """Waits for the end and gives the output.
+
+        Args:
+            timeout: seconds to wait at most, None for no limit.
+
+        Raises: TimeoutError; RequestCancelled if the engine was closed first; for a request that
+            failed, its error (NonFiniteLogits, OutOfCapacity, or what a callback raised).
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"{self.request_id}: no result after {timeout} s")
+        if self.error is not None:
+            raise self.error
+        return self.output()
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Called by the scheduler when the last branch has ended."""
+        if self._done.is_set():
+            return
+        self.error, self.ended = error, time.perf_counter()
+        self._done.set()
+        self.events.put(None)
+
+    def output(self) -> Output:
+        """The output so far."""
+        tokens = [t for b in self.branches for t in b.tokens]
+        end = self.ended or time.perf_counter()
+        started, first = self.started or end, self.first_token or end
+        return Output(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.prompt_ids),
+            choices=[b.choice() for b in self.branches],
+            usage=Usage(
+                prompt_tokens=len(self.prompt_ids),
+                completion_tokens=len(tokens),
+                reasoning_tokens=sum(t.phase == "thinking" for t in tokens),
+                forced_tokens=sum(t.forced for t in tokens),
+            ),
+            times=Times(
+                queued_s=started - self.submitted,
+                prefill_s=first - started,
+                decode_s=end - first,
+                first_token_s=first - self.submitted,
+                total_s=end - self.submitted,
+            ),
+            preemptions=self.preemptions,
+            rebuilt_tokens=self.rebuilt_tokens,
+        )
+
+
+def closed_error(request: Request) -> RequestCancelled:
+    """What waits for a request of a closed engine gets."""
+    return RequestCancelled(f"{request.request_id}: the engine was closed before the request ended")

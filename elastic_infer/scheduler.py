@@ -1,0 +1,351 @@
+"""Continuous batching: admission, passes, preemption. Runs on one thread and owns the cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from .batching import Candidate, Limits, StepCosts, form_batch
+from .cache import PAGE
+from .errors import NonFiniteLogits, OutOfCapacity
+from .model import Model, Segment
+from .outputs import Token
+from .plan import Decision
+from .request import Branch, Request
+from .sampler import Drawn, Sampler
+from .switching import Read, keep_snapshots, snapshot_slots, switch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stats:
+    """Counters since the engine was opened."""
+
+    passes: int = 0
+    tokens_read: int = 0
+    preemptions: int = 0
+    rebuilt_tokens: int = 0
+    requests: int = 0
+
+
+class Scheduler:
+    """All requests of one model.
+
+    model: owns weights and cache. eos_ids: tokens that end a sequence. limits: of one pass.
+    mixing: whether rows of different widths share passes. max_running: branches in the cache.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        eos_ids: tuple[int, ...],
+        limits: Limits,
+        costs: StepCosts,
+        mixing: str = "auto",
+        max_running: int = 64,
+    ):
+        self.model, self.cache = model, model.cache
+        self.eos_ids, self.limits, self.costs = frozenset(eos_ids), limits, costs
+        self.mixing, self.max_running = mixing, max_running
+        self.sampler = Sampler(model.pool)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Branch] = []  # in order of arrival
+        self.stats = Stats()
+        self._width_index = {name: i for i, name in enumerate(model.widths)}
+
+    # -- admission ---------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queues a request whose arguments were checked."""
+        self.stats.requests += 1
+        self.waiting.append(request)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def slots_for(self, request: Request) -> int:
+        """State slots that a request may hold at once."""
+        return len(request.branches) * (1 + snapshot_slots(request.plan.policy))
+
+    def _free_slots(self) -> int:
+        """Slots that nobody has a claim on: running requests may still fork or take snapshots."""
+        claimed = sum(self.slots_for(r) for r in {b.request: None for b in self.running})
+        held = sum(
+            1 + len(b.sequence.snapshots)
+            for b in self.running
+            if b.sequence is not None and b.sequence.slot >= 0
+        )
+        return self.cache.slots.free - (claimed - held)
+
+    def _admit(self) -> None:
+        """Lets preempted branches back in first, then requests in order of arrival."""
+        for branch in self.running:
+            saved = branch.sequence.saved if branch.sequence else None
+            if saved is None:
+                continue
+            # One page to spare, so that it does not fall out again at once.
+            if saved.page_count + 1 > self.cache.pages.free and self._active():
+                return
+            try:
+                self.cache.resume(branch.sequence)
+            except OutOfCapacity:
+                return
+        while self.waiting:
+            request = self.waiting[0]
+            if not request.cancelled and not self._fits_now(request):
+                return
+            self.waiting.popleft()
+            if request.cancelled:
+                self._end_request(request, "cancelled")
+            else:
+                self._start(request)
+
+    def _fits_now(self, request: Request) -> bool:
+        pages = -(-(len(request.prompt_ids) + 1) // PAGE) if self.cache.k else 0
+        return (
+            len(self.running) + len(request.branches) <= self.max_running
+            and self._free_slots() >= self.slots_for(request)
+            and self.cache.pages.free >= pages
+        )
+
+    def _active(self) -> list[Branch]:
+        return [b for b in self.running if b.ready]
+
+    def _start(self, request: Request) -> None:
+        """Opens the sequence of the first branch; the others fork from it after the prompt."""
+        request.started = time.perf_counter()
+        first = request.branches[0]
+        self.running.extend(request.branches)
+        first.sequence = self.cache.open(track=request.track)
+        self._guard(first, lambda: self._decide(first, list(request.prompt_ids)))
+
+    # -- one pass ----------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Admits, runs one pass, samples. Returns whether a pass ran."""
+        self._drop_cancelled()
+        self._admit()
+        batch = self._form()
+        if not batch:
+            return False
+        chosen = {id(b) for b, _ in batch}
+        for branch in self.running:
+            branch.waited = 0 if id(branch) in chosen or not branch.ready else branch.waited + 1
+        segments = [
+            Segment(b.sequence, b.pending[0].tokens[:n], b.pending[0].width, b.pending[0].kind,
+                    "last" if self._completes(b, n) else "none")
+            for b, n in batch
+        ]  # fmt: skip
+        start = time.perf_counter()
+        result = self.model.forward(segments)
+        if all(s.kind == "step" for s in segments):
+            widest = max(self._width_index[s.width] for s in segments)
+            self.costs.record(widest, len(segments), time.perf_counter() - start)
+        self.stats.passes += 1
+        self.stats.tokens_read += sum(n for _, n in batch)
+        rows, branches = [], []
+        for i, (branch, n) in enumerate(batch):
+            sampling = self._completes(branch, n)
+            self._consume(branch, n)
+            keep_snapshots(self.cache, branch.sequence, branch.request.plan.policy)
+            if sampling:
+                branches_of = self._fork(branch)
+                rows += [result.spans[i][0]] * len(branches_of)
+                branches += branches_of
+        if branches:
+            for branch, drawn in zip(branches, self.sampler.draw(result.logits, rows, branches)):
+                self._guard(branch, lambda b=branch, d=drawn: self._take(b, d))
+        return True
+
+    @staticmethod
+    def _completes(branch: Branch, n: int) -> bool:
+        return len(branch.pending) == 1 and n == len(branch.pending[0].tokens)
+
+    @staticmethod
+    def _consume(branch: Branch, n: int) -> None:
+        read = branch.pending[0]
+        if n == len(read.tokens):
+            branch.pending.pop(0)
+        else:
+            branch.pending[0] = Read(read.tokens[n:], read.width, read.kind)
+
+    def _form(self) -> list[tuple[Branch, int]]:
+        """The next pass, after making room for it by preemption where needed."""
+        while True:
+            ready = self._active()
+            candidates = [
+                Candidate(
+                    key=i, width=self._width_index[b.pending[0].width],
+                    tokens=len(b.pending[0].tokens), kind=b.pending[0].kind,
+                    position=b.sequence.length, waited=b.waited,
+                )
+                for i, b in enumerate(ready)
+            ]  # fmt: skip
+            batch = form_batch(candidates, self.limits, self.costs, self.mixing)
+            chosen = [(ready[key], n) for key, n in batch]
+            needed = sum(self.cache.pages_needed(b.sequence, n) for b, n in chosen)
+            if not self.cache.k or needed <= self.cache.pages.free:
+                return chosen
+            self._preempt_youngest(ready)
+
+    def _preempt_youngest(self, ready: list[Branch]) -> None:
+        """Moves the youngest branch out; the only one left has nowhere to go and fails."""
+        victim = ready[-1]
+        if len(ready) == 1:
+            free = self.cache.pages.free
+            error = OutOfCapacity(
+                f"{victim.request.request_id}: KV pages must be free to continue at "
+                f"{victim.sequence.length} tokens, free {free} of {self.cache.pages.size}; close "
+                "open sequences or give the engine more kv_cache_memory_bytes"
+            )
+            self._fail(victim, error)
+            return
+        logger.info("preempting %s at %d tokens", victim.request.request_id, victim.sequence.length)
+        self.cache.preempt(victim.sequence)
+        victim.request.preemptions += 1
+        self.stats.preemptions += 1
+
+    def _fork(self, branch: Branch) -> list[Branch]:
+        """After the prompt: gives the other branches of the request their own sequences."""
+        request = branch.request
+        if request.first_token is None:
+            request.first_token = time.perf_counter()
+        if branch.index != 0 or branch.token_ids:
+            return [branch]
+        for other in request.branches[1:]:
+            if other.sequence is None and other.finish_reason is None:
+                other.sequence = self.cache.fork(branch.sequence)
+                other.width, other.phase = branch.width, branch.phase
+        return [b for b in request.branches if b.finish_reason is None]
+
+    # -- tokens ------------------------------------------------------------------------------
+
+    def _guard(self, branch: Branch, action) -> None:
+        """Runs what may call a user's code; its failure ends this branch alone."""
+        try:
+            action()
+        except Exception as error:
+            self._fail(branch, error)
+
+    def _take(self, branch: Branch, drawn: Drawn) -> None:
+        """Adds a sampled token and decides what comes next."""
+        if drawn.token < 0:
+            raise branch.request.error or NonFiniteLogits(
+                f"{branch.request.request_id}: logits must be finite to be sampled, got NaN or "
+                f"nothing finite at token {len(branch.token_ids)} at width {branch.width}"
+            )
+        branch.entropy = drawn.entropy
+        if not self._append(branch, drawn.token, branch.phase, False, drawn):
+            self._decide(branch, [drawn.token])
+
+    def _decide(self, branch: Branch, unread: list[int]) -> None:
+        """Asks the plan for the next width, appends what it forces, prepares the reads."""
+        decision: Decision = branch.plan.next(branch.token_ids, branch.entropy)
+        if decision.width not in self._width_index:
+            known = ", ".join(self._width_index)
+            raise ValueError(f"plan: width must be one of {known}, got {decision.width!r}")
+        before, branch.phase = branch.phase, decision.phase
+        changed = branch.width not in ("", decision.width)
+        branch.width = decision.width
+        for token in decision.forced:
+            unread.append(token)
+            if self._append(branch, token, before, True, None):
+                return
+        if changed:
+            reads, again = switch(
+                self.cache, branch.sequence, unread, decision.width, branch.request.plan.policy,
+                self.model.widths,
+            )  # fmt: skip
+            branch.request.rebuilt_tokens += again
+            self.stats.rebuilt_tokens += again
+        else:
+            kind = "step" if branch.sequence.tokens else "prefill"
+            reads = [Read(unread, decision.width, kind)]
+        branch.pending = [part for read in reads for part in _single_steps(read)]
+
+    def _append(
+        self, branch: Branch, token: int, phase, forced: bool, drawn: Drawn | None
+    ) -> bool:
+        """Adds one token to the output; True if the branch ended with it."""
+        request, params = branch.request, branch.request.params
+        branch.token_ids.append(token)
+        count = len(branch.token_ids)
+        may_stop = count >= params.min_tokens
+        hidden = False
+        if not forced and may_stop:
+            is_eos = token in self.eos_ids and not params.ignore_eos
+            if is_eos or token in params.stop_token_ids:
+                hidden = True
+                branch.finish_reason = "stop"
+                branch.stop_reason = token if token in params.stop_token_ids else None
+        full = len(request.prompt_ids) + count >= self.model.max_length
+        if branch.finish_reason is None and (count == params.max_tokens or full):
+            branch.finish_reason = "length"
+        ended = branch.finish_reason is not None
+        text = branch.push_text(token, ended, hidden, may_stop)
+        top = drawn.logprobs if drawn else None
+        logprob = top[token][0] if top else None
+        branch.emit(Token(token, text, branch.width, phase, forced, logprob, top))
+        if branch.finish_reason is not None:
+            self._end(branch)
+        return branch.finish_reason is not None
+
+    # -- ends --------------------------------------------------------------------------------
+
+    def _end(self, branch: Branch) -> None:
+        """Gives the branch's place back; finishes the request with its last branch."""
+        if branch.sequence is not None:
+            self.cache.close(branch.sequence)
+        branch.pending = []
+        if branch in self.running:
+            self.running.remove(branch)
+        request = branch.request
+        if all(b.finish_reason is not None for b in request.branches):
+            request.finish(request.error)
+
+    def _fail(self, branch: Branch, error: Exception) -> None:
+        """Ends a branch with an error, and with it its request."""
+        request = branch.request
+        logger.warning("%s ended with an error: %s", request.request_id, error)
+        request.error = error
+        for other in request.branches:
+            if other.finish_reason is None:
+                other.finish_reason, other.stop_reason = "error", str(error)
+                self._end(other)
+
+    def _end_request(self, request: Request, reason: str) -> None:
+        for branch in request.branches:
+            if branch.finish_reason is None:
+                branch.finish_reason = reason
+                self._end(branch)
+
+    def _drop_cancelled(self) -> None:
+        for request in {b.request: None for b in self.running if b.request.cancelled}:
+            self._end_request(request, "cancelled")
+        for request in [r for r in self.waiting if r.cancelled]:
+            self.waiting.remove(request)
+            self._end_request(request, "cancelled")
+
+    def abandon(self, error_of) -> None:
+        """Ends everything, each request with the error that `error_of(request)` makes."""
+        for request in {b.request: None for b in self.running}:
+            self._fail(request.branches[0], error_of(request))
+            for branch in request.branches:
+                if branch.finish_reason is None:
+                    self._fail(branch, error_of(request))
+        while self.waiting:
+            request = self.waiting.popleft()
+            for branch in request.branches:
+                branch.finish_reason = "error"
+            request.finish(error_of(request))
+
+
+def _single_steps(read: Read) -> list[Read]:
+    """A read of several steps as one read per token: a pass takes one step of a sequence."""
+    if read.kind != "step":
+        return [read]
+    return [Read([token], read.width, "step") for token in read.tokens]

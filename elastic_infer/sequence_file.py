@@ -1,0 +1,145 @@
+"""A sequence in a file: safetensors with state, KV, tokens and width runs, in checkpoint order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cache import PAGE, Run, Saved, SavedState, Sequence
+from .errors import CheckpointError
+from .weights import rank_major
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+VERSION = "1"
+
+
+def _checkpoint_order(engine: Engine) -> list[list[int]]:
+    """Per Mamba layer: for each head of the cache its rank among the heads in checkpoint order."""
+    config, served = engine.config, engine._model.weights.served
+    orders = []
+    for layer in config.layers_of("M"):
+        heads = rank_major(
+            config.mamba_num_heads, served.mamba_num_heads[layer], config.n_groups
+        )
+        orders.append(sorted(range(len(heads)), key=lambda i: heads[i]))
+    return orders
+
+
+def _conv_order(engine: Engine, heads: list[int], channels: int) -> list[int]:
+    P = engine.config.mamba_head_dim
+    x = [h * P + p for h in heads for p in range(P)]
+    return x + list(range(len(x), channels))
+
+
+def save_sequence(
+    path, engine: Engine, sequence: Sequence, width: str, unread: list[int], logits
+) -> None:
+    """Writes a sequence. Heads are in checkpoint order, KV without the unused end of its last page.
+
+    path: file to write. width: what reads on. unread: tokens that are not in the cache yet.
+    logits: float32 [V] after the last read token, or None.
+    """
+    saved = engine._model.cache.export(sequence)
+    tensors = {}
+    for i, (k, v) in enumerate(saved.kv):
+        for name, pages in (("k", k), ("v", v)):
+            flat = pages[saved.pages].transpose(1, 2).flatten(0, 1)  # [tokens, Hkv, K]
+            tensors[f"attention.{i}.{name}"] = flat[: sequence.length].contiguous()
+    for i, ((ssm, conv), order) in enumerate(zip(saved.state.layers, _checkpoint_order(engine))):
+        tensors[f"mamba.{i}.ssm"] = ssm[order].contiguous()
+        tensors[f"mamba.{i}.conv"] = conv[_conv_order(engine, order, conv.shape[0])].contiguous()
+    if logits is not None:
+        tensors["logits"] = logits.contiguous()
+    tensors["tokens"] = torch.tensor(sequence.tokens, dtype=torch.int32)
+    tensors["unread"] = torch.tensor(unread, dtype=torch.int32)
+    runs = [[r.width, r.kind, r.count, r.tracked] for r in sequence.runs]
+    metadata = {
+        "format": "elastic_infer.sequence",
+        "version": VERSION,
+        "fingerprint": engine.fingerprint,
+        "width": width,
+        "track": json.dumps(sequence.track),
+        "runs": json.dumps(runs),
+    }
+    from safetensors.torch import save_file
+
+    save_file(tensors, str(path), metadata=metadata)
+
+
+def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int], object]:
+    """Reads what `save_sequence` wrote: (sequence without a place, its content, width, unread
+    tokens, logits or None).
+
+    Raises: CheckpointError for a file that is no sequence, is damaged, belongs to other weights,
+        or does not fit the served width.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"sequence file: path must name a file, got {path}")
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"sequence file: {path} must be whole safetensors, got: {error}"
+        ) from error
+    if metadata.get("format") != "elastic_infer.sequence" or metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"sequence file: {path} must be an elastic_infer sequence of version {VERSION}, got "
+            f"{metadata.get('format')!r} version {metadata.get('version')!r}"
+        )
+    if metadata["fingerprint"] != engine.fingerprint:
+        raise CheckpointError(
+            f"sequence file: {path} must belong to these weights ({engine.fingerprint[:12]}…), got "
+            f"one for {metadata['fingerprint'][:12]}…; load it with the checkpoint that wrote it"
+        )
+    runs = [Run(w, k, c, t) for w, k, c, t in json.loads(metadata["runs"])]
+    engine._check_width(metadata["width"])
+    for run in runs:
+        engine._check_width(run.width)
+    tokens = tensors["tokens"].tolist()
+    sequence = Sequence(tokens=tokens, runs=runs, track=json.loads(metadata["track"]))
+    saved = _content(path, engine, tensors, len(tokens))
+    return sequence, saved, metadata["width"], tensors["unread"].tolist(), tensors.get("logits")
+
+
+def _content(path, engine: Engine, tensors: dict, length: int) -> Saved:
+    """The tensors of a file in the cache's own order and shapes."""
+    cache, pages = engine._model.cache, -(-length // PAGE)
+    kv = []
+    for i, (k, v) in enumerate(zip(cache.k, cache.v)):
+        pair = []
+        for name, like in (("k", k), ("v", v)):
+            flat = _expect(path, tensors, f"attention.{i}.{name}",
+                           (length, like.shape[1], like.shape[3]), like.dtype)  # fmt: skip
+            room = torch.zeros(pages * PAGE, *flat.shape[1:], dtype=flat.dtype)
+            room[:length] = flat
+            pair.append(room.unflatten(0, (pages, PAGE)).transpose(1, 2).contiguous())
+        kv.append(tuple(pair))
+    states = []
+    for i, (ssm, conv, order) in enumerate(zip(cache.ssm, cache.conv, _checkpoint_order(engine))):
+        inverse = torch.tensor(order).argsort()
+        saved_ssm = _expect(path, tensors, f"mamba.{i}.ssm", ssm.shape[1:], ssm.dtype)
+        saved_conv = _expect(path, tensors, f"mamba.{i}.conv", conv.shape[1:], conv.dtype)
+        channels = torch.tensor(_conv_order(engine, order, conv.shape[1])).argsort()
+        states.append((saved_ssm[inverse], saved_conv[channels]))
+    used = list(range(pages)) if cache.k else []
+    return Saved(kv=kv, pages=used, state=SavedState(states), snapshots=[])
+
+
+def _expect(path, tensors: dict, name: str, shape, dtype: torch.dtype) -> torch.Tensor:
+    tensor = tensors.get(name)
+    if tensor is None or tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+        got = "none" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+        raise CheckpointError(
+            f"sequence file: {path} must hold {name} as {dtype}{list(shape)} for this engine's "
+            f"served width, got {got}"
+        )
+    return tensor

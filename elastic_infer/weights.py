@@ -1,0 +1,277 @@
+"""Weights in memory: every matmul weight once, as 64x64 tiles; heads in rank-major order.
+
+Rank-major: Mamba head ``i * G + g`` here is the i-th head of group g in the checkpoint, and query
+head ``i * Hkv + h`` the i-th of KV head h, so that the heads of every width are a flat prefix.
+Only what the served width needs is read from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+from .checkpoint import Checkpoint
+from .config import ModelConfig, Width
+from .ops.matmul import TiledWeight
+from .ops.moe_matmul import ExpertWeights
+
+Progress = Callable[[str, int], None]
+
+
+def rank_major(total: int, kept: int, groups: int) -> list[int]:
+    """Checkpoint indices of the kept heads in rank-major order: the best head of every group, then
+    the second best of every group, and so on. total, kept: heads, multiples of groups."""
+    per_group = total // groups
+    return [g * per_group + i for i in range(kept // groups) for g in range(groups)]
+
+
+def head_rows(heads: list[int], size: int, start: int = 0) -> list[int]:
+    """Row indices of whole heads of `size` rows, offset by `start`."""
+    return [start + h * size + p for h in heads for p in range(size)]
+
+
+@dataclass
+class MambaWeights:
+    """One Mamba layer. in_proj has the segments z | x | B | C | dt."""
+
+    norm: torch.Tensor  # [D]
+    in_proj: TiledWeight
+    conv_weight: torch.Tensor  # [C, 4] float32
+    conv_bias: torch.Tensor  # [C] float32
+    A_log: torch.Tensor  # [H] float32
+    D: torch.Tensor  # [H] float32
+    dt_bias: torch.Tensor  # [H] float32
+    gated_norm: torch.Tensor  # [H * P]
+    out_proj: TiledWeight
+
+
+@dataclass
+class AttentionWeights:
+    """One attention layer. qkv has the segments q | k | v."""
+
+    norm: torch.Tensor
+    qkv: TiledWeight
+    o_proj: TiledWeight
+
+
+@dataclass
+class MlpWeights:
+    """One plain MLP layer: down(relu(up x)^2)."""
+
+    norm: torch.Tensor
+    up: TiledWeight
+    down: TiledWeight
+
+
+@dataclass
+class MoeWeights:
+    """One mixture-of-experts layer with its shared expert; the router is float32."""
+
+    norm: torch.Tensor
+    gate: TiledWeight
+    correction_bias: torch.Tensor  # [E] float32
+    up: ExpertWeights
+    down: ExpertWeights
+    shared_up: TiledWeight
+    shared_down: TiledWeight
+
+
+LayerWeights = MambaWeights | AttentionWeights | MlpWeights | MoeWeights
+
+
+@dataclass
+class Weights:
+    """All weights of the served width."""
+
+    embedding: torch.Tensor  # [V, D] row-major
+    layers: list[LayerWeights]
+    final_norm: torch.Tensor
+    head: TiledWeight
+    served: Width
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights in memory; a tied head counts as the copy that it is."""
+        return sum(_nbytes(getattr(self, f.name)) for f in fields(self))
+
+
+def _nbytes(value) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (TiledWeight, ExpertWeights)):
+        return _nbytes(value.image)
+    if isinstance(value, list):
+        return sum(_nbytes(v) for v in value)
+    if isinstance(value, LayerWeights):
+        return sum(_nbytes(getattr(value, f.name)) for f in fields(value))
+    return 0
+
+
+class WeightLoader:
+    """Reads the served width of a checkpoint into tiles.
+
+    checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of matmul weights,
+    norms and activations. run: a Pool for packing. progress: called with (what, bytes).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        served: Width,
+        dtype: torch.dtype,
+        run=None,
+        progress: Progress | None = None,
+    ):
+        self.checkpoint, self.config, self.served = checkpoint, checkpoint.config, served
+        self.dtype, self.run, self.progress = dtype, run, progress
+        self.D = served.hidden_size
+
+    def load(self) -> Weights:
+        """Reads and packs everything."""
+        c = self.config
+        readers = {"M": self._mamba, "*": self._attention, "-": self._mlp, "E": self._moe}
+        embedding = self._read("backbone.embeddings.weight", cols=slice(0, self.D))
+        layers = [readers[kind](i) for i, kind in enumerate(c.layers)]
+        name = "backbone.embeddings.weight" if c.tie_word_embeddings else "lm_head.weight"
+        return Weights(
+            embedding=embedding,
+            layers=layers,
+            final_norm=self._read("backbone.norm_f.weight", rows=slice(0, self.D)),
+            head=self._tiled([(name, slice(0, c.vocab_size))], slice(0, self.D)),
+            served=self.served,
+            dtype=self.dtype,
+        )
+
+    def _read(self, name: str, rows=None, cols=None, dtype: torch.dtype | None = None):
+        tensor = self.checkpoint.tensor(name, rows, cols)
+        if self.progress:
+            self.progress(name, tensor.numel() * tensor.element_size())
+        return tensor.to(dtype or self.dtype).contiguous()
+
+    def _tiled(self, parts: list[tuple[str, object]], cols, dtype=None) -> TiledWeight:
+        """A tiled matrix whose segments are (tensor, rows) of `parts`, all cut to `cols`."""
+        first = self._read(*parts[0], cols, dtype)
+        counts = [_count(rows) for _, rows in parts]
+        tiled = TiledWeight.empty(counts, first.shape[1], first.dtype)
+        for i, (name, rows) in enumerate(parts):
+            tiled.fill(i, first if i == 0 else self._read(name, rows, cols, dtype), self.run)
+        return tiled
+
+    def _norm(self, layer: int) -> torch.Tensor:
+        return self._read(f"backbone.layers.{layer}.norm.weight", slice(0, self.D))
+
+    def _mamba(self, layer: int) -> MambaWeights:
+        c, at = self.config, f"backbone.layers.{layer}.mixer."
+        H, P, bc = c.mamba_num_heads, c.mamba_head_dim, c.n_groups * c.ssm_state_size
+        heads = rank_major(H, self.served.mamba_num_heads[layer], c.n_groups)
+        x_rows, inner = head_rows(heads, P), H * P
+        in_proj = at + "in_proj.weight"
+        segments = [
+            (in_proj, x_rows),
+            (in_proj, head_rows(heads, P, inner)),
+            (in_proj, slice(2 * inner, 2 * inner + bc)),
+            (in_proj, slice(2 * inner + bc, 2 * inner + 2 * bc)),
+            (in_proj, [2 * inner + 2 * bc + h for h in heads]),
+        ]
+        channels = x_rows + list(range(inner, inner + 2 * bc))
+        per_head = {
+            n: self._read(at + n, heads, dtype=torch.float32) for n in ("A_log", "D", "dt_bias")
+        }
+        conv = self._read(at + "conv1d.weight", channels, dtype=torch.float32)
+        return MambaWeights(
+            norm=self._norm(layer),
+            in_proj=self._tiled(segments, slice(0, self.D)),
+            conv_weight=conv.reshape(len(channels), -1),
+            conv_bias=self._read(at + "conv1d.bias", channels, dtype=torch.float32),
+            gated_norm=self._read(at + "norm.weight", x_rows),
+            out_proj=self._tiled([(at + "out_proj.weight", slice(0, self.D))], x_rows),
+            **per_head,
+        )
+
+    def _attention(self, layer: int) -> AttentionWeights:
+        c, at = self.config, f"backbone.layers.{layer}.mixer."
+        kv, size = c.num_key_value_heads, c.head_dim
+        heads = rank_major(c.num_attention_heads, self.served.num_attention_heads[layer], kv)
+        q_rows, kv_rows = head_rows(heads, size), slice(0, kv * size)
+        parts = [(at + "q_proj.weight", q_rows), (at + "k_proj.weight", kv_rows),
+                 (at + "v_proj.weight", kv_rows)]  # fmt: skip
+        return AttentionWeights(
+            norm=self._norm(layer),
+            qkv=self._tiled(parts, slice(0, self.D)),
+            o_proj=self._tiled([(at + "o_proj.weight", slice(0, self.D))], q_rows),
+        )
+
+    def _up_down(self, at: str, width: int) -> tuple[TiledWeight, TiledWeight]:
+        up = self._tiled([(at + "up_proj.weight", slice(0, width))], slice(0, self.D))
+        down = self._tiled([(at + "down_proj.weight", slice(0, self.D))], slice(0, width))
+        return up, down
+
+    def _mlp(self, layer: int) -> MlpWeights:
+        at, width = f"backbone.layers.{layer}.mixer.", self.served.intermediate_size[layer]
+        return MlpWeights(self._norm(layer), *self._up_down(at, width))
+
+    def _moe(self, layer: int) -> MoeWeights:
+        at, served = f"backbone.layers.{layer}.mixer.", self.served
+        E, F = served.n_routed_experts[layer], served.moe_intermediate_size[layer]
+        up = ExpertWeights.empty(E, F, self.D, self.dtype)
+        down = ExpertWeights.empty(E, self.D, F, self.dtype)
+        for e in range(E):
+            name = f"{at}experts.{e}."
+            hidden, inner = slice(0, self.D), slice(0, F)
+            up.fill(e, self._read(name + "up_proj.weight", inner, hidden), self.run)
+            down.fill(e, self._read(name + "down_proj.weight", hidden, inner), self.run)
+        gate = [(at + "gate.weight", slice(0, E))]
+        shared = served.moe_shared_expert_intermediate_size[layer]
+        shared_up, shared_down = self._up_down(at + "shared_experts.", shared)
+        bias = at + "gate.e_score_correction_bias"
+        return MoeWeights(
+            norm=self._norm(layer),
+            gate=self._tiled(gate, slice(0, self.D), torch.float32),
+            correction_bias=self._read(bias, slice(0, E), dtype=torch.float32),
+            up=up,
+            down=down,
+            shared_up=shared_up,
+            shared_down=shared_down,
+        )
+
+
+def _count(rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def activation_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype the model runs in: "auto" takes the stored dtype of the embedding (float16, which
+    the kernels do not take, becomes float32).
+
+    Raises: ValueError for anything but auto, float32 and bfloat16.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        stored = checkpoint.dtype_of("backbone.embeddings.weight")
+        return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+    if isinstance(dtype, torch.dtype) and dtype in known.values():
+        return dtype
+    if dtype in known:
+        return known[dtype]
+    raise ValueError(f"engine: dtype must be auto, float32 or bfloat16, got {dtype}")
+
+
+def activation_columns(config: ModelConfig, served: Width) -> int:
+    """Widest projection output that a pass needs room for, in elements per row."""
+    widest = 0
+    for layer, kind in enumerate(config.layers):
+        if kind == "M":
+            heads = served.mamba_num_heads[layer]
+            bc = config.n_groups * config.ssm_state_size
+            widest = max(widest, 2 * heads * config.mamba_head_dim + 2 * bc + heads)
+        elif kind == "*":
+            heads = served.num_attention_heads[layer] + 2 * config.num_key_value_heads
+            widest = max(widest, heads * config.head_dim)
+        elif kind == "-":
+            widest = max(widest, served.intermediate_size[layer])
+        else:
+            widest = max(widest, served.moe_shared_expert_intermediate_size[layer])
+    return widest
