@@ -1,1 +1,83 @@
-"""Inference of elastic hybrid models: many widths, one set of weights, one cache."""
+"""Inference of elastic hybrid models: many widths, one set of weights, one cache.
+
+    from elastic_infer import Engine, Plan, SamplingParams, demo_model
+
+    engine = Engine.from_pretrained(demo_model())
+    plan = Plan.think_answer(think="S", answer="L")
+    print(engine.generate("(48+17)*3-29=", plan=plan).text)
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import (
+    CheckpointError,
+    ElasticError,
+    EngineFull,
+    InvalidRequest,
+    NonFiniteLogits,
+    OutOfCapacity,
+    RequestCancelled,
+    WidthError,
+)
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .outputs import Choice, Output, Token
+    from .plan import Plan
+    from .sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+# Importing torch takes seconds: what needs it is imported when it is first used.
+_LAZY = {
+    "Engine": "engine",
+    "EngineSequence": "session",
+    "Plan": "plan",
+    "Policy": "plan",
+    "SamplingParams": "sampling",
+    "Output": "outputs",
+    "Choice": "outputs",
+    "Token": "outputs",
+    "Request": "request",
+    "Checkpoint": "checkpoint",
+    "Width": "config",
+}
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Choice",
+    "ElasticError",
+    "Engine",
+    "EngineFull",
+    "EngineSequence",
+    "InvalidRequest",
+    "NonFiniteLogits",
+    "OutOfCapacity",
+    "Output",
+    "Plan",
+    "Policy",
+    "Request",
+    "RequestCancelled",
+    "SamplingParams",
+    "Token",
+    "Width",
+    "WidthError",
+    "__version__",
+    "demo_model",
+]
+
+
+def demo_model() -> Path:
+    """Folder of the small elastic reasoner that ships with the package (see its README.md)."""
+    return Path(__file__).parent / "models" / "reasoner"
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

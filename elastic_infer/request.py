@@ -13,6 +13,7 @@ from .cache import Sequence
 from .errors import ElasticError, RequestCancelled
 from .outputs import Choice, FinishReason, Output, Times, Token, Usage
 from .plan import Plan, PlanRun
+
 from .sampling import RowProcessors, SamplingParams
 from .switching import Read
 from .text import Detokenizer, StopStrings, split_reasoning

@@ -1,0 +1,187 @@
+// Computes: moe_matmul (moe_matmul.h).
+// Layout: entries (row, choice) sorted by expert; the rows of one expert are gathered into a panel
+//   (gemm.h), so its weights are read once per 256 of its rows.
+// Work split: sort on the caller; then three rounds of parts: (expert, range of up tile rows),
+//   (expert, range of down tile rows), rows to combine. With few experts the ranges are short, so
+//   that all threads have work also at one row.
+// Order: products as in gemm.h; the sum over a row's experts ascends by expert.
+// Limits: D, F and their prefixes are multiples of 16.
+// Speed: see the op table in the README (bench/ops.py).
+#include "moe_matmul.h"
+
+#include "../../core/gemm.h"
+#include "../../core/pool.h"
+
+namespace ei::EI_ISA {
+namespace {
+
+// The arguments with the workspace's parts and the sizes that every phase needs.
+struct Moe {
+  const MoeMatmulArgs& a;
+  int R, J, E, D, F, active = 0;
+  int32_t *entry, *order, *begin, *cursor, *experts;
+  char *middle, *result;
+
+  explicit Moe(const MoeMatmulArgs& args) : a(args) {
+    R = static_cast<int>(a.x.shape[0]);
+    J = static_cast<int>(a.ids.shape[1]);
+    E = static_cast<int>(a.up.shape[0]);
+    D = static_cast<int>(a.x.shape[1]);
+    F = static_cast<int>(a.F);
+    const MoeWorkspace w = moe_workspace(R, J, E, D, F, dtype_size(a.x.dtype));
+    char* base = a.workspace.ptr<char>();
+    entry = reinterpret_cast<int32_t*>(base + w.entry);
+    order = reinterpret_cast<int32_t*>(base + w.order);
+    begin = reinterpret_cast<int32_t*>(base + w.begin);
+    cursor = reinterpret_cast<int32_t*>(base + w.cursor);
+    experts = reinterpret_cast<int32_t*>(base + w.active);
+    middle = base + w.middle;
+    result = base + w.result;
+  }
+  int width(int row) const { return a.row_width ? a.row_width.ptr<int32_t>()[row] : 0; }
+  int k(int row) const { return a.row_width ? a.k_sizes.ptr<int32_t>()[width(row)] : D; }
+  int f(int row) const { return a.row_width ? a.f_sizes.ptr<int32_t>()[width(row)] : F; }
+};
+
+// Counting sort of the entries by expert. False when an id is out of range.
+bool sort_entries(Moe& m, Pool& pool) {
+  std::memset(m.begin, 0, (m.E + 1) * sizeof(int32_t));
+  for (int r = 0; r < m.R; ++r)
+    for (int j = 0; j < m.J; ++j) {
+      const int32_t id = m.a.ids.ptr<int32_t>()[r * m.a.ids.stride[0] + j];
+      if (id < 0 || id >= m.E) {
+        pool.fail("moe_matmul: ids must hold experts in [0, " + std::to_string(m.E) + "), got " +
+                  std::to_string(id) + " at row " + std::to_string(r));
+        return false;
+      }
+      ++m.begin[id + 1];
+    }
+  for (int e = 0; e < m.E; ++e) {
+    if (m.begin[e + 1] > 0) m.experts[m.active++] = e;
+    m.begin[e + 1] += m.begin[e];
+    m.cursor[e] = m.begin[e];
+  }
+  for (int r = 0; r < m.R; ++r)
+    for (int j = 0; j < m.J; ++j)
+      m.entry[m.cursor[m.a.ids.ptr<int32_t>()[r * m.a.ids.stride[0] + j]]++] = r * m.J + j;
+  std::memset(m.cursor, 0, m.R * sizeof(int32_t));
+  for (int p = 0; p < m.R * m.J; ++p) {
+    const int r = m.entry[p] / m.J;
+    m.order[r * m.J + m.cursor[r]++] = p;
+  }
+  return true;
+}
+
+// Both directions differ in where rows come from and go to, and in the activation.
+enum class Phase { up, down };
+
+template <class X>
+void store_up(const float* sums, X* out, int n) {
+  const V zero = V::set(0.0f);
+  for (int c = 0; c < n; c += V::kLanes) {
+    X projected[V::kLanes];  // rounded before the activation
+    store(projected, V::load(sums + c));
+    const V v = max(zero, V::load(projected));  // in this order a NaN stays one
+    store(out + c, mul(v, v));
+  }
+}
+
+// One expert, tile rows [first, end), all of its rows.
+template <class X, Phase P>
+void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int end) {
+  constexpr bool up = P == Phase::up;
+  const int in = up ? m.D : m.F, out_size = up ? m.F : m.D;
+  const bool pairs = use_pairs<X>(m.a.w_dtype);
+  const int64_t row_bytes = tiles(in) * tile_bytes(m.a.w_dtype);
+  const char* image = (up ? m.a.up : m.a.down).ptr<char>() + expert * tiles(out_size) * row_bytes;
+  for (int at = m.begin[expert]; at < m.begin[expert + 1]; at += kMaxRows) {
+    const int rows = std::min(kMaxRows, m.begin[expert + 1] - at);
+    char* scratch = pool.scratch(thread);
+    int* k = reinterpret_cast<int*>(scratch);
+    int* wanted = k + rows;
+    int k_max = 0, widest = 0;
+    for (int i = 0; i < rows; ++i) {
+      const int r = m.entry[at + i] / m.J;
+      k[i] = up ? m.k(r) : m.f(r);
+      wanted[i] = up ? m.f(r) : m.k(r);
+      k_max = std::max(k_max, k[i]);
+      widest = std::max(widest, wanted[i]);
+    }
+    if (first * kTile >= widest) continue;
+    float* totals;
+    const Panel panel = place_panel(scratch + (rows * 8 + 63) / 64 * 64, rows, in, k, &totals);
+    for (int i = 0; i < rows; ++i) {
+      const X* x = up ? m.a.x.ptr<X>() + m.entry[at + i] / m.J * m.a.x.stride[0]
+                      : reinterpret_cast<const X*>(m.middle) + static_cast<int64_t>(at + i) * in;
+      fill_row(panel, i, x, pairs);
+      pad_row(panel, i, k_max, pairs);
+    }
+    X* out = reinterpret_cast<X*>(up ? m.middle : m.result) + static_cast<int64_t>(at) * out_size;
+    for (int t = first; t < end && t * kTile < widest; ++t) {
+      tile_row(panel, image + t * row_bytes, m.a.w_dtype, pairs, totals);
+      for (int i = 0; i < rows; ++i) {
+        const int n = std::clamp(wanted[i] - t * kTile, 0, kTile);
+        X* to = out + static_cast<int64_t>(i) * out_size + t * kTile;
+        const float* sums = totals + i * kTile;
+        if (up) {
+          store_up(sums, to, n);
+        } else {
+          for (int c = 0; c < n; c += V::kLanes) store(to + c, V::load(sums + c));
+        }
+      }
+    }
+  }
+}
+
+template <class X, Phase P>
+void run_phase(const Moe& m, Pool& pool) {
+  const int tile_rows = static_cast<int>(tiles(P == Phase::up ? m.F : m.D));
+  // Enough parts to balance the threads; each packs its rows anew, so no more than that.
+  const int wanted = (pool.threads() * 8 + m.active - 1) / m.active;
+  const int splits = pool.threads() == 1 ? 1 : std::clamp(wanted, 1, tile_rows);
+  pool.run(static_cast<int64_t>(m.active) * splits, [&](int64_t part, int thread) {
+    const int s = static_cast<int>(part % splits);
+    run_expert<X, P>(m, pool, thread, m.experts[part / splits], s * tile_rows / splits,
+                     (s + 1) * tile_rows / splits);
+  });
+}
+
+template <class X>
+void combine_row(const Moe& m, int r) {
+  const int n = m.k(r);
+  X* out = m.a.out.ptr<X>() + r * m.a.out.stride[0];
+  const X* shared = m.a.shared ? m.a.shared.ptr<X>() + r * m.a.shared.stride[0] : nullptr;
+  const float* weights = m.a.weights.ptr<float>() + r * m.a.weights.stride[0];
+  for (int c = 0; c < n; c += V::kLanes) {
+    V total = V::set(0.0f);
+    for (int i = 0; i < m.J; ++i) {
+      const int p = m.order[r * m.J + i];
+      const X* from = reinterpret_cast<const X*>(m.result) + static_cast<int64_t>(p) * m.D + c;
+      total = add(total, mul(V::load(from), V::set(weights[m.entry[p] - r * m.J])));
+    }
+    if (shared) total = add(total, V::load(shared + c));
+    store(out + c, total);
+  }
+  std::memset(static_cast<void*>(out + n), 0, (m.D - n) * sizeof(X));
+}
+
+template <class X>
+void run_all(Moe& m, Pool& pool) {
+  run_phase<X, Phase::up>(m, pool);
+  run_phase<X, Phase::down>(m, pool);
+  constexpr int kRows = 8;
+  pool.run((m.R + kRows - 1) / kRows, [&](int64_t part, int) {
+    const int first = static_cast<int>(part) * kRows;
+    for (int r = first; r < std::min(m.R, first + kRows); ++r) combine_row<X>(m, r);
+  });
+}
+
+}  // namespace
+
+void moe_matmul(const MoeMatmulArgs& a, Pool& pool) {
+  Moe m(a);
+  if (m.R * m.J == 0 || !sort_entries(m, pool)) return;
+  a.x.dtype == DType::bf16 ? run_all<bf16>(m, pool) : run_all<float>(m, pool);
+}
+
+}  // namespace ei::EI_ISA

@@ -1,0 +1,96 @@
+// Computes: moe_route (moe_route.h).
+// Layout: gate in float32 tiles, lane = expert; the scores of a block of rows stay in scratch.
+// Work split: parts are blocks of up to 32 rows.
+// Order: logits as in gemm.h; the chosen scores are summed in descending order of selection.
+// Limits: D and k sizes are multiples of 16.
+// Speed: see the op table in the README (bench/ops.py).
+#include "moe_route.h"
+
+#include "../../core/gemm.h"
+#include "../../core/pool.h"
+
+namespace ei::EI_ISA {
+namespace {
+
+constexpr int kRows = 32;
+
+// Chooses J of the first n experts. `score` [n] is the sigmoid; `select` [n] is overwritten.
+void choose(const float* score, float* select, const float* bias, int n, int J, float scaling,
+            int32_t* ids, float* weights) {
+  // A score that is not a number is never preferred, but its weight shows it.
+  for (int e = 0; e < n; ++e) {
+    const float s = score[e] + bias[e];
+    select[e] = s == s ? s : -INFINITY;
+  }
+  float total = 0.0f;
+  for (int j = 0; j < J; ++j) {
+    int best = -1;
+    for (int e = 0; e < n; ++e) {
+      if (best >= 0 && !(select[e] > select[best])) continue;
+      if (std::find(ids, ids + j, e) == ids + j) best = e;
+    }
+    ids[j] = best;
+    select[best] = -INFINITY;
+    total += score[best];
+  }
+  for (int j = 0; j < J; ++j) weights[j] = score[ids[j]] / (total + 1e-20f) * scaling;
+}
+
+template <class X>
+void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, int rows) {
+  const int64_t D = a.x.shape[1], E = a.bias.shape[0];
+  const int J = static_cast<int>(a.ids.shape[1]);
+  const int64_t padded = tiles(E) * kTile;
+  char* scratch = pool.scratch(thread);
+  int* k = reinterpret_cast<int*>(scratch);
+  scratch += (rows * 4 + 63) / 64 * 64;
+  float* score = reinterpret_cast<float*>(scratch);
+  float* select = score + rows * padded;
+  const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first : nullptr;
+  int k_max = 0;
+  for (int r = 0; r < rows; ++r) {
+    k[r] = width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(D);
+    k_max = std::max(k_max, k[r]);
+  }
+  float* totals;
+  const Panel panel = place_panel(reinterpret_cast<char*>(select + padded), rows, D, k, &totals);
+  for (int r = 0; r < rows; ++r) {
+    fill_row(panel, r, a.x.ptr<X>() + (first + r) * a.x.stride[0], false);
+    pad_row(panel, r, k_max, false);
+  }
+  const V one = V::set(1.0f), zero = V::set(0.0f);
+  for (int64_t t = 0; t < tiles(E); ++t) {
+    tile_row(panel, a.gate.ptr<char>() + t * a.gate.shape[1] * kF32TileBytes, DType::f32, false,
+             totals);
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < kTile; c += V::kLanes) {
+        const V logit = V::load(totals + r * kTile + c);
+        store(score + r * padded + t * kTile + c, div(one, add(one, exp(sub(zero, logit)))));
+      }
+  }
+  for (int r = 0; r < rows; ++r) {
+    const int n = width ? a.e_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(E);
+    if (n < J) {
+      pool.fail("moe_route: e_sizes must keep at least J = " + std::to_string(J) +
+                " experts, got " + std::to_string(n) + " at row " + std::to_string(first + r));
+      return;
+    }
+    choose(score + r * padded, select, a.bias.ptr<float>(), n, J, a.scaling_factor,
+           a.ids.ptr<int32_t>() + (first + r) * a.ids.stride[0],
+           a.weights.ptr<float>() + (first + r) * a.weights.stride[0]);
+  }
+}
+
+}  // namespace
+
+void moe_route(const MoeRouteArgs& a, Pool& pool) {
+  const int64_t R = a.x.shape[0];
+  pool.run((R + kRows - 1) / kRows, [&](int64_t part, int thread) {
+    const int64_t first = part * kRows;
+    const int rows = static_cast<int>(std::min<int64_t>(kRows, R - first));
+    a.x.dtype == DType::bf16 ? route_block<bf16>(a, pool, thread, first, rows)
+                             : route_block<float>(a, pool, thread, first, rows);
+  });
+}
+
+}  // namespace ei::EI_ISA

@@ -1,0 +1,165 @@
+"""What the commands share: errors as one line, colours of widths, progress, opening an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from typer.core import TyperGroup
+
+from elastic_infer.errors import ElasticError, InvalidRequest
+
+if TYPE_CHECKING:
+    from elastic_infer.checkpoint import Checkpoint
+    from elastic_infer.engine import Engine
+
+BAD_REQUEST = 2  # exit code of everything that the library refuses
+# From narrow to wide, readable on dark and light terminals, and apart for most colour-blind eyes.
+COLOURS = ("cyan", "dark_orange", "magenta", "green", "blue")
+
+
+class Commands(TyperGroup):
+    """The command group: an error of the library becomes one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ElasticError as error:
+            message = " ".join(str(error).split())
+            errors().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+            raise typer.Exit(BAD_REQUEST) from None
+
+
+def console() -> Console:
+    """Standard output, as it is now (tests replace it)."""
+    return Console(highlight=False)
+
+
+def errors() -> Console:
+    """Standard error: messages, progress bars."""
+    return Console(stderr=True, highlight=False)
+
+
+def examples(*lines: str) -> str:
+    """Help text under a command: its examples, one per line."""
+    return "\n\n".join(["[bold]Examples[/]", *(escape(line) for line in lines)])
+
+
+def colour_of(names: Sequence[str]) -> dict[str, str]:
+    """A colour per width, in the order given (narrow to wide); they repeat after five."""
+    names = list(names)
+    if len(names) == 2:
+        return {names[0]: COLOURS[0], names[1]: COLOURS[2]}
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def legend(colours: dict[str, str]) -> Text:
+    """The widths in their colours."""
+    return Text("  ").join(Text(f"■ {name}", style=colour) for name, colour in colours.items())
+
+
+def token_text(token: Any, colours: dict[str, str]) -> Text:
+    """One token in its width's colour; one that a plan forced is underlined."""
+    style = colours.get(token.width, "") + (" underline" if token.forced else "")
+    return Text(token.text if token.text is not None else f"{token.id} ", style=style)
+
+
+@contextlib.contextmanager
+def byte_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, on a terminal only; gives a function that is told of further bytes."""
+    screen = errors()
+    if not screen.is_terminal:
+        yield lambda count: None
+        return
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.update(task, advance=count)
+
+
+def open_engine(model: str, *, revision: str | None = None, **options: Any) -> Engine:
+    """`Engine.from_pretrained` with a bar while the weights are read."""
+    from elastic_infer.engine import Engine
+
+    if options.get("threads") is not None and options["threads"] < 1:
+        raise InvalidRequest(f"--threads: must be at least 1, got {options['threads']}")
+    with byte_progress(f"loading {model}", None) as advance:
+        return Engine.from_pretrained(
+            model, revision=revision, progress=lambda name, count: advance(count), **options
+        )
+
+
+def open_checkpoint(model: str, revision: str | None = None, widths: str | None = None):
+    """`Checkpoint.open`; a separate function so that torch is imported only when it is needed."""
+    from elastic_infer.checkpoint import Checkpoint
+
+    checkpoint: Checkpoint = Checkpoint.open(model, revision, widths)
+    return checkpoint
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Warnings of the library always; what it tells (INFO) with --verbose."""
+    logging.basicConfig(
+        format="%(levelname)s %(name)s: %(message)s",
+        level=logging.INFO if verbose else logging.WARNING,
+        force=True,
+    )
+
+
+def available_threads() -> int:
+    """CPU threads that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# Options that several commands take.
+Model = Annotated[str, typer.Argument(help="Checkpoint folder, or owner/name on the Hub.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+WidthTable = Annotated[str | None, typer.Option("--widths", help="JSON file with a width table.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say what is loaded, on stderr.")]
+MaxWidth = Annotated[str | None, typer.Option(help="Widest width to load; the rest is not read.")]
+OneWidth = Annotated[str | None, typer.Option(help="One width for every token.")]
+PlanText = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        help="Which width for which token: think=M,answer=L,budget=64,policy=carry or "
+        "schedule=0:S+12:L or narrow=S,wide=L,threshold=1.5",
+    ),
+]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this sum.")]
+TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(help="For repeatable sampling.")]
+
+
+def sampling_params(engine: Engine, **given: Any) -> Any:
+    """The checkpoint's generation_config.json, changed by the options that were given."""
+    import dataclasses
+
+    from elastic_infer.sampling import SamplingParams
+
+    base = SamplingParams.from_generation_config(engine._generation_config)
+    return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
+
+
+def read_plan(text: str | None, width: str | None) -> Any:
+    """The plan of --plan, None without one; together with --width it is refused."""
+    from elastic_infer.plan import parse_plan
+
+    if text is not None and width is not None:
+        raise InvalidRequest(
+            f"--width: must not be given together with --plan, got {width!r} and {text!r}"
+        )
+    return None if text is None else parse_plan(text)

@@ -1,0 +1,184 @@
+"""attention_decode: one query token per sequence against its paged cache."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _C
+from ._spec import Arguments, Case, OpSpec, draw_widths, randn
+from .kv_append import PAGE
+
+
+def attention_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    seq_width: torch.Tensor | None = None,
+    q_sizes: torch.Tensor | None = None,
+    run=None,
+) -> torch.Tensor:
+    """``out[s, n] = softmax(scale * q[s, n] @ keys.T) @ values`` over the first ``lengths[s]`` tokens
+    of sequence s; query head n uses KV head ``n % Hkv``.
+
+    Args:
+        q: [S, Hq*K] float32 or bfloat16; Hq a multiple of Hkv, K of 16.
+        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `q`, contiguous. Nothing beyond a sequence's
+            length is read.
+        out: [S, Hq*K], dtype of `q`: exact zero for inactive heads and sequences of length 0.
+        page_table: [S, P] int32: token j of sequence s is in page ``page_table[s, j // 64]`` at
+            offset ``j % 64``. Entries that the length does not need are never read.
+        lengths: [S] int32 tokens in the cache, the current one included; 0 for a padding row.
+        scale: multiplies the scores.
+        seq_width: [S] int32 index of each sequence's width, or None for all heads.
+        q_sizes: [W] int32 active query heads of each width.
+        run: None, a Pool or a Step.
+
+    Returns: `out`.
+
+    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values of
+    a recorded call are the caller's to check.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"; splits of the keys
+    as in Dao et al., "Flash-Decoding", at fixed places so that bits never depend on the batch.
+    """
+    _C.attention_decode(
+        q, k_pages, v_pages, out, page_table, lengths, scale, seq_width, q_sizes, run
+    )
+    return out
+
+
+def active_heads(a: Arguments, s: int) -> int:
+    """Active query heads of sequence s."""
+    if a["seq_width"] is None:
+        return a["q"].shape[1] // a["k_pages"].shape[3]
+    return int(a["q_sizes"][int(a["seq_width"][s])])
+
+
+def cached(a: Arguments, name: str, s: int, tokens: int) -> torch.Tensor:
+    """The first `tokens` keys or values of sequence s, [tokens, Hkv, K]."""
+    table = a["page_table"][s, : -(-tokens // PAGE)].long()
+    return a[name][table].transpose(1, 2).flatten(0, 1)[:tokens]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """One token's attention: q [heads, K], k and v [tokens, Hkv, K], computed in float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    heads = torch.arange(q.shape[0]) % k.shape[1]
+    scores = torch.einsum("nk,jnk->nj", q.to(wide), k[:, heads].to(wide)) * scale
+    return torch.einsum("nj,jnk->nk", scores.softmax(-1), v[:, heads].to(wide)).to(q.dtype)
+
+
+def draw_cache(generator: torch.Generator, tokens: list[int], Hkv: int, K: int, dtype: torch.dtype):
+    """Pages and a page table for sequences of the given lengths, pages in shuffled order, unneeded
+    entries -1: k_pages, v_pages, page_table."""
+    needed = [-(-n // PAGE) for n in tokens]
+    order = torch.randperm(sum(needed) + 2, generator=generator).to(torch.int32)
+    table = torch.full((len(tokens), max(needed) + 1), -1, dtype=torch.int32)
+    at = 0
+    for s, n in enumerate(needed):
+        table[s, :n] = order[at : at + n]
+        at += n
+    shape = (len(order), Hkv, PAGE, K)
+    return randn(generator, *shape, dtype=dtype), randn(generator, *shape, dtype=dtype), table
+
+
+def poison_cache(a: Arguments, tokens: list[int]) -> None:
+    """NaN into every place of the pages that no sequence's first tokens occupy."""
+    used = torch.zeros(a["k_pages"].shape[0], PAGE, dtype=torch.bool)
+    for s, n in enumerate(tokens):
+        for p in range(-(-n // PAGE)):
+            used[int(a["page_table"][s, p]), : min(PAGE, n - p * PAGE)] = True
+    for name in ("k_pages", "v_pages"):
+        a[name].transpose(1, 2)[~used] = float("nan")
+
+
+def _reference(a: Arguments) -> dict[str, torch.Tensor]:
+    out = torch.zeros_like(a["out"])
+    K = a["k_pages"].shape[3]
+    for s, n in enumerate(a["lengths"].tolist()):
+        heads = active_heads(a, s)
+        if n and heads:
+            q = a["q"][s, : heads * K].view(heads, K)
+            k, v = cached(a, "k_pages", s, n), cached(a, "v_pages", s, n)
+            out[s, : heads * K] = attend(q, k, v, a["scale"]).flatten()
+    return {"out": out}
+
+
+def _cases():
+    yield {"lengths": (1,), "Hq": 1, "Hkv": 1, "K": 16, "widths": None}
+    yield {"lengths": (65, 0, 7, 64, 130), "Hq": 6, "Hkv": 2, "K": 48, "widths": (2, 4, 6)}
+    yield {"lengths": (1100,), "Hq": 12, "Hkv": 1, "K": 80, "widths": None}
+    yield {"lengths": (513, 1025), "Hq": 54, "Hkv": 2, "K": 32, "widths": (0, 52)}
+    yield {"lengths": (512,), "Hq": 16, "Hkv": 2, "K": 128, "widths": None, "bench": True}
+    yield {"lengths": (512,) * 8, "Hq": 16, "Hkv": 2, "K": 128, "widths": None, "bench": True}
+    yield {"lengths": (16384,), "Hq": 32, "Hkv": 2, "K": 128, "widths": None, "bench": True}
+
+
+def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
+    lengths, widths = list(case["lengths"]), case["widths"]
+    S, Hq, K = len(lengths), case["Hq"], case["K"]
+    k_pages, v_pages, table = draw_cache(generator, lengths, case["Hkv"], K, dtype)
+    return {
+        "q": randn(generator, S, Hq * K + 32, dtype=dtype, scale=2.0)[:, : Hq * K],
+        "k_pages": k_pages,
+        "v_pages": v_pages,
+        "out": torch.empty(S, Hq * K, dtype=dtype),
+        "page_table": table,
+        "lengths": torch.tensor(lengths, dtype=torch.int32),
+        "scale": K**-0.5,
+        "seq_width": draw_widths(generator, S, len(widths), sort=False) if widths else None,
+        "q_sizes": torch.tensor(widths, dtype=torch.int32) if widths else None,
+    }
+
+
+def _call(a: Arguments, run) -> None:
+    attention_decode(run=run, **a)
+
+
+def _poison(a: Arguments) -> None:
+    lengths = a["lengths"].tolist()
+    poison_cache(a, lengths)
+    K = a["k_pages"].shape[3]
+    for s, n in enumerate(lengths):
+        a["q"][s, active_heads(a, s) * K if n else 0 :] = float("nan")
+
+
+def _sliced(a: Arguments):
+    K = a["k_pages"].shape[3]
+    for s in range(len(a["lengths"])):
+        heads = active_heads(a, s)
+        if heads == 0 or heads % a["k_pages"].shape[1]:
+            continue  # a slice keeps whole groups of heads
+        cut, _ = _row(a, s)
+        cut |= {"q": cut["q"][:, : heads * K].contiguous(), "seq_width": None, "q_sizes": None}
+        cut["out"] = torch.empty_like(cut["q"])
+        yield cut, {"out": ((s, slice(heads * K)), (0,))}
+
+
+def _row(a: Arguments, s: int):
+    one = dict(a)
+    for name in ("q", "out", "page_table", "lengths", "seq_width"):
+        one[name] = None if a[name] is None else a[name][s : s + 1].clone()
+    return one, {"out": ((s,), (0,))}
+
+
+def _cost(case: Case, itemsize: int) -> tuple[int, int]:
+    tokens, heads = sum(case["lengths"]), case["Hq"]
+    cache = 2 * tokens * case["Hkv"] * case["K"]
+    return (cache + 2 * len(case["lengths"]) * heads * case["K"]) * itemsize, (
+        4 * tokens * heads * case["K"]
+    )
+
+
+SPECS = [
+    OpSpec(
+        name="attention_decode", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
+        outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
+        rows=lambda a: a["q"].shape[0],
+    )
+]  # fmt: skip

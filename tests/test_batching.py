@@ -1,0 +1,86 @@
+"""The batch former is a pure function; these are its laws."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_infer.batching import Candidate, Limits, StepCosts, chunk_length, form_batch
+
+
+def flat_cost(width, rows):
+    """Memory-bound: a pass costs its weights, whatever the rows."""
+    return [1.0, 2.0, 4.0][width]
+
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        key=st.just(0),
+        width=st.integers(0, 2),
+        tokens=st.integers(1, 300),
+        kind=st.sampled_from(["step", "prefill"]),
+        position=st.integers(0, 500),
+        waited=st.integers(0, 9),
+    ),
+    max_size=20,
+).map(
+    lambda cs: [
+        Candidate(i, c.width, 1 if c.kind == "step" else c.tokens, c.kind, c.position, c.waited)
+        for i, c in enumerate(cs)
+    ]
+)
+
+
+@given(candidates, st.integers(1, 20), st.integers(0, 200), st.sampled_from(["auto", "always", "never"]))
+def test_laws(cs, rows, extra, mixing):
+    limits = Limits(max_tokens=rows + 64 + extra, max_rows=rows, max_wait=4)
+    batch = form_batch(cs, limits, flat_cost, mixing)
+    chosen = {key: n for key, n in batch}
+    assert len(chosen) == len(batch) <= rows, "each sequence once, no more rows than allowed"
+    assert sum(chosen.values()) <= limits.max_tokens
+    assert bool(batch) == bool(cs), "with something waiting the pass is never empty"
+    for key, n in batch:
+        c = cs[key]
+        assert 1 <= n <= c.tokens
+        assert n == c.tokens or (c.position + n) % 64 == 0, "prefill is cut on the grid only"
+    if mixing == "never":
+        assert len({cs[key].width for key in chosen}) <= 1
+    steps = [c for c in cs if c.kind == "step"]
+    late = [c for c in steps if c.waited >= limits.max_wait]
+    if mixing == "auto" and len(steps) <= rows:
+        assert all(c.key in chosen for c in late), "nobody is left out for more than max_wait"
+
+
+def test_auto_prefers_the_cheaper_group():
+    def cs(narrow, wide):
+        return [Candidate(i, 0 if i < narrow else 2, 1, "step") for i in range(narrow + wide)]
+
+    limits = Limits(1000, 100)
+    few_wide = form_batch(cs(8, 1), limits, flat_cost)
+    assert {key for key, _ in few_wide} == set(range(8)), "eight narrow rows do not pay for one wide"
+    many_wide = form_batch(cs(1, 8), limits, flat_cost)
+    assert len(many_wide) == 9, "one narrow row rides along"
+    waited = [Candidate(0, 2, 1, "step", waited=4), Candidate(1, 0, 1, "step")]
+    assert len(form_batch(waited, limits, flat_cost)) == 2, "the wide row's wait is bounded"
+
+
+def test_chunks_stay_on_the_grid():
+    assert chunk_length(0, 100, 200) == 100
+    assert chunk_length(0, 300, 100) == 64
+    assert chunk_length(10, 300, 100) == 54
+    assert chunk_length(0, 300, 63) == 0
+
+
+def test_unknown_mixing_is_refused():
+    with pytest.raises(ValueError, match="mixing must be"):
+        form_batch([], Limits(10, 1), flat_cost, "sometimes")
+
+
+def test_costs_learn():
+    costs = StepCosts([1e9, 2e9])
+    assert costs(1, 4) == 2 * costs(0, 4)
+    costs.record(1, 4, 0.5)
+    assert costs(1, 4) == 0.5 and costs(1, 6) == 0.5
+    assert costs(0, 4) == 0.25, "from the other width by bytes"
+    costs.record(1, 4, 1.5)
+    assert 0.5 < costs(1, 4) < 1.5

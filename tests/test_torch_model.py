@@ -1,0 +1,186 @@
+"""The differentiable model against transformers, at full width and on exported slices."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from elastic_infer.config import ModelConfig, parse_widths, slice_config
+from elastic_infer.elastify.torch_model import ElasticNemotronH, ssd_scan
+from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.slicing import slice_state_dict
+
+transformers = pytest.importorskip("transformers")
+
+BASE = {
+    "model_type": "nemotron_h",
+    "architectures": ["NemotronHForCausalLM"],
+    "hybrid_override_pattern": "MEM*-E",
+    "vocab_size": 48,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 16,
+    "intermediate_size": 48,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+    "time_step_min": 1e-12,
+    "time_step_limit": [0.0, math.inf],
+    "dtype": "float32",
+}
+TABLE = {
+    "full": {},
+    "narrow": {
+        "hidden_size": 32,
+        "mamba_num_heads": 2,
+        "num_attention_heads": 2,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "intermediate_size": 32,
+    },
+    "mamba": {"mamba_num_heads": 4},
+    "experts": {"n_routed_experts": 3, "hidden_size": 48},
+}
+
+
+def random_model(seed: int) -> ElasticNemotronH:
+    """A model whose every part matters: no parameter is at a neutral value."""
+    model = ElasticNemotronH(ModelConfig.from_dict(BASE)).initialise(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+            elif name.endswith(("bias",)):
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def oracle(config: ModelConfig, state: dict[str, torch.Tensor], folder):
+    """transformers' model on the given checkpoint tensors, loaded from a folder."""
+    model = ElasticNemotronH(config)
+    model.load_checkpoint_state(state)
+    model.save(folder)
+    loaded = transformers.NemotronHForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return loaded.eval()
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert torch.isfinite(got).all()
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", list(TABLE))
+def test_logits_equal_transformers_on_the_slice(name, tmp_path):
+    model = random_model(3)
+    config = model.config
+    width = parse_widths(config, TABLE)[name]
+    ids = torch.randint(0, 48, (2, 37), generator=torch.Generator().manual_seed(7))
+    state = slice_state_dict(config, model.checkpoint_state(), width)
+    sliced = ModelConfig.from_dict(slice_config(config, width))
+    with torch.no_grad():
+        want = oracle(sliced, state, tmp_path)(ids).logits
+        assert_close(model(ids, width), want)
+
+
+def test_width_changes_logits():
+    model = random_model(3)
+    widths = parse_widths(model.config, TABLE)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        outputs = [model(ids, width) for width in widths.values()]
+    for i, one in enumerate(outputs):
+        for other in outputs[i + 1 :]:
+            assert (one - other).abs().max() > 1e-2
+
+
+def test_gradients_reach_exactly_the_slice():
+    """The gradient at a narrow width is that of the sliced model, zero everywhere else."""
+    model = random_model(5)
+    config = model.config
+    width = parse_widths(config, TABLE)["narrow"]
+    small = ElasticNemotronH(ModelConfig.from_dict(slice_config(config, width)))
+    small.load_checkpoint_state(slice_state_dict(config, model.checkpoint_state(), width))
+    ids = torch.randint(0, 48, (2, 21), generator=torch.Generator().manual_seed(8))
+    weight = torch.randn(2, 21, 48, generator=torch.Generator().manual_seed(9))
+    (model(ids, width) * weight).sum().backward()
+    (small(ids) * weight).sum().backward()
+
+    def gradients(owner):
+        grads = ElasticNemotronH(owner.config)
+        with torch.no_grad():
+            for target, source in zip(grads.parameters(), owner.parameters()):
+                target.copy_(source.grad)
+        return grads.checkpoint_state()
+
+    large_grads, small_grads = gradients(model), gradients(small)
+    kept = slice_state_dict(config, large_grads, width)
+    for name, want in small_grads.items():
+        scale = want.abs().max() + 1e-6
+        assert (kept[name] - want).abs().max() <= 1e-4 * scale, name
+    for name, grad in large_grads.items():
+        inside = kept[name].pow(2).sum() if name in kept else torch.tensor(0.0)
+        assert torch.allclose(grad.pow(2).sum(), inside, rtol=1e-4, atol=1e-8), name
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
+def test_scan_does_not_depend_on_the_chunk(chunk):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, dt = draw(2, 33, 2, 3, 4), draw(2, 33, 2, 3).abs()
+    a, b, c = -draw(2, 3).abs(), draw(2, 33, 2, 5), draw(2, 33, 2, 5)
+    state = torch.zeros(2, 2, 3, 4, 5, dtype=torch.float64)
+    want = []
+    for t in range(33):
+        write = (dt[:, t, ..., None] * x[:, t])[..., None] * b[:, t, :, None, None]
+        state = state * (dt[:, t] * a).exp()[..., None, None] + write
+        want.append((state * c[:, t, :, None, None]).sum(-1))
+    got = ssd_scan(x, dt, a, b, c, chunk)
+    torch.testing.assert_close(got, torch.stack(want, 1))
+
+
+def test_save_and_load_round_trip(tmp_path):
+    model = random_model(6)
+    model.save(tmp_path)
+    again = ElasticNemotronH.load(tmp_path)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids), again(ids))
+    assert again.config == model.config
+
+
+def test_wrong_tensors_are_refused_by_name():
+    model = random_model(6)
+    state = model.checkpoint_state()
+    missing = {k: v for k, v in state.items() if k != "backbone.norm_f.weight"}
+    with pytest.raises(CheckpointError, match="backbone.norm_f.weight must be present"):
+        model.load_checkpoint_state(missing)
+    wrong = {**state, "lm_head.weight": torch.zeros(3, 4)}
+    with pytest.raises(CheckpointError, match=r"lm_head.weight must be \[48, 64\], got \[3, 4\]"):
+        model.load_checkpoint_state(wrong)
+    with pytest.raises(CheckpointError, match="must be known, got extra"):
+        model.load_checkpoint_state({**state, "extra": torch.zeros(1)})
+
+
+def test_a_larger_width_is_refused():
+    model = random_model(6)
+    larger = ModelConfig.from_dict({**BASE, "hidden_size": 128})
+    with pytest.raises(InvalidRequest, match="must fit in the model"):
+        model(torch.zeros(1, 4, dtype=torch.long), parse_widths(larger)["full"])
