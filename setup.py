@@ -18,12 +18,12 @@ def tool(name: str) -> str:
     beside = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     found = shutil.which(name, path=beside)
     if found is None:
-        raise SystemExit(f"setup: {name} must be installed to build elastic_infer: pip install {name}")
+        raise SystemExit(f"setup: {name} must be installed, got none: pip install {name}")
     return found
 
 
 class CMakeBuild(build_ext):
-    """Runs CMakeLists.txt, the only list of sources, and puts the module where setuptools wants it."""
+    """Runs CMakeLists.txt, the only list of sources, and puts the module in its place."""
 
     def build_extension(self, extension: Extension) -> None:
         """Configures and builds `elastic_infer._C`."""

@@ -26,8 +26,8 @@ PYTHONS = ((3, 10), (3, 13))
 OLDEST_GCC = 11
 BUILD_TOOLS = ("setuptools>=77", "wheel", "pybind11>=2.12,<4", "cmake>=3.18", "ninja")
 TORCH_SIZE = (
-    "about 0.2 GB to download and 0.7 GB on disk as a CPU build; up to 3 GB to download and 6 GB on "
-    "disk with CUDA libraries (your pip index decides which)"
+    "about 0.2 GB to download and 0.7 GB on disk as a CPU build; up to 3 GB to download and 6 GB "
+    "on disk with CUDA libraries (your pip index decides which)"
 )
 
 
@@ -118,8 +118,9 @@ def choose_environment() -> Path:
         if is_new_enough(version):
             say(f"bootstrap: using the active environment, which has torch {version}: {active}")
             return active
-        say(f"bootstrap: the active environment has {'torch ' + version if version else 'no torch'}, "
-            f"torch >= {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} is needed: using .venv instead")  # fmt: skip
+        found = f"torch {version}" if version else "no torch"
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        say(f"bootstrap: using .venv: torch must be >= {oldest}, the active environment has {found}")
     if not own.exists():
         say("bootstrap: making .venv")
         made = subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv")],

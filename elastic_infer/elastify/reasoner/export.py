@@ -1,0 +1,63 @@
+"""From a training run to the shipped folder: weights in bfloat16, tokenizer, sizes.
+
+``python -m elastic_infer.elastify.reasoner.export RUN --out DIR``. The model card is written
+afterwards, from what `evaluate` measured on that folder, by the `card` module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from elastic_infer.elastify.torch_model import ElasticNemotronH
+from elastic_infer.errors import CheckpointError
+
+from .design import reasoner_config
+from .vocabulary import write_tokenizer
+
+
+def export(run: Path, out: Path) -> dict[str, float]:
+    """Writes the folder that `Engine.from_pretrained` and transformers load.
+
+    Args:
+        run: folder of `train`, with its state.pt.
+        out: folder to fill; files of these names are replaced.
+
+    Returns:
+        What was spent on training: steps, minutes, tokens. Also written to training.json.
+
+    Raises:
+        CheckpointError: the run has no state.pt.
+    """
+    path = run / "state.pt"
+    if not path.is_file():
+        raise CheckpointError(f"export: {run} must hold state.pt, got a folder without it")
+    state = torch.load(path, weights_only=True)
+    model = ElasticNemotronH(reasoner_config())
+    model.load_state_dict(state["model"])
+    model.save(out, torch.bfloat16)
+    write_tokenizer(out)
+    spent = {
+        "steps": state["step"],
+        "minutes": round(state["spent"] / 60, 1),
+        "tokens": state["tokens_seen"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    (out / "training.json").write_text(json.dumps(spent, indent=2) + "\n", encoding="utf-8")
+    return spent
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of the training run")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    given = parser.parse_args(arguments)
+    print(json.dumps(export(given.run, given.out)))
+
+
+if __name__ == "__main__":
+    main()
