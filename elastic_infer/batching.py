@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .errors import InvalidRequest
+
 GRID = 64
 
 
@@ -43,6 +45,12 @@ class Limits:
 Cost = Callable[[int, int], float]  # (width index, rows) -> seconds of a pass of steps
 
 
+def check_mixing(mixing: str) -> None:
+    """Raises InvalidRequest unless it is one of the three."""
+    if mixing not in ("auto", "always", "never"):
+        raise InvalidRequest(f"engine: mixing must be auto, always or never, got {mixing!r}")
+
+
 def chunk_length(position: int, tokens: int, room: int) -> int:
     """How many of `tokens` a pass with `room` rows reads: all, or up to a multiple of 64 in
     absolute position, so that where a prompt is cut never depends on its neighbours."""
@@ -67,8 +75,7 @@ def form_batch(
             "auto" runs the group of widths with the lowest cost per token, but never leaves a row
             out for more than ``max_wait`` passes.
     """
-    if mixing not in ("auto", "always", "never"):
-        raise ValueError(f"engine: mixing must be auto, always or never, got {mixing!r}")
+    check_mixing(mixing)
     steps = [c for c in candidates if c.kind == "step"]
     prefill = [c for c in candidates if c.kind == "prefill"]
     chosen = _steps(steps, limits, cost, mixing)

@@ -41,12 +41,14 @@ def append_run(runs: list[Run], width: str, kind: str, count: int, tracked: bool
 
 @dataclass
 class Snapshot:
-    """A sequence as it was: a slot with its state, shared pages, tokens and runs."""
+    """A sequence as it was: a slot with its state, shared pages, number of tokens and runs; the
+    logits [V] after the last of them where the owner keeps them."""
 
     length: int
     slot: int
     pages: list[int]
     runs: list[Run]
+    logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -179,7 +181,7 @@ class Cache:
         page that is shared."""
         last, end = sequence.length // PAGE, -(-(sequence.length + count) // PAGE)
         copies = last < len(sequence.pages) and self.pages.shared(sequence.pages[last])
-        return end - len(sequence.pages) + int(copies and count > 0)
+        return max(0, end - len(sequence.pages)) + int(copies and count > 0)
 
     def reserve(self, sequence: Sequence, count: int) -> None:
         """Makes room for `count` more tokens, copying a shared last page before it is written.

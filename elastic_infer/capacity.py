@@ -59,10 +59,11 @@ def plan_capacity(
     max_num_batched_tokens: int,
     kv_cache_memory_bytes: int | None,
 ) -> Capacity:
-    """Limits that fit together. By default half of the free memory is for the cache, and no more
-    than 64 sequences of full length can use.
+    """Limits that fit together, such that a sequence of max_model_len tokens always fits. By
+    default half of the free memory is for the cache, and no more than 64 sequences of full length
+    can use; without a max_model_len it is the model's context, or what fits of it.
 
-    Raises: InvalidRequest for a limit out of range; OutOfCapacity if one sequence cannot fit.
+    Raises: InvalidRequest for a limit out of range; OutOfCapacity if a sequence cannot fit.
     """
     length = config.max_position_embeddings if max_model_len is None else max_model_len
     _check("max_model_len", length, 2, config.max_position_embeddings)
@@ -72,19 +73,26 @@ def plan_capacity(
     if kv_cache_memory_bytes is not None:
         _check("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, 1 << 50)
     budget = free_memory() // 2 if kv_cache_memory_bytes is None else kv_cache_memory_bytes
-    slot = max(slot_bytes(config, served, dtype), 1)
+    slot = slot_bytes(config, served, dtype)
     page = PAGE * kv_bytes_per_token(config, torch.empty(0, dtype=dtype).element_size())
-    per_sequence = -(-length // PAGE)
-    if slot + page > budget:
+    fitting = (budget - slot) // page * PAGE if page else length
+    least = length if max_model_len is not None else min(length, PAGE)
+    if slot > budget or fitting < least:
+        need = slot + -(-least // PAGE) * page
         raise OutOfCapacity(
-            f"engine: kv_cache_memory_bytes must hold one state slot ({slot} bytes) and one KV page "
-            f"({page} bytes), got {budget}"
+            f"engine: kv_cache_memory_bytes must hold one sequence of {least} tokens: {need} bytes "
+            f"(state {slot}, KV page of {PAGE} tokens {page}), got {budget}, which holds "
+            f"{max(0, fitting)} tokens"
         )
-    # Three slots per sequence: its own and two snapshots, as far as half of the budget goes.
-    slots = max(1, min(3 * wanted, budget // 2 // slot))
-    rows = min(wanted, slots) if max_num_seqs is None else wanted
-    pages = max(1, min(rows * per_sequence + 1, (budget - slots * slot) // max(page, 1)))
-    return Capacity(length, min(rows, slots), max_num_batched_tokens, int(pages), int(slots))
+    length = min(length, fitting)
+    per_sequence = -(-length // PAGE)
+    # Three slots per sequence, its own and two snapshots, as far as half of the budget goes; the
+    # pages of one whole sequence come first.
+    room = min(budget // 2, budget - per_sequence * page)
+    slots = max(1, min(3 * wanted, room // slot if slot else 3 * wanted))
+    rows = min(wanted, slots)
+    pages = min(rows * per_sequence + 1, (budget - slots * slot) // page) if page else 1
+    return Capacity(length, rows, max_num_batched_tokens, int(pages), int(slots))
 
 
 def _check(name: str, value: object, low: int, high: int) -> None:

@@ -6,14 +6,13 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from .cache import Sequence
-from .errors import ElasticError, RequestCancelled
+from .errors import ElasticError, InvalidRequest, RequestCancelled
 from .outputs import Choice, FinishReason, Output, Times, Token, Usage
 from .plan import Plan, PlanRun
-
 from .sampling import RowProcessors, SamplingParams
 from .switching import Read
 from .text import Detokenizer, StopStrings, split_reasoning
@@ -134,9 +133,21 @@ class Request:
 
     def __post_init__(self) -> None:
         self.request_id = self.request_id or f"request-{next(_numbers)}"
-        self.number = next(_numbers)
         self._done = threading.Event()
-        self._wake = None  # set by the engine: tells its worker that something changed
+        self._wake: Callable[[], None] | None = None
+        self._is_worker: Callable[[], bool] | None = None
+        self._owner: object = None
+
+    def attach(self, wake: Callable[[], None], is_worker: Callable[[], bool]) -> None:
+        """Called by the worker that takes the request.
+
+        wake: tells it that something changed. is_worker: whether the caller is its thread.
+        """
+        self._wake, self._is_worker = wake, is_worker
+
+    def keep_alive(self, owner: object) -> None:
+        """Holds a reference to `owner` (the engine) until the request has ended."""
+        self._owner = owner
 
     def __iter__(self) -> Iterator[Token]:
         while True:
@@ -168,10 +179,19 @@ class Request:
         Raises: TimeoutError; RequestCancelled if the engine was closed first; for a request that
             failed, its error (NonFiniteLogits, OutOfCapacity, or what a callback raised).
         """
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"{self.request_id}: no result after {timeout} s")
+        output = self.wait(timeout)
         if self.error is not None:
             raise self.error
+        return output
+
+    def wait(self, timeout: float | None = None) -> Output:
+        """As `result`, but a failed request gives its output too, with finish_reason "error"."""
+        if self._is_worker and self._is_worker() and not self.done:
+            raise InvalidRequest(
+                f"{self.request_id}: a plan or logits processor must not wait for a result"
+            )
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"{self.request_id}: no result after {timeout} s")
         return self.output()
 
     def finish(self, error: Exception | None = None) -> None:
@@ -181,6 +201,13 @@ class Request:
         self.error, self.ended = error, time.perf_counter()
         self._done.set()
         self.events.put(None)
+        self._owner = None
+
+    def abandon(self, error: Exception) -> None:
+        """Ends a request that was never started."""
+        for branch in self.branches:
+            branch.finish_reason, branch.stop_reason = "error", str(error)
+        self.finish(error)
 
     def output(self) -> Output:
         """The output so far."""

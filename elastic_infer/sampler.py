@@ -68,8 +68,9 @@ class Sampler:
                 branch.request.error = failures[i]
             token = -1 if i in failures else ids[i]
             raw = logits[rows[i]]
-            logprobs = top_logprobs(raw, token, wanted) if wanted is not None and token >= 0 else None
-            entropy = None
+            logprobs, entropy = None, None
+            if wanted is not None and token >= 0:
+                logprobs = top_logprobs(raw, token, wanted)
             if branch.plan.plan.needs_entropy and token >= 0:
                 entropy = entropy_of(drawn_from[i], _truncation(params)[0])
                 entropy = entropy if math.isfinite(entropy) else None

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .batching import Candidate, Limits, StepCosts, form_batch
 from .cache import PAGE
-from .errors import NonFiniteLogits, OutOfCapacity
-from .model import Model, Segment
+from .errors import NonFiniteLogits, OutOfCapacity, WidthError
+from .model import Model, Result, Segment
 from .outputs import Token
 from .plan import Decision
 from .request import Branch, Request
 from .sampler import Drawn, Sampler
-from .switching import Read, keep_snapshots, snapshot_slots, switch
+from .switching import Read, keep_snapshots, snapshot_slots, split_for_snapshots, switch
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +66,22 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether any request has not ended."""
         return bool(self.waiting or self.running)
+
+    @property
+    def has_cancelled(self) -> bool:
+        """Whether a request that has not ended was cancelled."""
+        return any(r.cancelled for r in self.waiting) or any(
+            b.request.cancelled for b in self.running
+        )
 
     def slots_for(self, request: Request) -> int:
         """State slots that a request may hold at once."""
         return len(request.branches) * (1 + snapshot_slots(request.plan.policy))
 
-    def _free_slots(self) -> int:
+    @property
+    def spare_slots(self) -> int:
         """Slots that nobody has a claim on: running requests may still fork or take snapshots."""
         claimed = sum(self.slots_for(r) for r in {b.request: None for b in self.running})
         held = sum(
@@ -80,6 +90,17 @@ class Scheduler:
             if b.sequence is not None and b.sequence.slot >= 0
         )
         return self.cache.slots.free - (claimed - held)
+
+    def claim_slots(self, count: int = 1) -> None:
+        """Checks that slots can be taken without breaking what running requests were promised.
+
+        Raises: OutOfCapacity, with the numbers.
+        """
+        if self.spare_slots < count:
+            raise OutOfCapacity(
+                f"cache: state slots must be free to continue, needed {count}, free "
+                f"{max(0, self.spare_slots)} of {self.cache.slots.size}"
+            )
 
     def _admit(self) -> None:
         """Lets preempted branches back in first, then requests in order of arrival."""
@@ -108,7 +129,7 @@ class Scheduler:
         pages = -(-(len(request.prompt_ids) + 1) // PAGE) if self.cache.k else 0
         return (
             len(self.running) + len(request.branches) <= self.max_running
-            and self._free_slots() >= self.slots_for(request)
+            and self.spare_slots >= self.slots_for(request)
             and self.cache.pages.free >= pages
         )
 
@@ -120,8 +141,25 @@ class Scheduler:
         request.started = time.perf_counter()
         first = request.branches[0]
         self.running.extend(request.branches)
-        first.sequence = self.cache.open(track=request.track)
-        self._guard(first, lambda: self._decide(first, list(request.prompt_ids)))
+
+        def begin() -> None:
+            first.sequence = self.cache.open(track=request.track)
+            self._decide(first, list(request.prompt_ids))
+            if first.finish_reason is not None:  # what the plan forced was all that may come
+                self._share_start(first)
+
+        self._guard(first, begin)
+
+    def _share_start(self, first: Branch) -> None:
+        """Gives the other branches of a request the tokens that its plan forced before the first
+        sampling, and its plan's state."""
+        for other in first.request.branches[1:]:
+            other.plan = first.plan.fork()
+            for token in first.tokens:
+                other.width = token.width
+                if self._append(other, token.id, token.phase, True, None):
+                    break
+            other.width, other.phase = first.width, first.phase
 
     # -- one pass ----------------------------------------------------------------------------
 
@@ -132,6 +170,11 @@ class Scheduler:
         batch = self._form()
         if not batch:
             return False
+        self._run(batch)
+        return True
+
+    def _run(self, batch: list[tuple[Branch, int]]) -> None:
+        """Reads the batch's tokens, takes due snapshots, samples where the reads are complete."""
         chosen = {id(b) for b, _ in batch}
         for branch in self.running:
             branch.waited = 0 if id(branch) in chosen or not branch.ready else branch.waited + 1
@@ -140,18 +183,15 @@ class Scheduler:
                     "last" if self._completes(b, n) else "none")
             for b, n in batch
         ]  # fmt: skip
-        start = time.perf_counter()
-        result = self.model.forward(segments)
-        if all(s.kind == "step" for s in segments):
-            widest = max(self._width_index[s.width] for s in segments)
-            self.costs.record(widest, len(segments), time.perf_counter() - start)
-        self.stats.passes += 1
-        self.stats.tokens_read += sum(n for _, n in batch)
+        result = self._forward(segments)
         rows, branches = [], []
         for i, (branch, n) in enumerate(batch):
             sampling = self._completes(branch, n)
-            self._consume(branch, n)
-            keep_snapshots(self.cache, branch.sequence, branch.request.plan.policy)
+            read = branch.pending[0]
+            if self._consume(branch, n):
+                keep_snapshots(
+                    self.cache, branch.sequence, branch.request.plan.policy, read.mark
+                )
             if sampling:
                 branches_of = self._fork(branch)
                 rows += [result.spans[i][0]] * len(branches_of)
@@ -159,19 +199,32 @@ class Scheduler:
         if branches:
             for branch, drawn in zip(branches, self.sampler.draw(result.logits, rows, branches)):
                 self._guard(branch, lambda b=branch, d=drawn: self._take(b, d))
-        return True
+
+    def _forward(self, segments: list[Segment]) -> Result:
+        steps = all(s.kind == "step" for s in segments)
+        known = bool(steps and self.model.step_names(len(segments)))
+        start = time.perf_counter()
+        result = self.model.forward(segments)
+        if known:  # the first pass of a size also records it, which says nothing of its cost
+            widest = max(self._width_index[s.width] for s in segments)
+            self.costs.record(widest, len(segments), time.perf_counter() - start)
+        self.stats.passes += 1
+        self.stats.tokens_read += sum(len(s.tokens) for s in segments)
+        return result
 
     @staticmethod
     def _completes(branch: Branch, n: int) -> bool:
         return len(branch.pending) == 1 and n == len(branch.pending[0].tokens)
 
     @staticmethod
-    def _consume(branch: Branch, n: int) -> None:
+    def _consume(branch: Branch, n: int) -> bool:
+        """Takes n tokens off the first read; True when that was its end."""
         read = branch.pending[0]
         if n == len(read.tokens):
             branch.pending.pop(0)
-        else:
-            branch.pending[0] = Read(read.tokens[n:], read.width, read.kind)
+            return True
+        branch.pending[0] = read.after(n)
+        return False
 
     def _form(self) -> list[tuple[Branch, int]]:
         """The next pass, after making room for it by preemption where needed."""
@@ -212,15 +265,13 @@ class Scheduler:
     def _fork(self, branch: Branch) -> list[Branch]:
         """After the prompt: gives the other branches of the request their own sequences."""
         request = branch.request
-        if request.first_token is None:
-            request.first_token = time.perf_counter()
-        if branch.index != 0 or branch.token_ids:
+        if request.first_token is not None:
             return [branch]
+        request.first_token = time.perf_counter()
+        self._share_start(branch)
         for other in request.branches[1:]:
-            if other.sequence is None and other.finish_reason is None:
-                other.sequence = self.cache.fork(branch.sequence)
-                other.width, other.phase = branch.width, branch.phase
-        return [b for b in request.branches if b.finish_reason is None]
+            other.sequence = self.cache.fork(branch.sequence)
+        return list(request.branches)
 
     # -- tokens ------------------------------------------------------------------------------
 
@@ -247,7 +298,7 @@ class Scheduler:
         decision: Decision = branch.plan.next(branch.token_ids, branch.entropy)
         if decision.width not in self._width_index:
             known = ", ".join(self._width_index)
-            raise ValueError(f"plan: width must be one of {known}, got {decision.width!r}")
+            raise WidthError(f"plan: width must be one of {known}, got {decision.width!r}")
         before, branch.phase = branch.phase, decision.phase
         changed = branch.width not in ("", decision.width)
         branch.width = decision.width
@@ -255,16 +306,17 @@ class Scheduler:
             unread.append(token)
             if self._append(branch, token, before, True, None):
                 return
+        policy = branch.request.plan.policy
         if changed:
             reads, again = switch(
-                self.cache, branch.sequence, unread, decision.width, branch.request.plan.policy,
-                self.model.widths,
-            )  # fmt: skip
+                self.cache, branch.sequence, unread, decision.width, policy, self.model.widths
+            )
             branch.request.rebuilt_tokens += again
             self.stats.rebuilt_tokens += again
         else:
             kind = "step" if branch.sequence.tokens else "prefill"
             reads = [Read(unread, decision.width, kind)]
+        reads = split_for_snapshots(reads, branch.sequence.length, policy)
         branch.pending = [part for read in reads for part in _single_steps(read)]
 
     def _append(
@@ -330,18 +382,18 @@ class Scheduler:
             self.waiting.remove(request)
             self._end_request(request, "cancelled")
 
-    def abandon(self, error_of) -> None:
+    def abandon_running(self, error: Exception) -> None:
+        """Ends every request that has a place in the cache."""
+        for request in {b.request: None for b in self.running}:
+            self._fail(request.branches[0], error)
+
+    def abandon(self, error_of: Callable[[Request], Exception]) -> None:
         """Ends everything, each request with the error that `error_of(request)` makes."""
         for request in {b.request: None for b in self.running}:
             self._fail(request.branches[0], error_of(request))
-            for branch in request.branches:
-                if branch.finish_reason is None:
-                    self._fail(branch, error_of(request))
         while self.waiting:
             request = self.waiting.popleft()
-            for branch in request.branches:
-                branch.finish_reason = "error"
-            request.finish(error_of(request))
+            request.abandon(error_of(request))
 
 
 def _single_steps(read: Read) -> list[Read]:

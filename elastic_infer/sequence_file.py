@@ -101,9 +101,9 @@ def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int]
             f"one for {metadata['fingerprint'][:12]}…; load it with the checkpoint that wrote it"
         )
     runs = [Run(w, k, c, t) for w, k, c, t in json.loads(metadata["runs"])]
-    engine._check_width(metadata["width"])
+    engine._intake.check_width(metadata["width"])
     for run in runs:
-        engine._check_width(run.width)
+        engine._intake.check_width(run.width)
     tokens = tensors["tokens"].tolist()
     sequence = Sequence(tokens=tokens, runs=runs, track=json.loads(metadata["track"]))
     saved = _content(path, engine, tensors, len(tokens))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .cache import Cache, Sequence
+from .cache import PAGE, Cache, Sequence
 from .config import Width
 from .errors import WidthError
 from .plan import Policy
@@ -12,11 +12,19 @@ from .plan import Policy
 
 @dataclass
 class Read:
-    """Tokens that a sequence has still to read, at one width, as "prefill" or "step"."""
+    """Tokens that a sequence has still to read, at one width, as "prefill" or "step".
+
+    mark: a snapshot is due at its end, under policy `window`.
+    """
 
     tokens: list[int]
     width: str
     kind: str
+    mark: bool = False
+
+    def after(self, count: int) -> Read:
+        """What is left of it once `count` tokens were read."""
+        return replace(self, tokens=self.tokens[count:])
 
 
 def state_is_complete(sequence: Sequence, target: Width, widths: dict[str, Width]) -> bool:
@@ -45,14 +53,36 @@ def check_carry(sequence: Sequence, target: str, widths: dict[str, Width]) -> No
         )
 
 
-def keep_snapshots(cache: Cache, sequence: Sequence, policy: Policy) -> None:
-    """Under `window(n)`: takes a snapshot n tokens after the last, keeps the newest two."""
+def keep_snapshots(cache: Cache, sequence: Sequence, policy: Policy, mark: bool) -> None:
+    """Under `window(n)`, at the end of a read: takes a snapshot where one is marked, and n tokens
+    after the last; keeps the newest two. Reads end where `split_for_snapshots` cut them, never
+    where a pass happened to stop, so where snapshots lie does not depend on scheduling."""
     if policy.kind != "window" or not sequence.tokens:
         return
-    last = sequence.snapshots[-1].length if sequence.snapshots else None
-    if last is None or sequence.length - last >= policy.n:
+    last = sequence.snapshots[-1].length if sequence.snapshots else -policy.n
+    if mark or sequence.length - last >= policy.n:
         cache.drop_snapshots(sequence, keep=1)
         cache.snapshot(sequence)
+
+
+def split_for_snapshots(reads: list[Read], start: int, policy: Policy) -> list[Read]:
+    """Under `window(n)`: cuts each prefill n to n + 63 tokens before its end, on the grid of 64,
+    so that a switch right after it finds a snapshot to go back to.
+
+    start: tokens in the cache before the reads.
+    """
+    if policy.kind != "window":
+        return reads
+    parts = []
+    for read in reads:
+        end = start + len(read.tokens)
+        cut = (end - policy.n) // PAGE * PAGE - start
+        if read.kind == "prefill" and cut > 0:
+            parts += [replace(read, tokens=read.tokens[:cut], mark=True), read.after(cut)]
+        else:
+            parts.append(read)
+        start = end
+    return parts
 
 
 def snapshot_slots(policy: Policy) -> int:
@@ -71,7 +101,8 @@ def switch(
     """Prepares the cache for `target` reading on.
 
     carry: nothing is rebuilt. exact: the cache is emptied and every token is read again as a
-    prompt. window: the older snapshot is restored and the tokens since are read again.
+    prompt. window(n): the newest snapshot with at least n tokens since is restored, and these are
+    read again; without one, all are.
 
     Args:
         unread: tokens after those in the cache, still to be read.
@@ -85,11 +116,10 @@ def switch(
         check_carry(sequence, target, widths)
         return [Read(unread, target, "step")], 0
     tokens = list(sequence.tokens)
-    if policy.kind == "window" and sequence.snapshots:
-        oldest = sequence.snapshots[0]
-        kept = Sequence(runs=oldest.runs)
-        if state_is_complete(kept, widths[target], widths):
-            cache.restore(sequence, oldest)
+    if policy.kind == "window":
+        enough = [s for s in sequence.snapshots if len(tokens) - s.length >= policy.n]
+        if enough and state_is_complete(Sequence(runs=enough[-1].runs), widths[target], widths):
+            cache.restore(sequence, enough[-1])
             again = tokens[sequence.length :]
             return [Read(again + unread, target, "prefill")], len(again)
     cache.reset(sequence)

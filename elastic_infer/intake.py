@@ -1,0 +1,193 @@
+"""From the arguments of a call to a checked request: what is refused, is refused here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .cache import PAGE
+from .capacity import Capacity
+from .config import ModelConfig, Width
+from .errors import InvalidRequest, OutOfCapacity, WidthError
+from .plan import Plan, PlanRun, as_plan
+from .request import Branch, Request
+from .sampling import RowProcessors, SamplingParams
+from .switching import snapshot_slots
+from .tokenizer import Tokenizer
+
+Prompt = str | list[int]
+
+
+class Intake:
+    """Checks arguments against one model and its limits; keeps no state.
+
+    generation_config: of the checkpoint, for requests without parameters. paged: whether the
+    model has attention layers, which take KV pages.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        widths: Mapping[str, Width],
+        default_width: str,
+        tokenizer: Tokenizer | None,
+        capacity: Capacity,
+        generation_config: Mapping[str, Any],
+        eos_ids: tuple[int, ...],
+    ):
+        self._config, self._widths, self._default_width = config, widths, default_width
+        self._tokenizer, self._capacity = tokenizer, capacity
+        self._generation_config, self._eos_ids = generation_config, eos_ids
+        self._heads = {name: w.mamba_num_heads for name, w in widths.items()}
+        self._paged = "*" in config.layers
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        plan: Plan | Callable | None,
+        width: str | None,
+    ) -> Request:
+        """A request with its branches.
+
+        Raises: InvalidRequest, WidthError; OutOfCapacity for what can never fit.
+        """
+        ids = self.prompt_ids(prompt)
+        if params is None:
+            params = SamplingParams.from_generation_config(self._generation_config)
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params: must be SamplingParams, got {type(params).__name__}")
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest(
+                f"stop: must be empty because the checkpoint has no tokenizer.json, got "
+                f"{list(params.stop)}; use stop_token_ids"
+            )
+        if width is not None:
+            self.check_width(width)
+        chosen = as_plan(plan, width, self._default_width)
+        begun = chosen.begin(ids, self._tokenizer, self._widths)
+        track = chosen.policy.kind != "exact" and chosen.can_widen(self._heads)
+        text = prompt if isinstance(prompt, str) else None
+        request = Request(text, ids, params, chosen, _seed(params), track)
+        request.branches = [self._branch(request, i, begun.fork()) for i in range(params.n)]
+        if params.n > self._capacity.max_num_seqs:
+            raise OutOfCapacity(
+                f"generate: n must be at most max_num_seqs {self._capacity.max_num_seqs}, "
+                f"got {params.n}"
+            )
+        slots = params.n * (1 + snapshot_slots(chosen.policy))
+        self.check_fits("generate", len(ids), params.max_tokens, slots)
+        return request
+
+    def _branch(self, request: Request, index: int, run: PlanRun) -> Branch:
+        tags: tuple[int, ...] = ()
+        if self._tokenizer is not None:
+            pair = (run.plan.start_tag, run.plan.end_tag)
+            ids = [self._tokenizer.token_id(t) if isinstance(t, str) else t for t in pair]
+            tags = tuple(i for i in ids if i is not None)
+        processors = RowProcessors(
+            request.params, request.prompt_ids, self._config.vocab_size, self._tokenizer,
+            self._eos_ids,
+        )  # fmt: skip
+        return Branch(request, index, run, processors, self._tokenizer, tags)
+
+    def lone_branch(self, token_ids: list[int], params: SamplingParams, width: str) -> Branch:
+        """A branch outside the scheduler, to sample one token with."""
+        plan = Plan.fixed(width)
+        request = Request(None, [], params, plan, _seed(params), False)
+        return self._branch(request, 0, plan.begin(token_ids, self._tokenizer, self._widths))
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of text or of a list of them.
+
+        Raises: InvalidRequest for anything else, no tokens, or ids outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise InvalidRequest(
+                    "prompt: must be token ids because the checkpoint has no tokenizer.json, got "
+                    "text"
+                )
+            prompt = self._tokenizer.encode(prompt)
+        self.check_tokens("prompt", prompt)
+        return list(prompt)
+
+    def check_tokens(self, name: str, ids: Sequence[int]) -> None:
+        """Raises InvalidRequest unless `ids` are token ids of the model, at least one."""
+        if not isinstance(ids, (list, tuple)):
+            raise InvalidRequest(
+                f"{name}: must be text or a list of token ids, got {type(ids).__name__}"
+            )
+        if not ids:
+            raise InvalidRequest(f"{name}: must hold at least one token, got none")
+        size = self._config.vocab_size
+        for i, t in enumerate(ids):
+            if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size:
+                raise InvalidRequest(
+                    f"{name}: token ids must be ints in [0, {size}), got {t!r} at position {i}"
+                )
+
+    def check_width(self, name: str) -> None:
+        """Raises WidthError for a width that is not served."""
+        if name not in self._widths:
+            raise WidthError(f"width: must be one of {', '.join(self._widths)}, got {name!r}")
+
+    def check_fits(self, what: str, prompt: int, max_tokens: int | None, slots: int) -> None:
+        """Refuses what can never run, with the numbers.
+
+        what: the call. prompt: its tokens. max_tokens: to be generated after them (None: as far
+        as it goes, at least one; 0: none). slots: state slots that it may hold at once.
+
+        Raises: InvalidRequest beyond max_model_len, OutOfCapacity beyond the cache.
+        """
+        c = self._capacity
+        if prompt + (max_tokens != 0) > c.max_model_len:
+            raise InvalidRequest(
+                f"{what}: prompt must leave room within max_model_len {c.max_model_len}, got "
+                f"{prompt} tokens"
+            )
+        total = min(prompt + (max_tokens or 0), c.max_model_len)
+        pages = -(-total // PAGE) if self._paged else 0
+        if pages > c.num_pages or slots > c.num_slots:
+            raise OutOfCapacity(
+                f"{what}: {total} tokens need {pages} KV pages and {slots} state slots, the engine "
+                f"has {c.num_pages} and {c.num_slots}; lower max_tokens or n, or give it more "
+                "kv_cache_memory_bytes"
+            )
+
+
+def _seed(params: SamplingParams) -> int:
+    return random.getrandbits(62) if params.seed is None else params.seed
+
+
+def is_one_prompt(prompt: object) -> bool:
+    """Whether this is one prompt (text, or a list of ints) and not a list of prompts.
+
+    Raises: InvalidRequest for what is neither.
+    """
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        got = "[]" if isinstance(prompt, (list, tuple)) else type(prompt).__name__
+        raise InvalidRequest(
+            "generate: prompt must be text, a list of token ids, or a non-empty list of these, "
+            f"got {got}"
+        )
+    return all(isinstance(t, int) for t in prompt)
+
+
+def one_per_prompt(name: str, value: object, count: int) -> list:
+    """A list as it is when it has `count` entries; anything else, `count` times.
+
+    Raises: InvalidRequest for a list of another length.
+    """
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequest(f"{name}: must have one entry per prompt ({count}), got {len(value)}")
+    return value

@@ -1,0 +1,170 @@
+"""From a checkpoint to a model that is ready to run: devices, limits, weights, cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._C import Pool
+from .cache import Cache
+from .capacity import Capacity, plan_capacity
+from .checkpoint import Checkpoint
+from .config import Width, widest
+from .errors import CheckpointError, InvalidRequest, WidthError
+from .model import Model
+from .tokenizer import Tokenizer, eos_ids_from_folder
+from .weights import Progress, WeightLoader, activation_dtype
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """What an engine is made of."""
+
+    model: Model
+    tokenizer: Tokenizer | None
+    checkpoint: Checkpoint
+    capacity: Capacity
+    default_width: str
+    generation_config: dict[str, Any]
+    eos_ids: tuple[int, ...]
+
+
+@dataclass
+class Options:
+    """The arguments of `Engine.from_pretrained` that say how to load."""
+
+    device: str
+    dtype: str | torch.dtype
+    max_width: str | None
+    max_model_len: int | None
+    max_num_seqs: int | None
+    max_num_batched_tokens: int
+    kv_cache_memory_bytes: int | None
+    gpu_memory_utilization: float
+    threads: int | None
+    isa: str
+    progress: Progress | None
+
+
+def load(
+    path: str | Path,
+    revision: str | None,
+    widths: str | Path | Mapping[str, Any] | None,
+    options: Options,
+) -> Loaded:
+    """Opens the checkpoint and reads what is to be served.
+
+    Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
+    """
+    _check_device(options.device)
+    _check_share(options.gpu_memory_utilization)
+    checkpoint = Checkpoint.open(path, revision, widths)
+    kept, served = served_widths(checkpoint.widths, options.max_width)
+    try:
+        kind = activation_dtype(checkpoint, options.dtype)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    config = checkpoint.config
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    generation_config = read_generation_config(checkpoint.folder)
+    capacity = plan_capacity(
+        config, served, kind, options.max_model_len, options.max_num_seqs,
+        options.max_num_batched_tokens, options.kv_cache_memory_bytes,
+    )  # fmt: skip
+    try:
+        pool = Pool(_threads(options.threads), options.isa)
+    except ValueError as error:
+        raise InvalidRequest(f"engine: {error}") from None
+    start = time.perf_counter()
+    weights = WeightLoader(checkpoint, served, kind, pool, options.progress).load()
+    cache = Cache(config, served, kind, capacity.num_pages, capacity.num_slots)
+    model = Model(
+        config, weights, list(kept.values()), cache, pool, capacity.max_num_batched_tokens,
+        capacity.max_num_seqs, capacity.max_model_len,
+    )  # fmt: skip
+    logger.info(
+        "loaded %s in %.1f s: widths %s, %s, %.0f MB of weights, %s kernels on %d threads, "
+        "max_model_len %d, max_num_seqs %d, %d KV pages, %d state slots",
+        path, time.perf_counter() - start, ", ".join(kept), str(kind)[6:],
+        weights.nbytes / 1e6, pool.isa, pool.threads, capacity.max_model_len,
+        capacity.max_num_seqs, capacity.num_pages, capacity.num_slots,
+    )  # fmt: skip
+    default = checkpoint.default_width
+    return Loaded(
+        model, tokenizer, checkpoint, capacity, default if default in kept else list(kept)[-1],
+        generation_config, _eos_ids(checkpoint, tokenizer),
+    )  # fmt: skip
+
+
+def served_widths(
+    widths: Mapping[str, Width], max_width: str | None
+) -> tuple[dict[str, Width], Width]:
+    """(widths that can be used, axis-wise maximum of them) when `max_width` is the widest to serve.
+
+    Raises: WidthError for an unknown name.
+    """
+    if max_width is None:
+        return dict(widths), widest(widths)
+    if max_width not in widths:
+        raise WidthError(f"max_width: must be one of {', '.join(widths)}, got {max_width!r}")
+    top = widths[max_width]
+    return {name: w for name, w in widths.items() if w.fits_in(top)}, top
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The object in generation_config.json; empty without the file.
+
+    Raises: CheckpointError for one that is no JSON object.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name}: must be readable JSON, got {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name}: must be a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """What ends a sequence: what the checkpoint's files state and the tokenizer's own."""
+    stated = eos_ids_from_folder(checkpoint.folder)
+    own = tokenizer.eos_ids if tokenizer else ()
+    return tuple(dict.fromkeys((*stated, *own))) or checkpoint.config.eos_token_ids
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" or str(device).startswith("cuda:"):
+        raise InvalidRequest(
+            f"engine: device must be auto or cpu, this build has no CUDA kernels, got {device!r}"
+        )
+    if device not in ("auto", "cpu"):
+        raise InvalidRequest(f"engine: device must be auto or cpu, got {device!r}")
+
+
+def _check_share(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise InvalidRequest(
+            f"engine: gpu_memory_utilization must be a number in (0, 1], got {value!r}"
+        )
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        known = hasattr(os, "sched_getaffinity")
+        return len(os.sched_getaffinity(0)) if known else (os.cpu_count() or 1)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise InvalidRequest(f"engine: threads must be an int in [1, 1024], got {threads!r}")
+    return threads
