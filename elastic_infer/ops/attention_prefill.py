@@ -48,8 +48,8 @@ def attention_prefill(
 
     Returns: `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values of
-    a recorded call are the caller's to check.
+    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values
+    of a recorded call are the caller's to check.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al.,
     "FlashAttention"; pages as in Kwon et al., "PagedAttention".
