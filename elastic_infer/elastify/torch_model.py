@@ -464,3 +464,4 @@ def _encode_floats(value):
         return [_encode_floats(item) for item in value]
     if isinstance(value, float) and math.isinf(value):
         return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return value
