@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import tiny
 import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from elastic_infer.capacity import Capacity
 from elastic_infer.engine import Engine
 
 # Token ids of the byte-level vocabulary of `text_engine`; the byte b is token b.
@@ -66,6 +68,16 @@ def base_widths():
 def base_engine(folder: Path, **limits):
     """An engine on the fixed model."""
     return tiny_engine(folder, 7, config=base_config(), widths=base_widths(), **limits)
+
+
+def sized_engine(folder: Path, pages: int, slots: int, max_num_seqs: int, **limits) -> Engine:
+    """An engine on the fixed model whose cache has exactly so many pages and slots."""
+
+    def fixed(config, served, dtype, max_model_len, *_):
+        return Capacity(max_model_len, max_num_seqs, 128, pages, slots)
+
+    with mock.patch("elastic_infer.loading.plan_capacity", fixed):
+        return base_engine(folder, **limits)
 
 
 def write_text_model(folder: Path, **files) -> Path:

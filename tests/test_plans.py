@@ -176,7 +176,7 @@ def test_closing_text(engine):
     assert out.text == "ab enough.</think>\n?ok"
     assert out.usage.forced_tokens == len(" enough.") + 1 + len("\n")
     assert out.width_runs == [("S", 2), ("L", len(out.token_ids) - 2)]
-    assert out.answer == "??ok"
+    assert out.answer == "?ok"
 
 
 def test_closing_text_counts_and_may_end_the_request(engine):
