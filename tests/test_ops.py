@@ -217,8 +217,8 @@ def test_refusal(spec):
             except (ValueError, TypeError) as error:
                 refused += 1
                 if isinstance(error, ValueError):
-                    named = re.match(rf"({spec.name}|matmul_pack): \w.* must .+, got .+", str(error))
-                    assert named, str(error)
+                    grammar = rf"({spec.name}|matmul_pack): \w.* must .+, got .+"
+                    assert re.match(grammar, str(error)), str(error)
                 continue
             # A change that makes another valid problem: then the op solves that one.
             assert what.startswith("size"), f"{spec.name}: accepted {name} with {what}"
