@@ -114,7 +114,8 @@ def _cases():
 
 def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
     R, V, rows = case["R"], case["V"], torch.arange(case["R"])
-    logits = randn(generator, R, V + 5, dtype=dtype, scale=0.1 if case.get("flat") else 3.0)[:, 2:-3]
+    scale = 0.1 if case.get("flat") else 3.0
+    logits = randn(generator, R, V + 5, dtype=dtype, scale=scale)[:, 2:-3]  # rows not packed
     a = {
         "logits": logits,
         "ids": torch.empty(R, dtype=torch.int32),

@@ -6,8 +6,8 @@
 // Token j is in page page_table[s, j / 64] at offset j % 64. Rows of out from cu_seqlens[S] on are
 // left as they are.
 //
-// Key tiles are pages and blocks of queries lie within one page, both at absolute positions: where a
-// prompt is cut into chunks changes no bit.
+// Key tiles are pages and blocks of queries lie within one page, both at absolute positions: where
+// a prompt is cut into chunks changes no bit.
 #pragma once
 #include "../../core/isa.h"
 #include "../../core/tensor.h"

@@ -8,13 +8,12 @@
 // Scratch: sample_scratch_bytes(V).
 // Limits: V < 2^31.
 // Speed: see the op table in the README (bench/ops.py).
-#include "sample.h"
-
 #include <functional>
 #include <limits>
 
 #include "../../core/pool.h"
 #include "../../core/vec.h"
+#include "sample.h"
 
 namespace ei::EI_ISA {
 namespace {
@@ -74,7 +73,8 @@ double mass(const uint64_t* keys, int64_t n) {
   return total;
 }
 
-// The last key, by descending order, before which less than `share` of all mass lies. Reorders keys.
+// The last key, by descending order, before which less than `share` of all mass lies. Reorders
+// keys.
 uint64_t top_p_cut(uint64_t* keys, int64_t n, float share) {
   const double target = mass(keys, n) * share;
   const auto descending = std::greater<uint64_t>();
@@ -204,8 +204,8 @@ void sample(const SampleArgs& a, Pool& pool) {
     }
     for (int64_t v = 0; v < padded; v += V::kLanes)
       store(z + v, div(sub(V::load(z + v), V::set(top)), V::set(temperature)));
-    truncate(z, padded, a.min_p.ptr<float>()[r], a.top_k.ptr<int32_t>()[r],
-             a.top_p.ptr<float>()[r], reinterpret_cast<uint64_t*>(z + padded));
+    truncate(z, padded, a.min_p.ptr<float>()[r], a.top_k.ptr<int32_t>()[r], a.top_p.ptr<float>()[r],
+             reinterpret_cast<uint64_t*>(z + padded));
     id = static_cast<int32_t>(draw(z, padded, first_top,
                                    static_cast<uint64_t>(a.seed.ptr<int64_t>()[r]),
                                    static_cast<uint64_t>(a.position.ptr<int64_t>()[r])));
