@@ -274,6 +274,21 @@ def test_info_needs_no_weights(folder, tmp_path):
     assert list(json.loads(run("info", tmp_path, "--json").stdout)["widths"]) == ["one"]
 
 
+def test_info_of_a_hub_repository_fetches_no_weights(folder, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    facts = json.loads(run("info", "owner/name", "--revision", "v1", "--json").stdout)
+    assert list(facts["widths"]) == ["S", "M", "L"] and not facts["tensors_checked"]
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
+    assert asked["allow_patterns"] == ["config.json", "elastic_widths.json"]
+
+
 def test_info_shows_ranges_of_per_layer_sizes(tmp_path):
     config = engines.base_config()
     widths = {"L": {}, "S": {"mamba_num_heads": [4, 6]}}
