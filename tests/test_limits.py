@@ -11,6 +11,7 @@ from engines import (
     assert_all_free,
     base_engine,
     draw,
+    hold,
     open_engine,
     script,
     sized_engine,
@@ -284,10 +285,9 @@ def test_cancel_during_prefill(tmp_path):
             return forward(segments)
 
         engine._model.forward = slow
-        ready = threading.Event()
-        engine._worker.post(lambda: ready.wait(30))
+        go = hold(engine)
         request = engine.submit(draw(400), free(5))
-        ready.set()
+        go.set()
         out = request.result()
         assert out.finish_reason == "cancelled" and out.token_ids == [] and len(passes) == 1
         assert list(request) == []
@@ -417,11 +417,10 @@ def test_a_pass_that_fails_leaks_nothing(engine, after):
             raise RuntimeError("broken pass")
         return forward(segments)
 
-    gate = threading.Event()
-    engine._worker.post(lambda: gate.wait(30))
+    go = hold(engine)
     requests = [engine.submit(draw(70, i), free(8)) for i in range(4)]
     engine._model.forward = failing
-    gate.set()
+    go.set()
     outs = [r.wait() for r in requests]
     engine._model.forward = forward
     assert [o.finish_reason for o in outs].count("error") in (1, 2)
