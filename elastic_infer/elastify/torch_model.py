@@ -368,7 +368,7 @@ class ElasticNemotronH(nn.Module):
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         raw = dict(self.config.raw)
         raw["dtype"] = str(dtype or self.lm_head.weight.dtype).removeprefix("torch.")
-        text = json.dumps(_encode_floats(raw), indent=2)
+        text = json.dumps(encode_floats(raw), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -423,12 +423,12 @@ def initialise(config: ModelConfig, seed: int) -> ElasticNemotronH:
     return ElasticNemotronH(config).initialise(seed)
 
 
-def _encode_floats(value):
+def encode_floats(value):
     """Writes infinities as {"__float__": "Infinity"}, so that the file is strict JSON."""
     if isinstance(value, dict):
-        return {key: _encode_floats(item) for key, item in value.items()}
+        return {key: encode_floats(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encode_floats(item) for item in value]
+        return [encode_floats(item) for item in value]
     if isinstance(value, float) and math.isinf(value):
         return {"__float__": "Infinity" if value > 0 else "-Infinity"}
     return value
