@@ -34,6 +34,11 @@ class Batch(NamedTuple):
     ids: Tensor
     weights: Tensor | None
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        weights = None if self.weights is None else self.weights.to(device)
+        return Batch(self.ids.to(device), weights)
+
 
 def as_batch(item: Any, what: str = "data") -> Batch:
     """Reads one batch: a tensor, a pair, or {"input_ids": …, "weights": …}.
@@ -64,37 +69,49 @@ class IteratorData:
 
     Args:
         batches: iterable of batches.
-        validation: held-out batches, a list; None: the first batches after training serve.
+        validation: held-out batches, a list, or None.
     """
 
     def __init__(self, batches: Iterable[Any], validation: Sequence[Any] | None = None):
-        self.source = batches
-        self.held_out = validation
+        self.source, self.held_out = batches, list(validation or [])
+        self.position, self._items = 0, self._all()
+
+    def _all(self) -> Iterator[Batch]:
+        while True:
+            start = self.position
+            for item in self.source:
+                self.position += 1
+                yield as_batch(item)
+            if self.position == start:
+                some = "at least one batch, got none"
+                more = f"more than {start} batches, got no other"
+                raise InvalidRequest(f"data: must hold {more if start else some}")
 
     def batches(
         self, batch_size: int, length: int, seed: int, skip: int = 0, before: int = 0
     ) -> Iterator[Batch]:
         """Batches of a stage: `before` belong to earlier stages, `skip` were used in this one."""
-        position = 0
-        while True:
-            start = position
-            for item in self.source:
-                position += 1
-                if position > before + skip:
-                    batch = as_batch(item)
-                    weights = None if batch.weights is None else batch.weights[:, :length]
-                    yield Batch(batch.ids[:, :length], weights)
-            if position == start:
-                what = "at least one batch, got none" if start == 0 else f"more than {start} batches"
-                raise InvalidRequest(f"data: must hold {what}")
+        wanted = before + skip
+        if self.position > wanted:
+            if iter(self.source) is self.source:
+                raise InvalidRequest(
+                    f"data: an iterator cannot go back to batch {wanted}, it is at "
+                    f"{self.position}; give a list or a fresh iterator"
+                )
+            self.position, self._items = 0, self._all()
+        while self.position < wanted:
+            next(self._items)
+        for batch in self._items:
+            yield _cut(batch, length)
 
     def validation(self, batch_size: int, length: int, count: int) -> list[Batch]:
         """At most `count` held-out batches; empty if there are none."""
-        held_out = list(self.held_out or [])[:count]
-        return [
-            Batch(b.ids[:, :length], None if b.weights is None else b.weights[:, :length])
-            for b in map(as_batch, held_out)
-        ]
+        return [_cut(as_batch(item), length) for item in self.held_out[:count]]
+
+
+def _cut(batch: Batch, length: int) -> Batch:
+    weights = None if batch.weights is None else batch.weights[:, :length]
+    return Batch(batch.ids[:, :length], weights)
 
 
 class Corpus:
@@ -230,18 +247,22 @@ def _documents(
                     if not text.strip():
                         continue
                     where = f"{file} line {number}" if lines else str(file)
-                    ids = _read_line(text, where, encode) if lines else _encoded(text, where, encode)
-                    if vocab_size is not None and ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-                        raise InvalidRequest(
-                            f"data: token ids must lie in 0..{vocab_size - 1}, got "
-                            f"{min(ids)}..{max(ids)} in {where}"
-                        )
+                    ids = (_read_line if lines else _encoded)(text, where, encode)
                     if ids:
+                        _check_ids(ids, vocab_size, where)
                         yield ids
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"data: {file} must be UTF-8 text, got {error}") from error
         if progress is not None:
             progress(file.stat().st_size)
+
+
+def _check_ids(ids: list[int], vocab_size: int | None, where: str) -> None:
+    if vocab_size is not None and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise InvalidRequest(
+            f"data: token ids must lie in 0..{vocab_size - 1}, got {min(ids)}..{max(ids)} in "
+            f"{where}"
+        )
 
 
 def _encoded(text: str, where: str, encode: Callable[[str], list[int]] | None) -> list[int]:
@@ -253,9 +274,7 @@ def _encoded(text: str, where: str, encode: Callable[[str], list[int]] | None) -
     return encode(text)
 
 
-def _read_line(
-    text: str, where: str, encode: Callable[[str], list[int]] | None
-) -> list[int]:
+def _read_line(text: str, where: str, encode: Callable[[str], list[int]] | None) -> list[int]:
     try:
         data = json.loads(text)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Group:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def current(cls, device: str | torch.device = "auto") -> Group:
@@ -72,8 +72,8 @@ class Group:
                 f"batch_size: must be a multiple of {self.size} processes, got {rows}"
             )
         own = slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
-        weights = None if batch.weights is None else batch.weights[own].to(self.device)
-        return Batch(batch.ids[own].to(self.device), weights)
+        weights = None if batch.weights is None else batch.weights[own]
+        return Batch(batch.ids[own], weights).to(self.device)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of a tensor over all processes, a new tensor."""
