@@ -88,8 +88,16 @@ def plan_capacity(
     per_sequence = -(-length // PAGE)
     # Three slots per sequence, its own and two snapshots, as far as half of the budget goes; the
     # pages of one whole sequence come first.
-    room = min(budget // 2, budget - per_sequence * page)
-    slots = max(1, min(3 * wanted, room // slot if slot else 3 * wanted))
+    room = budget - per_sequence * page
+    most = room // slot if slot else 3 * wanted
+    if max_num_seqs is not None and most < wanted:
+        raise OutOfCapacity(
+            f"engine: kv_cache_memory_bytes must hold the states of max_num_seqs {wanted} "
+            f"sequences ({slot} bytes each) beside one sequence of {length} tokens "
+            f"({per_sequence * page} bytes of KV pages), got {budget}, which holds {most}"
+        )
+    half = budget // 2 // slot if slot else 3 * wanted
+    slots = max(1, min(most, max(half, 0 if max_num_seqs is None else wanted), 3 * wanted))
     rows = min(wanted, slots)
     pages = min(rows * per_sequence + 1, (budget - slots * slot) // page) if page else 1
     return Capacity(length, rows, max_num_batched_tokens, int(pages), int(slots))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 WIDTHS_NAME = "elastic_widths.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_HUB_PATTERNS = [
+_HUB_FILES = (
     "config.json",
     "generation_config.json",
     WIDTHS_NAME,
@@ -33,10 +33,12 @@ _HUB_PATTERNS = [
     "vocab.json",
     "merges.txt",
     "chat_template.*",
-]
+)
 
 
-def resolve_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+def resolve_folder(
+    path_or_hub_id: str | Path, revision: str | None = None, files: Sequence[str] = _HUB_FILES
+) -> Path:
     """The local folder of a checkpoint: the path itself, else a snapshot from the Hub.
 
     Without a network (or with the Hub client set to offline) the newest snapshot in the Hub
@@ -45,6 +47,7 @@ def resolve_folder(path_or_hub_id: str | Path, revision: str | None = None) -> P
     Args:
         path_or_hub_id: folder, or ``owner/name``.
         revision: branch, tag or commit, for a Hub id only.
+        files: patterns of the files to fetch, for a Hub id only.
 
     Returns:
         The folder.
@@ -67,10 +70,10 @@ def resolve_folder(path_or_hub_id: str | Path, revision: str | None = None) -> P
             f"checkpoint: path must be a checkpoint folder or a Hub id owner/name, got {text!r}, "
             f"which is {kind}"
         )
-    return _from_hub(text, revision)
+    return _from_hub(text, revision, files)
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
+def _from_hub(repo: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -80,7 +83,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     )
 
     wanted = repo if revision is None else f"{repo} at revision {revision}"
-    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": _HUB_PATTERNS}
+    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": list(files)}
     try:
         return Path(snapshot_download(repo, **arguments))
     except (

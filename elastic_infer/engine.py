@@ -121,6 +121,11 @@ class Engine:
         return self._tokenizer
 
     @property
+    def default_params(self) -> SamplingParams:
+        """What `params=None` means: the checkpoint's generation_config.json."""
+        return self._intake.default_params
+
+    @property
     def max_model_len(self) -> int:
         return self._capacity.max_model_len
 

@@ -44,6 +44,11 @@ class Intake:
 
     # -- requests ----------------------------------------------------------------------------
 
+    @property
+    def default_params(self) -> SamplingParams:
+        """The sampling parameters of the checkpoint's generation_config.json."""
+        return SamplingParams.from_generation_config(self._generation_config)
+
     def request(
         self,
         prompt: Prompt,
@@ -57,7 +62,7 @@ class Intake:
         """
         ids = self.prompt_ids(prompt)
         if params is None:
-            params = SamplingParams.from_generation_config(self._generation_config)
+            params = self.default_params
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params: must be SamplingParams, got {type(params).__name__}")
         if params.stop and self._tokenizer is None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from .cache import PAGE, Run, Saved, SavedState, Sequence
-from .errors import CheckpointError
+from .config import width_to_dict
+from .errors import CheckpointError, WidthError
 from .weights import rank_major
 
 if TYPE_CHECKING:
@@ -41,8 +43,11 @@ def save_sequence(
 ) -> None:
     """Writes a sequence. Heads are in checkpoint order, KV without the unused end of its last page.
 
-    path: file to write. width: what reads on. unread: tokens that are not in the cache yet.
-    logits: float32 [V] after the last read token, or None.
+    path: file to write; one that is there is replaced when the new one is whole. width: what reads
+    on. unread: tokens that are not in the cache yet. logits: float32 [V] after the last read token,
+    or None.
+
+    Raises: CheckpointError if it cannot be written.
     """
     saved = engine._model.cache.export(sequence)
     tensors = {}
@@ -65,10 +70,27 @@ def save_sequence(
         "width": width,
         "track": json.dumps(sequence.track),
         "runs": json.dumps(runs),
+        "widths": json.dumps(_sizes(engine, [width, *(r.width for r in sequence.runs)])),
     }
+    _write(Path(path), tensors, metadata)
+
+
+def _sizes(engine: Engine, names: list[str]) -> dict:
+    """Table entries of the widths that a file speaks of: what their names mean."""
+    return {n: width_to_dict(engine.config, engine.widths[n]) for n in sorted(set(names))}
+
+
+def _write(path: Path, tensors: dict, metadata: dict) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(tensors, str(path), metadata=metadata)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, str(partial), metadata=metadata)
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"sequence file: {path} must be writable, got: {error}") from error
 
 
 def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int], object]:
@@ -100,14 +122,39 @@ def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int]
             f"sequence file: {path} must belong to these weights ({engine.fingerprint[:12]}…), got "
             f"one for {metadata['fingerprint'][:12]}…; load it with the checkpoint that wrote it"
         )
+    try:
+        return _parse(path, engine, metadata, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, (CheckpointError, WidthError)):
+            raise
+        raise CheckpointError(
+            f"sequence file: {path} must be as `save` writes it, got {type(error).__name__}: "
+            f"{error}"
+        ) from error
+
+
+def _parse(path, engine: Engine, metadata: dict, tensors: dict):
     runs = [Run(w, k, c, t) for w, k, c, t in json.loads(metadata["runs"])]
-    engine._intake.check_width(metadata["width"])
-    for run in runs:
-        engine._intake.check_width(run.width)
-    tokens = tensors["tokens"].tolist()
+    names = [metadata["width"], *(run.width for run in runs)]
+    for name in names:
+        engine._intake.check_width(name)
+    sizes = json.loads(metadata["widths"])
+    for name, here in _sizes(engine, names).items():
+        if sizes[name] != here:
+            raise CheckpointError(
+                f"sequence file: {path} must have been read by widths of these sizes, got "
+                f"{name!r} as {sizes[name]}, here it is {here}"
+            )
+    tokens, unread = tensors["tokens"].tolist(), tensors["unread"].tolist()
+    if sum(run.count for run in runs) != len(tokens):
+        raise ValueError(f"width runs of {sum(r.count for r in runs)} tokens for {len(tokens)}")
+    if tokens + unread:
+        engine._intake.check_tokens("tokens", tokens + unread)
+    logits = tensors.get("logits")
+    if logits is not None:
+        _expect(path, tensors, "logits", (engine.config.vocab_size,), torch.float32)
     sequence = Sequence(tokens=tokens, runs=runs, track=json.loads(metadata["track"]))
-    saved = _content(path, engine, tensors, len(tokens))
-    return sequence, saved, metadata["width"], tensors["unread"].tolist(), tensors.get("logits")
+    return sequence, _content(path, engine, tensors, len(tokens)), names[0], unread, logits
 
 
 def _content(path, engine: Engine, tensors: dict, length: int) -> Saved:

@@ -69,7 +69,12 @@ class Worker:
             self._check_open()
             self._jobs.append(entry)
             self._start()
-        return entry.future.result()
+        try:
+            return entry.future.result()
+        finally:
+            # An exception holds this frame: without a way back from here to it, what the caller
+            # dropped (a sequence, say) is freed at once and not by a later collection of cycles.
+            del entry
 
     def post(self, job: Callable[[], Any]) -> None:
         """Runs `job` between two passes without waiting for it; nothing happens once closed."""
@@ -215,6 +220,8 @@ class Worker:
             job.future.set_exception(error)
         except BaseException as error:
             job.future.set_exception(error)
+        finally:
+            del job  # see `call`
         return True
 
     def _finish(self) -> None:

@@ -1,20 +1,36 @@
-"""Small engines for tests."""
+"""Small engines for tests, with and without text."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from unittest import mock
 
 import tiny
+import tokenizers
 import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from elastic_infer.capacity import Capacity
 from elastic_infer.engine import Engine
 
+# Token ids of the byte-level vocabulary of `text_engine`; the byte b is token b.
+THINK, END_THINK, EOS = 256, 257, 258
+TEXT_VOCABULARY = 272  # a few ids beyond the tokenizer's, as padded models have
 
-def tiny_engine(folder: Path, seed: int = 0, dtype=torch.float32, config=None, widths=None, **limits):
+
+def tiny_engine(
+    folder: Path, seed: int = 0, dtype=torch.float32, config=None, widths=None, **limits
+) -> Engine:
     """An engine on a random tiny checkpoint; limits as of `Engine.from_pretrained`."""
     config = config or tiny.tiny_config(seed)
     widths = tiny.tiny_widths(config, seed) if widths is None else widths
     tiny.write_tiny(folder, config, widths, dtype, seed)
+    return open_engine(folder, **limits)
+
+
+def open_engine(folder: Path, **limits) -> Engine:
+    """An engine on a folder, with limits that suit tests."""
     given = {"max_model_len": 512, "max_num_seqs": 16, "threads": 2,
              "kv_cache_memory_bytes": 64 << 20, **limits}  # fmt: skip
     return Engine.from_pretrained(folder, **given)
@@ -52,3 +68,83 @@ def base_widths():
 def base_engine(folder: Path, **limits):
     """An engine on the fixed model."""
     return tiny_engine(folder, 7, config=base_config(), widths=base_widths(), **limits)
+
+
+def sized_engine(folder: Path, pages: int, slots: int, max_num_seqs: int, **limits) -> Engine:
+    """An engine on the fixed model whose cache has exactly so many pages and slots."""
+
+    def fixed(config, served, dtype, max_model_len, *_):
+        return Capacity(max_model_len, max_num_seqs, 128, pages, slots)
+
+    with mock.patch("elastic_infer.loading.plan_capacity", fixed):
+        return base_engine(folder, **limits)
+
+
+def write_text_model(folder: Path, **files) -> Path:
+    """The fixed model with a byte-level vocabulary, think tags that are not special, and an end
+    token. files: further JSON files of the folder, by name without ".json"."""
+    config = base_config(vocab_size=TEXT_VOCABULARY, eos_token_id=EOS)
+    tiny.write_tiny(folder, config, base_widths(), seed=7)
+    byte_of = {c: b for b, c in enumerate(_byte_alphabet())}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=byte_of, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    plain = [AddedToken(text, normalized=False, special=False) for text in ("<think>", "</think>")]
+    backend.add_tokens(plain)
+    backend.add_special_tokens([AddedToken("<|end|>", normalized=False, special=True)])
+    backend.save(str(folder / "tokenizer.json"))
+    named = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast",
+             "chat_template": CHAT_TEMPLATE}  # fmt: skip
+    for name, value in {"tokenizer_config": named, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% if tools %}tools:{{ tools | tojson }}\n{% endif %}"
+    "{% if add_generation_prompt %}[assistant]"
+    "{{ '<think>' if enable_thinking | default(true) else '<think></think>' }}{% endif %}"
+)
+
+
+def _byte_alphabet() -> list[str]:
+    """The character of a byte-level vocabulary that stands for each byte."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(0x100, 0x200))
+    return [chr(b) if b in shown else chr(next(hidden)) for b in range(256)]
+
+
+def text_engine(folder: Path, files: dict | None = None, **limits):
+    """An engine on the fixed model with text."""
+    return open_engine(write_text_model(folder, **(files or {})), **limits)
+
+
+def script(tokens):
+    """A logits processor that makes the model say these tokens (ids, or text as bytes), then its
+    end token."""
+    ids = list(tokens.encode()) if isinstance(tokens, str) else list(tokens)
+
+    def say(token_ids, row, phase):
+        at = len(token_ids)
+        row[:] = -torch.inf
+        row[ids[at] if at < len(ids) else EOS] = 0.0
+
+    return say
+
+
+def draw(count: int, seed: int = 0, vocabulary: int = 130) -> list[int]:
+    """Random token ids that are no special ones of `base_config`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+
+
+def assert_all_free(engine: Engine) -> None:
+    """Nothing is left in the cache: every page and slot is free, with no reference to it."""
+    cache = engine._model.cache
+    engine._call(lambda: None)  # whatever was asked for before has been done then
+    for pool in (cache.pages, cache.slots):
+        assert pool.used == 0 and sorted(pool._free) == list(range(pool.size)), pool.name
+        assert not any(pool._references), pool.name
+    stats = engine.stats()
+    assert stats["running"] == stats["waiting"] == 0

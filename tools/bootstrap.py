@@ -120,7 +120,7 @@ def choose_environment() -> Path:
             return active
         found = f"torch {version}" if version else "no torch"
         oldest = ".".join(map(str, OLDEST_TORCH))
-        say(f"bootstrap: using .venv: torch must be >= {oldest}, the active environment has {found}")
+        say(f"bootstrap: using .venv: torch must be >= {oldest}, the active one has {found}")
     if not own.exists():
         say("bootstrap: making .venv")
         made = subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv")],

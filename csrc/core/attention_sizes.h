@@ -12,6 +12,14 @@ inline int64_t attention_floats(int64_t rows, int64_t K) {
   return 2 * 64 * K + 64 * 3 * kMostLanes + 2 * lanes * K + 3 * lanes;
 }
 
+// Tokens of one block of prefill whose KV heads have `group` query heads each: a power of two that
+// divides a page, for up to 128 rows.
+inline int64_t prefill_tokens(int64_t group) {
+  int64_t tokens = 64;
+  while (tokens > 1 && tokens * group > 128) tokens /= 2;
+  return tokens;
+}
+
 // One partial result: o, m and l of a block.
 inline int64_t partial_floats(int64_t rows, int64_t K) {
   return (rows + kMostLanes - 1) / kMostLanes * kMostLanes * (K + 2);

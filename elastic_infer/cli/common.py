@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,21 +22,32 @@ if TYPE_CHECKING:
     from elastic_infer.checkpoint import Checkpoint
     from elastic_infer.engine import Engine
 
+UsageError = typer.BadParameter.__base__  # typer may bring its own copy of click
 BAD_REQUEST = 2  # exit code of everything that the library refuses
 # From narrow to wide, readable on dark and light terminals, and apart for most colour-blind eyes.
 COLOURS = ("cyan", "dark_orange", "magenta", "green", "blue")
 
 
 class Commands(TyperGroup):
-    """The command group: an error of the library becomes one line on stderr and exit code 2."""
+    """The command group: what the library refuses, and a wrong command line, become one line on
+    stderr and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except ElasticError as error:
-            message = " ".join(str(error).split())
-            errors().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
-            raise typer.Exit(BAD_REQUEST) from None
+            tell(str(error))
+        except UsageError as error:
+            if not error.format_message():  # a command without arguments: its help is wanted
+                raise
+            where = error.ctx.command_path if error.ctx else ctx.command_path
+            tell(f"{error.format_message().rstrip('.')}; see {where} --help")
+        raise typer.Exit(BAD_REQUEST)
+
+
+def tell(message: str) -> None:
+    """One line on standard error."""
+    errors().print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
 
 
 def console() -> Console:
@@ -73,25 +85,36 @@ def token_text(token: Any, colours: dict[str, str]) -> Text:
 
 
 @contextlib.contextmanager
-def byte_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, on a terminal only; gives a function that is told of further bytes."""
+def byte_progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, on a terminal only; gives a function that is told of further bytes and,
+    once that is known, of all of them."""
     screen = errors()
     if not screen.is_terminal:
-        yield lambda count: None
+        yield lambda count, total=None: None
         return
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn(escape(title)), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task(title, total=total)
-        yield lambda count: progress.update(task, advance=count)
+        yield lambda count, total=total: progress.update(task, advance=count, total=total)
+
+
+@contextlib.contextmanager
+def working(title: str) -> Iterator[None]:
+    """Shows on stderr, on a terminal only, that something is being done."""
+    screen = errors()
+    with screen.status(escape(title)) if screen.is_terminal else contextlib.nullcontext():
+        yield
 
 
 def open_engine(model: str, *, revision: str | None = None, **options: Any) -> Engine:
     """`Engine.from_pretrained` with a bar while the weights are read."""
     from elastic_infer.engine import Engine
 
-    if options.get("threads") is not None and options["threads"] < 1:
-        raise InvalidRequest(f"--threads: must be at least 1, got {options['threads']}")
-    with byte_progress(f"loading {model}", None) as advance:
+    folder = Path(model).expanduser()
+    # What a narrower max_width will read is only known once it was read.
+    whole = options.get("max_width") is None and folder.is_dir()
+    files = folder.glob("*.safetensors") if whole else ()
+    with byte_progress(f"loading {model}", sum(f.stat().st_size for f in files) or None) as advance:
         return Engine.from_pretrained(
             model, revision=revision, progress=lambda name, count: advance(count), **options
         )
@@ -148,10 +171,9 @@ def sampling_params(engine: Engine, **given: Any) -> Any:
     """The checkpoint's generation_config.json, changed by the options that were given."""
     import dataclasses
 
-    from elastic_infer.sampling import SamplingParams
-
-    base = SamplingParams.from_generation_config(engine._generation_config)
-    return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
+    return dataclasses.replace(
+        engine.default_params, **{k: v for k, v in given.items() if v is not None}
+    )
 
 
 def read_plan(text: str | None, width: str | None) -> Any:

@@ -22,8 +22,8 @@ def attention_decode(
     q_sizes: torch.Tensor | None = None,
     run=None,
 ) -> torch.Tensor:
-    """``out[s, n] = softmax(scale * q[s, n] @ keys.T) @ values`` over the first ``lengths[s]`` tokens
-    of sequence s; query head n uses KV head ``n % Hkv``.
+    """``out[s, n] = softmax(scale * q[s, n] @ keys.T) @ values`` over the first ``lengths[s]``
+    tokens of sequence s; query head n uses KV head ``n % Hkv``.
 
     Args:
         q: [S, Hq*K] float32 or bfloat16; Hq a multiple of Hkv, K of 16.
@@ -40,8 +40,8 @@ def attention_decode(
 
     Returns: `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values of
-    a recorded call are the caller's to check.
+    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values
+    of a recorded call are the caller's to check.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"; splits of the keys
     as in Dao et al., "Flash-Decoding", at fixed places so that bits never depend on the batch.
@@ -66,7 +66,7 @@ def cached(a: Arguments, name: str, s: int, tokens: int) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """One token's attention: q [heads, K], k and v [tokens, Hkv, K], computed in float32 or wider."""
+    """One token's attention in float32 or wider: q [heads, K], k and v [tokens, Hkv, K]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     heads = torch.arange(q.shape[0]) % k.shape[1]
     scores = torch.einsum("nk,jnk->nj", q.to(wide), k[:, heads].to(wide)) * scale

@@ -71,6 +71,11 @@ class TiledWeight:
             got = list(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
             raise ValueError(f"matmul_pack: weight must be a tensor of shape [N, K], got {got}")
         rows = segment_rows or [weight.shape[0]]
+        if sum(rows) != weight.shape[0]:
+            raise ValueError(
+                f"matmul_pack: segment_rows must add up to the weight's {weight.shape[0]} rows, "
+                f"got {rows}"
+            )
         tiled = TiledWeight.empty(rows, weight.shape[1], weight.dtype)
         at = 0
         for i, n in enumerate(rows):
@@ -109,7 +114,9 @@ def matmul(
     Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
     """
     segments = [(s.tile_row, s.column, s.rows) for s in weight.segments]
-    _C.matmul(x, weight.image, out, segments, activation, row_width, k_sizes, n_sizes, run)
+    _C.matmul(
+        x, weight.image, weight.columns, out, segments, activation, row_width, k_sizes, n_sizes, run
+    )
     return out
 
 

@@ -105,14 +105,14 @@ def moe_matmul(
     Source: transformers' nemotron_h. The up product, its activation and the down product are
     rounded to x's dtype; the sum runs in float32 by ascending expert and is rounded once.
     """
-    if (up.rows, up.columns) != (down.columns, down.rows) or up.columns != x.shape[-1]:
+    if (up.rows, up.columns) != (down.columns, down.rows):
         raise ValueError(
-            f"moe_matmul: up and down must be [F, D] and [D, F] with D = {x.shape[-1]}, "
-            f"got {[up.rows, up.columns]} and {[down.rows, down.columns]}"
+            f"moe_matmul: down must have shape [D, F] where up has [F, D] = "
+            f"{[up.rows, up.columns]}, got {[down.rows, down.columns]}"
         )
     _C.moe_matmul(
-        x, up.image, down.image, up.rows, ids, weights, out, shared, workspace, row_width,
-        k_sizes, f_sizes, run,
+        x, up.image, down.image, up.columns, up.rows, ids, weights, out, shared, workspace,
+        row_width, k_sizes, f_sizes, run,
     )  # fmt: skip
     return out
 
@@ -169,8 +169,9 @@ def _call(a: Arguments, run) -> None:
     given = dict(a)
     up = given["up"] = ExpertWeights.pack(a["up"])
     given["down"] = ExpertWeights.pack(a["down"])
-    R, J = a["ids"].shape[0], a["ids"].shape[-1]
-    size = moe_workspace_bytes(R, J, up.experts, up.columns, up.rows, a["x"].dtype)
+    R, J = (*torch.as_tensor(a["ids"]).shape, 1, 1)[:2]  # moe_matmul refuses any other rank
+    dtype = torch.as_tensor(a["x"]).dtype
+    size = moe_workspace_bytes(R, J, up.experts, up.columns, up.rows, dtype)
     moe_matmul(run=run, workspace=torch.full((size,), 255, dtype=torch.uint8), **given)
 
 

@@ -45,14 +45,14 @@ def moe_route(
     Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", section 2.1 (sigmoid scores, bias for the
     choice only), with one group; transformers' nemotron_h.
     """
-    if len(gate.segments) != 1 or gate.columns != x.shape[-1] or gate.rows != bias.shape[0]:
+    if len(gate.segments) != 1:
         raise ValueError(
-            f"moe_route: gate must be one segment of [E, D] = [{bias.shape[0]}, {x.shape[-1]}], "
-            f"got {[s.rows for s in gate.segments]} rows of {gate.columns}"
+            f"moe_route: gate must be one segment, got {[s.rows for s in gate.segments]} rows"
         )
     _C.moe_route(
-        x, gate.image, bias, ids, weights, scaling_factor, row_width, k_sizes, e_sizes, run
-    )
+        x, gate.image, gate.rows, gate.columns, bias, ids, weights, scaling_factor, row_width,
+        k_sizes, e_sizes, run,
+    )  # fmt: skip
     return ids, weights
 
 

@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "../../core/check.h"
@@ -24,20 +25,25 @@ DType image_dtype(Checker& check, const Tensor& w, const char* name) {
   check.fail(name, "have tiles of 8192 (bfloat16) or 16384 (float32) bytes", w.describe());
 }
 
-void matmul_entry(const TensorArg& x, const TensorArg& w, const TensorArg& out,
+void matmul_entry(const TensorArg& x, const TensorArg& w, int64_t K, const TensorArg& out,
                   const std::vector<Segment>& segments, const std::string& activation,
                   const TensorArg& row_width, const TensorArg& k_sizes, const TensorArg& n_sizes,
                   const py::object& run) {
   Checker check("matmul");
   const Runner runner = runner_from(run);
+  check.bind("K", K);  // the weight's columns
   check(x, "x").dtype({DType::f32, DType::bf16}).shape({"R", "K"}).rows_dense();
-  const int64_t K = check["K"];
   check(w, "w").dtype({DType::u8}).shape({"N tiles", (K + 63) / 64, "tile bytes"}).contiguous();
+  int64_t N = 0;
+  for (const auto& [tile_row, column, rows] : segments) N = std::max(N, column + rows);
+  check.bind("N", N);
   check(out, "out").dtype({DType::f32, DType::bf16}).shape({"R", "N"}).rows_dense();
   check.range(K % 16, "K modulo 16", 0, 0);
 
-  MatmulArgs a{x, w, image_dtype(check, w, "w"), out, row_width, k_sizes, n_sizes, 0, {}, {}, {},
-               Activation::none};
+  MatmulArgs a{x,       w,         image_dtype(check, w, "w"),
+               out,     row_width, k_sizes,
+               n_sizes, 0,         {},
+               {},      {},        Activation::none};
   if (a.w_dtype == DType::f32 && x.dtype != DType::f32)
     check.fail("w", "be a bfloat16 image when x is bfloat16", "a float32 image");
   if (activation == "relu2")
@@ -73,14 +79,14 @@ void pack_entry(const TensorArg& source, const TensorArg& image, int64_t tile_ro
   const DType dtype = image_dtype(check, image, "image");
   check.range((check["K"] + 63) / 64, "K tiles of source", 0, check["K tiles"]);
   check.range(tile_row, "tile_row", 0, check["N tiles"] - (check["N"] + 63) / 64);
-  submit(runner_from(run), matmul_pack_cpu, PackArgs{source, image, dtype, static_cast<int>(tile_row)},
-         {&source, &image});
+  submit(runner_from(run), matmul_pack_cpu,
+         PackArgs{source, image, dtype, static_cast<int>(tile_row)}, {&source, &image});
 }
 
 const RegisterOp registered([](py::module_& m) {
-  m.def("matmul", matmul_entry, py::arg("x"), py::arg("w"), py::arg("out"), py::arg("segments"),
-        py::arg("activation"), py::arg("row_width"), py::arg("k_sizes"), py::arg("n_sizes"),
-        py::arg("run"));
+  m.def("matmul", matmul_entry, py::arg("x"), py::arg("w"), py::arg("K"), py::arg("out"),
+        py::arg("segments"), py::arg("activation"), py::arg("row_width"), py::arg("k_sizes"),
+        py::arg("n_sizes"), py::arg("run"));
   m.def("matmul_pack", pack_entry, py::arg("source"), py::arg("image"), py::arg("tile_row"),
         py::arg("run"));
 });

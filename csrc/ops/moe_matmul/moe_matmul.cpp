@@ -27,15 +27,16 @@ void check_ids(Checker& check, const Tensor& ids, int64_t E) {
     }
 }
 
-void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& down, int64_t F,
-                      const TensorArg& ids, const TensorArg& weights, const TensorArg& out,
-                      const TensorArg& shared, const TensorArg& workspace,
+void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& down, int64_t D,
+                      int64_t F, const TensorArg& ids, const TensorArg& weights,
+                      const TensorArg& out, const TensorArg& shared, const TensorArg& workspace,
                       const TensorArg& row_width, const TensorArg& k_sizes,
                       const TensorArg& f_sizes, const py::object& run) {
   Checker check("moe_matmul");
   const Runner runner = runner_from(run);
+  check.bind("D", D);  // what the weights take and give
   check(x, "x").dtype({DType::f32, DType::bf16}).shape({"R", "D"}).rows_dense();
-  const int64_t D = check["D"], D_tiles = (D + 63) / 64, F_tiles = (F + 63) / 64;
+  const int64_t D_tiles = (D + 63) / 64, F_tiles = (F + 63) / 64;
   check.range(D % 16, "D modulo 16", 0, 0);
   check.range(F % 16, "F modulo 16", 0, 0);
   check(up, "up").dtype({DType::u8}).shape({"E", F_tiles, D_tiles, "tile bytes"}).contiguous();
@@ -63,16 +64,16 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
   widths.sizes(f_sizes, "f_sizes", F, 16);
   if (!runner.step && !ids.cuda) check_ids(check, ids, E);
   const int64_t rows = std::min<int64_t>(R * J, 256), tiles = std::max(D_tiles, F_tiles);
-  submit(runner, moe_matmul_cpu,
-         MoeMatmulArgs{x, up, down, w_dtype, F, ids, weights, out, shared, workspace, row_width,
-                       k_sizes, f_sizes},
-         {&x, &up, &down, &ids, &weights, &out, &shared, &workspace, &row_width, &k_sizes,
-          &f_sizes},
-         tiles * rows * 64 * 6 + rows * 64 * 4 + 64 * 64 * 4 + rows * 8 + 1024);
+  submit(
+      runner, moe_matmul_cpu,
+      MoeMatmulArgs{x, up, down, w_dtype, F, ids, weights, out, shared, workspace, row_width,
+                    k_sizes, f_sizes},
+      {&x, &up, &down, &ids, &weights, &out, &shared, &workspace, &row_width, &k_sizes, &f_sizes},
+      tiles * rows * 64 * 6 + rows * 64 * 4 + 64 * 64 * 4 + rows * 8 + 1024);
 }
 
 const RegisterOp registered([](py::module_& m) {
-  m.def("moe_matmul", moe_matmul_entry, py::arg("x"), py::arg("up"), py::arg("down"),
+  m.def("moe_matmul", moe_matmul_entry, py::arg("x"), py::arg("up"), py::arg("down"), py::arg("D"),
         py::arg("F"), py::arg("ids"), py::arg("weights"), py::arg("out"), py::arg("shared"),
         py::arg("workspace"), py::arg("row_width"), py::arg("k_sizes"), py::arg("f_sizes"),
         py::arg("run"));

@@ -12,16 +12,16 @@ namespace py = pybind11;
 namespace ei {
 namespace {
 
-void moe_route_entry(const TensorArg& x, const TensorArg& gate, const TensorArg& bias,
-                     const TensorArg& ids, const TensorArg& weights, double scaling_factor,
-                     const TensorArg& row_width, const TensorArg& k_sizes,
+void moe_route_entry(const TensorArg& x, const TensorArg& gate, int64_t E, int64_t D,
+                     const TensorArg& bias, const TensorArg& ids, const TensorArg& weights,
+                     double scaling_factor, const TensorArg& row_width, const TensorArg& k_sizes,
                      const TensorArg& e_sizes, const py::object& run) {
   Checker check("moe_route");
   const Runner runner = runner_from(run);
+  check.bind("E", E);  // the gate's rows and columns
+  check.bind("D", D);
   check(x, "x").dtype({DType::f32, DType::bf16}).shape({"R", "D"}).rows_dense();
-  const int64_t D = check["D"];
   check(bias, "bias").dtype({DType::f32}).shape({"E"}).contiguous();
-  const int64_t E = check["E"];
   check(gate, "gate")
       .dtype({DType::u8})
       .shape({(E + 63) / 64, (D + 63) / 64, 64 * 64 * 4})
@@ -52,9 +52,9 @@ void moe_route_entry(const TensorArg& x, const TensorArg& gate, const TensorArg&
 }
 
 const RegisterOp registered([](py::module_& m) {
-  m.def("moe_route", moe_route_entry, py::arg("x"), py::arg("gate"), py::arg("bias"),
-        py::arg("ids"), py::arg("weights"), py::arg("scaling_factor"), py::arg("row_width"),
-        py::arg("k_sizes"), py::arg("e_sizes"), py::arg("run"));
+  m.def("moe_route", moe_route_entry, py::arg("x"), py::arg("gate"), py::arg("E"), py::arg("D"),
+        py::arg("bias"), py::arg("ids"), py::arg("weights"), py::arg("scaling_factor"),
+        py::arg("row_width"), py::arg("k_sizes"), py::arg("e_sizes"), py::arg("run"));
 });
 
 }  // namespace

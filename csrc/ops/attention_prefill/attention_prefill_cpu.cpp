@@ -1,0 +1,107 @@
+// Computes: attention_prefill (attention_prefill.h).
+// Layout: the query heads of one KV head, for a few tokens of one page, are the lanes of a block
+//   (core/attention.h).
+// Work split: parts are (sequence, block of tokens, KV head), the longest contexts first.
+// Order: pages ascending; within one, as core/attention.h says.
+// Scratch: a block.
+// Limits: K is a multiple of 16. A token's output is finite only if the values of the tokens that
+//   follow it in its block are (they are weighed with zero).
+// Speed: see the op table in the README (bench/ops.py).
+#include "../../core/attention.h"
+#include "../../core/attention_sizes.h"
+#include "../../core/pool.h"
+#include "attention_prefill.h"
+
+namespace ei::EI_ISA {
+namespace {
+
+// Tokens [begin, end) of the chunk of sequence s, all at positions within one page.
+struct Block {
+  int64_t s, begin, end;
+};
+
+class Blocks {
+ public:
+  Blocks(const AttentionPrefillArgs& a, int64_t tokens) : a_(a), tokens_(tokens) {
+    for (int64_t s = 0; s < a.context.shape[0]; ++s) count_ += of(s);
+  }
+
+  int64_t count() const { return count_; }
+
+  // Block i of all, the last of a sequence first.
+  Block at(int64_t i) const {
+    int64_t s = 0;
+    while (i >= of(s)) i -= of(s++);
+    const int64_t n = chunk(s), before = a_.context.ptr<int32_t>()[s];
+    const int64_t place = before / tokens_ + of(s) - 1 - i;  // in blocks, from the sequence's start
+    return {s, std::max<int64_t>(0, place * tokens_ - before),
+            std::min(n, (place + 1) * tokens_ - before)};
+  }
+
+ private:
+  int64_t chunk(int64_t s) const {
+    const auto* cu = a_.cu_seqlens.ptr<int32_t>() + s;
+    return cu[1] - cu[0];
+  }
+  int64_t of(int64_t s) const {
+    const int64_t before = a_.context.ptr<int32_t>()[s], n = chunk(s);
+    return n == 0 ? 0 : (before + n - 1) / tokens_ - before / tokens_ + 1;
+  }
+
+  const AttentionPrefillArgs& a_;
+  int64_t tokens_;
+  int64_t count_ = 0;
+};
+
+template <class T>
+void attend_block(const AttentionPrefillArgs& a, const Block& block, int64_t h, float* scratch) {
+  const int64_t Hkv = a.k_pages.shape[1], K = a.k_pages.shape[3];
+  const int64_t group = a.q.shape[1] / K / Hkv;
+  const int64_t heads =
+      a.seq_width ? a.q_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[block.s]] : Hkv * group;
+  const int active = heads > h ? static_cast<int>((heads - h + Hkv - 1) / Hkv) : 0;
+  const int64_t first_row = a.cu_seqlens.ptr<int32_t>()[block.s] + block.begin;
+  const int64_t before = a.context.ptr<int32_t>()[block.s] + block.begin;  // position of the first
+  const int tokens = static_cast<int>(block.end - block.begin);
+  const int64_t seen = before + tokens;  // keys that the last token sees
+
+  const AttentionBlock b = place_block(scratch, tokens * active, static_cast<int>(K));
+  for (int t = 0; t < tokens; ++t)
+    for (int i = 0; i < active; ++i) {
+      const T* q = a.q.ptr<T>() + (first_row + t) * a.q.stride[0] + (h + i * Hkv) * K;
+      set_query(b, t * active + i, q, a.scale);
+      b.visible[t * active + i] = static_cast<float>(before + t + 1);
+    }
+  fill_spare_rows(b, tokens * active);
+  reset_block(b);
+  const int32_t* pages = a.page_table.ptr<int32_t>() + block.s * a.page_table.stride[0];
+  for (int64_t first = 0; first < seen && active > 0; first += kPage) {
+    const int64_t at = (pages[first / kPage] * Hkv + h) * kPage * K;
+    const int n = static_cast<int>(std::min<int64_t>(kPage, seen - first));
+    const bool own = first + kPage > before;  // the page that the block's tokens are in
+    attend_page(b, a.k_pages.ptr<T>() + at, a.v_pages.ptr<T>() + at, n, own, first);
+  }
+  for (int t = 0; t < tokens; ++t)
+    for (int i = 0; i < group; ++i) {
+      T* out = a.out.ptr<T>() + (first_row + t) * a.out.stride[0] + (h + i * Hkv) * K;
+      if (i < active)
+        write_result(b, t * active + i, out);
+      else
+        std::memset(static_cast<void*>(out), 0, K * sizeof(T));
+    }
+}
+
+}  // namespace
+
+void attention_prefill(const AttentionPrefillArgs& a, Pool& pool) {
+  const int64_t Hkv = a.k_pages.shape[1], K = a.k_pages.shape[3];
+  const Blocks blocks(a, prefill_tokens(a.q.shape[1] / K / Hkv));
+  pool.run(blocks.count() * Hkv, [&](int64_t part, int thread) {
+    auto* scratch = reinterpret_cast<float*>(pool.scratch(thread));
+    const Block block = blocks.at(part / Hkv);
+    a.q.dtype == DType::bf16 ? attend_block<bf16>(a, block, part % Hkv, scratch)
+                             : attend_block<float>(a, block, part % Hkv, scratch);
+  });
+}
+
+}  // namespace ei::EI_ISA

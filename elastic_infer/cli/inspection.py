@@ -1,0 +1,257 @@
+"""`elastic-infer info`: what a checkpoint is, what its widths cost, what a memory holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from elastic_infer.errors import InvalidRequest
+
+from . import common as c
+
+if TYPE_CHECKING:
+    from elastic_infer.config import ModelConfig, Width
+
+HELP = (
+    "Tell a checkpoint's widths, their parameters and bytes, what fits a given memory, and which "
+    "kernels would run. Reads sizes only: of a Hub repository nothing but config.json is fetched."
+)
+EXAMPLES = c.examples(
+    "elastic-infer info MODEL",
+    "elastic-infer info owner/name --memory 64GB --length 32768",
+    "elastic-infer info MODEL --json",
+)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {unit + "I": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
+_AXES = {
+    "mamba_num_heads": "Mamba heads",
+    "num_attention_heads": "query heads",
+    "n_routed_experts": "experts",
+    "moe_intermediate_size": "expert width",
+    "moe_shared_expert_intermediate_size": "shared expert width",
+    "intermediate_size": "MLP width",
+}
+
+
+@dataclass
+class Opened:
+    """Sizes of a checkpoint. stored: dtype name of its weights. checked: whether its tensors were
+    looked at, too."""
+
+    config: ModelConfig
+    widths: dict[str, Width]
+    default_width: str
+    source: str
+    stored: str
+    checked: bool
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("info", help=HELP, epilog=EXAMPLES)(info)
+
+
+def info(
+    model: c.Model,
+    memory: Annotated[
+        str | None, typer.Option(help="Such as 16GB or 24GiB; default: what is free now.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and output.")] = 4096,
+    widths: c.WidthTable = None,
+    revision: c.Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    verbose: c.Verbose = False,
+) -> None:
+    c.log_to_stderr(verbose)
+    from elastic_infer.capacity import free_memory
+
+    size = free_memory() if memory is None else parse_memory(memory)
+    if length < 1:
+        raise InvalidRequest(f"--length: must be at least 1, got {length}")
+    opened = open_sizes(model, revision, widths)
+    facts = describe(opened, size, length)
+    if as_json:
+        typer.echo(json.dumps({"model": model, **facts}, indent=2))
+    else:
+        show(model, opened, facts)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "16GB", "24 GiB", "512M" or a plain number.
+
+    Raises: InvalidRequest for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if match is None or match.group(2) not in _UNITS:
+        raise InvalidRequest(f"--memory: must be a size such as 16GB or 24GiB, got {text!r}")
+    return int(float(match.group(1)) * _UNITS[match.group(2)])
+
+
+def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
+    """Config and widths of a folder, whose tensors are checked where it has any, or of a Hub id,
+    of which only the small files are fetched.
+
+    Raises: CheckpointError, WidthError.
+    """
+    from elastic_infer.checkpoint import WIDTHS_NAME, resolve_folder
+    from elastic_infer.config import ModelConfig, default_width_name, parse_widths
+    from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, read_json
+
+    local = Path(model).expanduser().is_dir()
+    folder = resolve_folder(model, revision, ("config.json", WIDTHS_NAME))
+    if local and any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
+        checkpoint = c.open_checkpoint(model, revision, widths)
+        stored = str(checkpoint.dtype_of("backbone.embeddings.weight")).removeprefix("torch.")
+        return Opened(checkpoint.config, checkpoint.widths, checkpoint.default_width,
+                      checkpoint.widths_source, stored, True)  # fmt: skip
+    config = ModelConfig.from_folder(folder)
+    beside = folder / WIDTHS_NAME
+    table, source = config.elastic, "config.json" if config.elastic else "no table"
+    if widths is not None or beside.is_file():
+        path = beside if widths is None else Path(widths).expanduser()
+        table, source = read_json(path), str(path)
+    found = parse_widths(config, table)
+    return Opened(config, found, default_width_name(found, table), source, config.dtype, False)
+
+
+def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
+    """Everything that `info` tells, as plain values."""
+    import torch
+
+    from elastic_infer._C import Pool, usable_isas
+    from elastic_infer.capacity import slot_bytes
+    from elastic_infer.config import count_parameters, kv_bytes_per_token
+    from elastic_infer.footprint import bytes_per_token, fit, item_size, weight_bytes
+
+    config = opened.config
+    run = torch.float32 if opened.stored in ("float32", "float16") else torch.bfloat16
+    length = min(length, config.max_position_embeddings)
+    rows = {}
+    for name, width in opened.widths.items():
+        counts, room = count_parameters(config, width), fit(config, width, run, memory, length)
+        rows[name] = {
+            "hidden_size": width.hidden_size,
+            **{key: sizes(config, width, key) for key in _AXES if has(config, key)},
+            "parameters": counts.total,
+            "active_parameters": counts.active_without_embedding,
+            "weight_bytes": {
+                kind: weight_bytes(config, width, getattr(torch, kind))
+                for kind in ("bfloat16", "float32")
+            },
+            "weight_bytes_per_token": bytes_per_token(config, width, run),
+            "state_bytes_per_sequence": slot_bytes(config, width, run),
+            "working_bytes": room.working,
+            "sequences_that_fit": room.sequences,
+            "longest_sequence_that_fits": room.longest,
+        }
+    return {
+        "pattern": config.pattern,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "stored_dtype": opened.stored,
+        "run_dtype": str(run).removeprefix("torch."),
+        "tensors_checked": opened.checked,
+        "width_table": opened.source,
+        "default_width": opened.default_width,
+        "kv_bytes_per_token": kv_bytes_per_token(config, item_size(run)),
+        "memory": memory,
+        "length": length,
+        "widths": rows,
+        "kernels": {"used": Pool().isa, "usable": usable_isas(), "cuda": False},
+        "threads": c.available_threads(),
+    }
+
+
+def has(config: ModelConfig, key: str) -> bool:
+    """Whether any layer is sized by this key."""
+    from elastic_infer.config import LAYER_KEYS
+
+    return LAYER_KEYS[key] in config.layers
+
+
+def sizes(config: ModelConfig, width: Width, key: str) -> int | list[int]:
+    """A width's size on one axis: one number, or one per layer that has the axis."""
+    from elastic_infer.config import LAYER_KEYS
+
+    values = [getattr(width, key)[i] for i in config.layers_of(LAYER_KEYS[key])]
+    return values[0] if len(set(values)) == 1 else values
+
+
+def show(model: str, opened: Opened, facts: dict[str, Any]) -> None:
+    """Prints the facts as tables."""
+    screen = c.console()
+    state = "all tensors present, shapes right" if opened.checked else "sizes from config.json"
+    screen.print(f"[bold]{escape(model)}[/]: {state}", soft_wrap=True)
+    screen.print(
+        f"layers {facts['pattern']} (M Mamba-2, * attention, - MLP, E experts), vocabulary "
+        f"{facts['vocab_size']}, context {facts['max_position_embeddings']}, stored as "
+        f"{facts['stored_dtype']}", soft_wrap=True, markup=False,
+    )  # fmt: skip
+    screen.print(f"widths from {facts['width_table']}, default {facts['default_width']}; KV cache "
+                 f"{facts['kv_bytes_per_token']} bytes per token at every width",
+                 soft_wrap=True, markup=False)  # fmt: skip
+    screen.print(width_table(facts))
+    kernels = facts["kernels"]
+    screen.print(
+        f"kernels: {kernels['used']} on {facts['threads']} threads (this processor also runs "
+        f"{', '.join(k for k in kernels['usable'] if k != kernels['used']) or 'no other'}); "
+        "no CUDA kernels in this version", soft_wrap=True, markup=False,
+    )  # fmt: skip
+
+
+def width_table(facts: dict[str, Any]) -> Table:
+    """One column per width, one line per property."""
+    rows: dict[str, dict[str, Any]] = facts["widths"]
+    colours = c.colour_of(list(rows))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in rows:
+        table.add_column(escape(name), style=colours[name], justify="right")
+
+    def line(title: str, value: Any) -> None:
+        table.add_row(title, *(str(value(row)) for row in rows.values()))
+
+    line("hidden channels", lambda r: r["hidden_size"])
+    for key, title in _AXES.items():
+        if key in next(iter(rows.values())):
+            line(title, lambda r, key=key: spread(r[key]))
+    line("parameters", lambda r: count(r["parameters"]))
+    line("active per token", lambda r: count(r["active_parameters"]))
+    for kind in ("bfloat16", "float32"):
+        line(f"weights, {kind}", lambda r, kind=kind: size_text(r["weight_bytes"][kind]))
+    line("weights read per token", lambda r: size_text(r["weight_bytes_per_token"]))
+    line("state per sequence", lambda r: size_text(r["state_bytes_per_sequence"]))
+    table.add_section()
+    memory = size_text(facts["memory"])
+    table.add_row(f"in {memory} of memory, as the widest width, {facts['run_dtype']}:")
+    line(f"sequences of {facts['length']} tokens", lambda r: r["sequences_that_fit"] or "none")
+    line("longest sequence", lambda r: r["longest_sequence_that_fits"] or "does not fit")
+    return table
+
+
+def spread(value: int | list[int]) -> str:
+    """One size, or the range over the layers."""
+    return str(value) if isinstance(value, int) else f"{min(value)}–{max(value)}"
+
+
+def count(number: int) -> str:
+    """A number of parameters, such as 31.6 B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def size_text(size: int) -> str:
+    """Bytes with a decimal unit, such as 58.8 GB."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size} B"

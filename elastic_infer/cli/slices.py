@@ -1,0 +1,110 @@
+"""`elastic-infer slice` and `widths`: a width as a checkpoint of its own, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from elastic_infer.errors import InvalidRequest
+
+from . import common as c
+
+SLICE_HELP = (
+    "Write one width as a checkpoint of its own, which other software loads. A width with "
+    "per-layer sizes becomes an elastic checkpoint of this one width."
+)
+SLICE_EXAMPLES = c.examples(
+    "elastic-infer slice MODEL --width S --out model-S",
+    "elastic-infer slice owner/name --revision main --width 12B --out model-12B",
+)
+WIDTHS_HELP = (
+    "Derive the width table of a full checkpoint from slices that were extracted from it. Where "
+    "a slice has weights, every tensor is compared with the prefix of the full one. The table is "
+    "written to elastic_widths.json beside the full checkpoint's config.json; for one in a "
+    "download cache, to your own config folder."
+)
+WIDTHS_EXAMPLES = c.examples(
+    "elastic-infer widths full-30B --slice 23B=slice-23B --slice 12B=slice-12B --full-name 30B",
+    "elastic-infer widths full-30B --slice-config 12B=slice-12B/config.json --out table.json",
+    "elastic-infer widths full-30B --slice-config 12B=config.json --out -",
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command("slice", help=SLICE_HELP, epilog=SLICE_EXAMPLES)(slice_width)
+    app.command("widths", help=WIDTHS_HELP, epilog=WIDTHS_EXAMPLES)(derive)
+
+
+def slice_width(
+    model: c.Model,
+    width: Annotated[str, typer.Option(help="The width to write.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    widths: c.WidthTable = None,
+    revision: c.Revision = None,
+    verbose: c.Verbose = False,
+) -> None:
+    c.log_to_stderr(verbose)
+    from elastic_infer.slicing import slice_checkpoint
+
+    checkpoint = c.open_checkpoint(model, revision, widths)
+    done = 0
+    with c.byte_progress(f"writing {width}", None) as advance:
+
+        def progress(written: int, total: int) -> None:
+            nonlocal done
+            advance(written - done, total)
+            done = written
+
+        folder = slice_checkpoint(checkpoint, width, out, progress)
+    c.console().print(f"{escape(str(folder))}: width {escape(width)}, {done / 1e6:.1f} MB",
+                      soft_wrap=True)  # fmt: skip
+
+
+def derive(
+    full: Annotated[str, typer.Argument(help="The full checkpoint: folder, or Hub owner/name.")],
+    slices: Annotated[
+        list[str] | None, typer.Option("--slice", help="NAME=FOLDER of a slice; may be repeated.")
+    ] = None,
+    slice_configs: Annotated[
+        list[str] | None,
+        typer.Option("--slice-config", help="NAME=FILE, a slice's config.json; may be repeated."),
+    ] = None,
+    full_name: Annotated[str, typer.Option(help="Name of the full width.")] = "full",
+    out: Annotated[str | None, typer.Option(help="File to write instead; - prints it.")] = None,
+    revision: c.Revision = None,
+    verbose: c.Verbose = False,
+) -> None:
+    c.log_to_stderr(verbose)
+    from elastic_infer.checkpoint import resolve_folder
+    from elastic_infer.derive import derive_widths, write_widths
+
+    folders, configs = named("--slice", slices), named("--slice-config", slice_configs)
+    folder = resolve_folder(full, revision)
+    with c.working("comparing"):
+        table = derive_widths(folder, folders, configs, full_name=full_name)
+    if out == "-":
+        typer.echo(json.dumps(table, indent=2))
+        return
+    path = write_widths(table, folder if out is None else out)
+    c.console().print(f"{escape(str(path))}: {', '.join(table['widths'])}", soft_wrap=True)
+
+
+def named(option: str, values: list[str] | None) -> dict[str, str]:
+    """NAME=PATH arguments as a dict.
+
+    Raises: InvalidRequest for one without a name or path, or a name that occurs twice.
+    """
+    found: dict[str, str] = {}
+    for value in values or []:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise InvalidRequest(f"{option}: must be NAME=PATH, got {value!r}")
+        if name in found:
+            raise InvalidRequest(f"{option}: a name must be given once, got {name!r} twice")
+        found[name] = path
+    return found

@@ -1,0 +1,214 @@
+"""Law 5 at the engine: limits, order of arrival, neighbours and threads change no bit."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+import torch
+from engines import assert_all_free, base_engine, draw, sized_engine, text_engine
+
+from elastic_infer import NonFiniteLogits, Plan, SamplingParams
+from elastic_infer.batching import GRID
+
+
+def plans():
+    """One of every kind, every policy among them."""
+    return [
+        Plan.fixed("S"),
+        Plan.fixed("L"),
+        Plan.schedule([(0, "S"), (5, "L"), (12, "M")], policy="carry"),
+        Plan.schedule([(0, "M"), (6, "L")], policy="exact"),
+        Plan.schedule([(0, "S"), (9, "L"), (17, "S")], policy="window(4)"),
+        Plan.by_uncertainty("S", "L", threshold=4.0, hold=2, policy="carry"),
+        Plan.think_answer("S", "L", 7, grace=0, start_tag=3, end_tag=4, policy="exact"),
+        Plan.think_answer("M", "L", 3, grace=0, start_tag=3, end_tag=4),
+    ]
+
+
+def work():
+    """(prompt, params, plan) of sixteen requests of many lengths."""
+    jobs = []
+    for i, plan in enumerate(plans() * 2):
+        prompt = [*draw([3, 64, 65, 130, 17, 200, 1, 90][i * 3 % 8], i), 3]
+        params = SamplingParams(
+            max_tokens=24, seed=i, temperature=0.9, top_p=0.95, logprobs=1, ignore_eos=True,
+            frequency_penalty=0.3 if i % 3 == 0 else 0.0,
+        )  # fmt: skip
+        jobs.append((prompt, params, plan))
+    return jobs
+
+
+def summary(output):
+    """What must not depend on scheduling."""
+    choice = output.choices[0]
+    return (choice.token_ids, choice.logprobs, choice.width_runs, choice.finish_reason,
+            output.rebuilt_tokens)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """Every request alone, with room for whole prompts."""
+    with base_engine(tmp_path_factory.mktemp("alone"), max_num_batched_tokens=512) as engine:
+        return [summary(engine.generate(p, params, plan=plan)) for p, params, plan in work()]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"max_num_batched_tokens": 80},
+        {"max_num_batched_tokens": 131, "mixing": "always"},
+        {"mixing": "never"},
+        {"max_num_seqs": 3, "max_num_batched_tokens": 70},
+        {"threads": 1},
+        {"isa": "portable", "threads": 3},
+    ],
+    ids=str,
+)
+def test_limits_change_no_bit(tmp_path, expected, limits):
+    if "isa" in limits:  # other instructions, other bits: compared with themselves alone
+        with base_engine(tmp_path, isa="portable", max_num_batched_tokens=512) as engine:
+            expected = [summary(engine.generate(p, a, plan=plan)) for p, a, plan in work()]
+    with base_engine(tmp_path, **limits) as engine:
+        requests = [engine.submit(*job) for job in work()]
+        got = [summary(r.result()) for r in requests]
+        assert_all_free(engine)
+    assert got == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_order_and_time_of_arrival_change_no_bit(tmp_path, expected, seed):
+    order = list(range(16))
+    rng = random.Random(seed)
+    rng.shuffle(order)
+    with base_engine(tmp_path, max_num_seqs=5, max_num_batched_tokens=96) as engine:
+        got = {}
+        waiting = []
+        for i in order:
+            waiting.append((i, engine.submit(*work()[i])))
+            if rng.random() < 0.3:  # let some finish before the next arrive
+                j, request = waiting.pop(rng.randrange(len(waiting)))
+                got[j] = summary(request.result())
+        got |= {i: summary(r.result()) for i, r in waiting}
+        assert_all_free(engine)
+    assert [got[i] for i in range(16)] == expected
+
+
+def test_preemption_changes_no_bit(tmp_path, expected):
+    with sized_engine(tmp_path, pages=9, slots=16, max_num_seqs=6) as engine:
+        requests = [engine.submit(*job) for job in work()]
+        got = [summary(r.result()) for r in requests]
+        assert engine.stats()["preemptions"] > 0
+        assert_all_free(engine)
+    assert got == expected
+
+
+def test_threads_change_no_bit(tmp_path, expected):
+    """Sixteen threads submit at once, beside sequences that are driven by hand."""
+    with base_engine(tmp_path, max_num_seqs=8, max_num_batched_tokens=96) as engine:
+        got = [None] * 16
+
+        def call(i):
+            got[i] = summary(engine.generate(work()[i][0], work()[i][1], plan=work()[i][2]))
+
+        threads = [threading.Thread(target=call, args=(i,)) for i in range(16)]
+        [t.start() for t in threads]
+        with engine.open(draw(40), width="S") as a, engine.open(draw(40), width="S") as b:
+            while any(t.is_alive() for t in threads):
+                assert a.step().id == b.step().id
+                a.rollback(40), b.rollback(40)
+        [t.join() for t in threads]
+        assert_all_free(engine)
+    assert got == expected
+
+
+def test_prompts_are_cut_on_the_grid_only(tmp_path):
+    with base_engine(tmp_path, max_num_batched_tokens=100) as engine:
+        cuts, forward = [], engine._model.forward
+
+        def watch(segments):
+            cuts.extend((s.sequence.length, len(s.tokens)) for s in segments if s.kind == "prefill")
+            return forward(segments)
+
+        engine._model.forward = watch
+        params = SamplingParams(max_tokens=3, seed=0, ignore_eos=True)
+        engine.generate([draw(n, n) for n in (300, 150, 70)], params)
+        lengths = {300, 150, 70}
+        assert all((at + n) % GRID == 0 or at + n in lengths for at, n in cuts)
+        assert len(cuts) > 6
+
+
+def test_long_prompts_do_not_stall_running_requests(tmp_path):
+    """While a long prompt is read in parts, everybody else gets a token in every pass."""
+    with base_engine(tmp_path, max_num_batched_tokens=80, mixing="always") as engine:
+        kinds, forward = [], engine._model.forward
+
+        def watch(segments):
+            kinds.append(sorted(s.kind for s in segments))
+            return forward(segments)
+
+        params = SamplingParams(max_tokens=30, seed=0, ignore_eos=True)
+        first = engine.submit(draw(5), params)
+        next(iter(first))
+        engine._model.forward = watch
+        long = engine.submit(draw(400), params)
+        long.result(), first.result()
+        mixed = [k for k in kinds if "prefill" in k]
+        assert len(mixed) >= 6 and sum("step" in k for k in mixed) >= len(mixed) - 1
+
+
+@pytest.mark.parametrize("mixing", ["auto", "always", "never"])
+def test_nobody_starves(tmp_path, mixing):
+    """Rows of every width advance together, whatever the mixing: in a run where all have the same
+    to do, nobody ends long after the others have."""
+    with base_engine(tmp_path, mixing=mixing) as engine:
+        ends, params = [], SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
+        requests = [engine.submit(draw(5, i), params, width="SML"[i % 3]) for i in range(9)]
+        late = engine.submit(draw(5), SamplingParams(max_tokens=2, seed=0, ignore_eos=True))
+        late.result()
+        ends = [len(r.output().token_ids) for r in requests]
+        [r.result() for r in requests]
+        assert engine.stats()["passes"] <= {"always": 45, "auto": 250, "never": 130}[mixing]
+        assert min(ends) < 40, "a late request is not put last"
+
+
+def test_one_bad_row_ends_alone(tmp_path):
+    """NaN logits end their own request; its neighbours in the same passes keep their bits, and so
+    do the requests that get its pages and its slot afterwards."""
+    prompts = [draw(70, i, vocabulary=120) for i in range(5)]
+    barred = SamplingParams(max_tokens=20, seed=1, logprobs=0, ignore_eos=True,
+                            logit_bias={125: -100.0})  # fmt: skip
+    with base_engine(tmp_path, max_num_seqs=5) as engine:
+        expected = [summary(o) for o in engine.generate(prompts, barred)]
+        poisoned = engine._model.weights.embedding[125]
+        kept = poisoned.clone()
+        poisoned.fill_(torch.nan)
+        prompts[2] = [*prompts[2][:30], 125, *prompts[2][31:]]
+        outs = engine.generate(prompts, barred)
+        for i in (0, 1, 3, 4):
+            assert summary(outs[i]) == expected[i]
+        bad = outs[2]
+        assert bad.finish_reason == "error" and bad.token_ids == []
+        assert "logits must be finite" in bad.stop_reason and "at width L" in bad.stop_reason
+        assert_all_free(engine)
+        poisoned.copy_(kept)
+        prompts[2] = draw(70, 2, vocabulary=120)
+        assert [summary(o) for o in engine.generate(prompts, barred)] == expected
+
+
+def test_nan_is_an_error_by_name(tmp_path):
+    with text_engine(tmp_path) as engine:
+        kept = engine._model.weights.embedding[65].clone()
+        engine._model.weights.embedding[65] = torch.nan
+        with pytest.raises(NonFiniteLogits, match=r"logits must be finite .* at token 0 at width"):
+            engine.generate("ABC")
+        with engine.open("BC") as sequence:
+            sequence.append([65])
+            with pytest.raises(NonFiniteLogits, match="step: logits must be finite"):
+                sequence.step()
+            sequence.rollback(2)
+            assert sequence.step().id >= 0, "back before the bad token it goes on"
+        engine._model.weights.embedding[65] = kept
+        assert_all_free(engine)
