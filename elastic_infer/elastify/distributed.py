@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ class Group:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InvalidRequest(f"device: must be one that torch has, got {device} without CUDA")
         if dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # The others wait while the first process measures importance.
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=12))
         if not (dist.is_available() and dist.is_initialized()):
             return cls(0, 1, device)
         if device.type == "cuda" and device.index is None:

@@ -302,17 +302,24 @@ class Router(nn.Module):
         if budget == 1:
             self.budget_input(budget)
             return full_width(self.config, name)
-        return self.width_at(self.budget_input(budget), name)
+        return self.widths_at(self.budget_input(budget)[None], name)[0]
 
     @torch.no_grad()
-    def width_at(self, given: Tensor, name: str) -> Width:
-        """The width of the likeliest sizes for a router input [budgets]."""
-        table: dict[str, Any] = {}
+    def widths_at(self, inputs: Tensor, name: str) -> list[Width]:
+        """The different widths of the likeliest sizes for router inputs [points, budgets]."""
+        best = []
         for axis, network in self.networks.items():
-            flat = network(given.to(network[0].weight.device)).view(self.rows(axis), -1)
-            best = [self.choices[axis][i] for i in flat.argmax(-1).tolist()]
-            table[axis] = best[0] if len(best) == 1 else best
-        return parse_widths(self.config, {name: table})[name]
+            flat = network(inputs.to(network[0].weight.device))
+            best.append(flat.view(len(inputs), self.rows(axis), -1).argmax(-1).cpu())
+        widths = []
+        for row in torch.unique(torch.cat(best, 1), dim=0).tolist():
+            table: dict[str, Any] = {}
+            for axis, sizes in self.choices.items():
+                taken, row = row[: self.rows(axis)], row[self.rows(axis) :]
+                kept = [sizes[i] for i in taken]
+                table[axis] = kept[0] if len(kept) == 1 else kept
+            widths.append(parse_widths(self.config, {name: table})[name])
+        return widths
 
 
 def budget_loss(
