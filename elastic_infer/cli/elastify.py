@@ -142,6 +142,7 @@ def make_elastic(
     import torch
 
     from elastic_infer.elastify.costs import Cost
+    from elastic_infer.elastify.distributed import Group
     from elastic_infer.elastify.pipeline import elastify
     from elastic_infer.elastify.settings import Settings
     from elastic_infer.tensor_files import read_json
@@ -166,11 +167,14 @@ def make_elastic(
         seed=seed,
         save_every=save_every,
     )
+    group = Group.current(device)
     with run_progress() as told:
         folder = elastify(
             parent, data, out, settings, calibration=calibration, device=device, progress=told
         )
-    show_result(folder)
+    if group.first:
+        show_result(folder)
+    group.close()
 
 
 def show_result(folder: Path) -> None:

@@ -104,6 +104,10 @@ class IteratorData:
         for batch in self._items:
             yield _cut(batch, length)
 
+    def sequences(self, length: int) -> int | None:
+        """How many different sequences there are; an iterable does not say."""
+        return None
+
     def validation(self, batch_size: int, length: int, count: int) -> list[Batch]:
         """At most `count` held-out batches; empty if there are none."""
         return [_cut(as_batch(item), length) for item in self.held_out[:count]]
@@ -206,6 +210,10 @@ class Corpus:
                 rows.append(self.train[start : start + length])
             place += batch_size
             yield Batch(torch.from_numpy(np.stack(rows).astype(np.int64)), None)
+
+    def sequences(self, length: int) -> int | None:
+        """How many different training sequences of a length there are."""
+        return len(self.train) // length
 
     def validation(self, batch_size: int, length: int, count: int) -> list[Batch]:
         """At most `count` batches of held-out sequences."""

@@ -58,6 +58,11 @@ class Group:
         """Whether this process writes files and messages."""
         return self.rank == 0
 
+    def close(self) -> None:
+        """Leaves the other processes; to be called once at the end."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.size > 1:

@@ -63,7 +63,7 @@ def open_data(data: Any, checkpoint: Checkpoint, longest: int, run: Path, group:
 
 
 def calibration_batches(data: Any, settings: Settings, count: int) -> Iterator[Tensor | tuple]:
-    """The first `count` training sequences, in batches of the first stage.
+    """The first `count` training sequences (each once), in batches of the first stage.
 
     Raises:
         InvalidRequest: count is not positive.
@@ -71,6 +71,7 @@ def calibration_batches(data: Any, settings: Settings, count: int) -> Iterator[T
     if count < 1:
         raise InvalidRequest(f"calibration: must be at least 1 sequence, got {count}")
     first = settings.stages[0]
+    count = min(count, data.sequences(first.sequence_length) or count)
     stream = data.batches(first.batch_size, first.sequence_length, settings.seed)
     while count > 0:
         ids, weights = next(stream)
