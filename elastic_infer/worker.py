@@ -186,9 +186,9 @@ class Worker:
         with self._changed:
             while self._arrivals:
                 scheduler.submit(self._arrivals.popleft())
-            jobs = self._blocked + list(self._jobs)
-            self._jobs.clear()
-        self._blocked = []
+            jobs, self._blocked = self._blocked, []
+            while self._jobs:  # one by one: a sequence that is collected here posts one more
+                jobs.append(self._jobs.popleft())
         done = self._run_jobs(jobs)
         before = len(scheduler.running), len(scheduler.waiting)
         try:
@@ -227,9 +227,9 @@ class Worker:
     def _finish(self) -> None:
         with self._changed:
             self._closed = True
-            arrivals, jobs = list(self._arrivals), [*self._blocked, *self._jobs]
-            self._arrivals.clear()
-            self._jobs.clear()
+            arrivals, jobs = list(self._arrivals), self._blocked
+            while self._jobs:
+                jobs.append(self._jobs.popleft())
         self._scheduler.abandon(closed_error)
         for request in arrivals:
             request.abandon(closed_error(request))

@@ -45,7 +45,7 @@ class Sequences(RuleBasedStateMachine):
 
     @initialize()
     def begin(self):
-        self.open_ones, self.requests = [], []
+        self.open_ones, self.requests, self.cancelled = [], [], []
         self.numbers = random.Random(0)
         self.folder = tempfile.TemporaryDirectory()
 
@@ -171,6 +171,7 @@ class Sequences(RuleBasedStateMachine):
     def cancel(self):
         request = self.requests.pop()
         request.cancel()
+        self.cancelled.append(request)
 
     @invariant()
     def references_are_those_of_the_holders(self):
@@ -217,7 +218,7 @@ class Sequences(RuleBasedStateMachine):
             return
         for request in self.requests:
             request.cancel()
-        for request in self.requests:
+        for request in self.requests + self.cancelled:
             request.wait(timeout=60)
         while self.open_ones:
             sequence = self.open_ones.pop()

@@ -171,9 +171,7 @@ def read_line(interactive: bool) -> str | None:
 
 def reply(talk: Conversation, line: str, screen: Any) -> None:
     """Answers a message on the screen."""
-    output = talk.answer(
-        line, lambda token: screen.print(c.token_text(token, talk.colours), end="", soft_wrap=True)
-    )
+    output = talk.answer(line, lambda token: c.show_token(screen, token, talk.colours))
     screen.print()
     if screen.is_terminal:
         c.errors().print(Text(figures(output), style="dim"))

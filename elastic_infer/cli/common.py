@@ -78,6 +78,15 @@ def legend(colours: dict[str, str]) -> Text:
     return Text("  ").join(Text(f"■ {name}", style=colour) for name, colour in colours.items())
 
 
+def show_token(screen: Console, token: Any, colours: dict[str, str]) -> None:
+    """Writes one token of a stream: in colour and without control characters on a terminal, else
+    exactly as it is."""
+    if screen.is_terminal:
+        screen.print(token_text(token, colours), end="", soft_wrap=True)
+    else:
+        typer.echo(token_text(token, {}).plain if token.text is None else token.text, nl=False)
+
+
 def token_text(token: Any, colours: dict[str, str]) -> Text:
     """One token in its width's colour; one that a plan forced is underlined."""
     style = colours.get(token.width, "") + (" underline" if token.forced else "")

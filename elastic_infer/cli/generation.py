@@ -97,7 +97,7 @@ def stream(request: Any, names: list[str]) -> None:
     """Prints tokens as they come; on a terminal in colour, with a line of figures at the end."""
     screen, colours = c.console(), c.colour_of(names)
     for token in request:
-        screen.print(c.token_text(token, colours), end="", soft_wrap=True)
+        c.show_token(screen, token, colours)
     screen.print()
     output = request.result()
     if screen.is_terminal:
