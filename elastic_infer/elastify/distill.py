@@ -111,12 +111,13 @@ class Distiller:
     """One run in one folder; run again with the same arguments it continues where it was.
 
     Args:
-        parent: the sorted parent in float32; it becomes the student, a frozen copy the teacher.
+        parent: the sorted parent in float32; it becomes the student.
         data: batches (see `corpus`), or a Corpus.
         out: folder of the run: state.pt, metrics.jsonl.
         settings: of the run.
         router: learns the sizes; None: made from the settings unless `widths` is given.
         widths: {name: Width} for settings.names, hand-picked sizes in place of a router.
+        teacher: a model of the same vocabulary, which is frozen; None: a frozen copy of `parent`.
         group: the processes that train together.
     """
 
@@ -129,6 +130,7 @@ class Distiller:
         *,
         router: Router | None = None,
         widths: Mapping[str, Width] | None = None,
+        teacher: ElasticNemotronH | None = None,
         group: Group | None = None,
     ):
         self.group = group or Group.current()
@@ -153,7 +155,8 @@ class Distiller:
         bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and cuda)
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.model = parent.to(device)
-        self.teacher = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(self.model) if teacher is None else teacher.to(device)
+        self.teacher.requires_grad_(False).eval()
         for model in (self.model, self.teacher):
             self.group.shard(model)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
