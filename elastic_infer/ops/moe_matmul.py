@@ -27,13 +27,14 @@ class ExpertWeights:
         return self.image.shape[0]
 
     @staticmethod
-    def empty(experts: int, rows: int, columns: int, dtype: torch.dtype) -> ExpertWeights:
-        """Room for `experts` matrices [rows, columns] of float32 or bfloat16."""
+    def empty(
+        experts: int, rows: int, columns: int, dtype: torch.dtype, memory=None
+    ) -> ExpertWeights:
+        """Room for `experts` matrices [rows, columns] of float32 or bfloat16. memory: a
+        `WeightMemory` to take it from, or None."""
         itemsize = torch.empty(0, dtype=dtype).element_size()
-        image = torch.empty(
-            experts, tile_count(rows), tile_count(columns), TILE * TILE * itemsize,
-            dtype=torch.uint8,
-        )  # fmt: skip
+        shape = (experts, tile_count(rows), tile_count(columns), TILE * TILE * itemsize)
+        image = memory.empty(*shape) if memory else torch.empty(shape, dtype=torch.uint8)
         return ExpertWeights(image, rows, columns)
 
     def fill(self, expert: int, source: torch.Tensor, run=None) -> None:
