@@ -33,7 +33,7 @@ from elastic_infer.elastify.reasoner import evaluate as evaluation
 from elastic_infer.elastify.reasoner.task import held_out_problems, read_answer
 from elastic_infer.footprint import bytes_per_token, fit, weight_bytes
 
-COMMANDS = ("demo", "generate", "chat", "info", "slice", "widths")
+COMMANDS = ("demo", "generate", "chat", "info", "slice", "widths", "elastify")
 
 
 def run(*arguments, code: int = 0, stdin: str | None = None):

@@ -261,6 +261,13 @@ def test_a_budget_becomes_a_width_of_the_checkpoint(tmp_path, capsys):
     assert "predicted KL from the parent" in printed and "width middle" in printed
     checkpoint = Checkpoint.open(tmp_path)
     assert set(checkpoint.widths) == {"full", "middle"} and checkpoint.default_width == "full"
+    result = CliRunner().invoke(app, ["widths", str(tmp_path), "--budget", "0.6", "--name", "low"])
+    assert result.exit_code == 0 and "width low: written to" in result.output
+    assert set(Checkpoint.open(tmp_path).widths) == {"full", "middle", "low"}
+    result = CliRunner().invoke(app, ["widths", str(tmp_path), "--memory", "1 byte", "--dry-run"])
+    assert result.exit_code == 2 and "memory: must be a size such as 16GB" in result.output
+    result = CliRunner().invoke(app, ["widths", str(tmp_path), "--budget", "1", "--slice", "a=b"])
+    assert result.exit_code == 2 and "must not be given together with slices" in result.output
     want = width_for_text(checkpoint, "80%").width
     assert checkpoint.widths["middle"].same_sizes(want)
     assert add_width(checkpoint, want) == ("middle", None)

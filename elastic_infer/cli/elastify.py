@@ -32,6 +32,19 @@ EXAMPLES = c.examples(
     "--out DIR",
 )
 
+# Options of `widths`.
+Budget = Annotated[
+    str | None, typer.Option(help="Parameters of a new width: 18B, or a share such as 60%.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Memory of a new width: 16GB or 16GiB, cache included.")
+]
+Active = Annotated[bool, typer.Option("--active", help="The budget counts active parameters.")]
+Bits = Annotated[float, typer.Option(help="Bits per weight, for --memory.")]
+Context = Annotated[int, typer.Option(help="Tokens of KV cache, for --memory.")]
+Name = Annotated[str, typer.Option(help="Name of the new width; default: what it costs.")]
+Write = Annotated[bool, typer.Option("--write/--dry-run", help="Add it to the table, or not.")]
+
 
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
