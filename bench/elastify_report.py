@@ -16,9 +16,11 @@ ROWS = (
 
 
 def share(values: dict[str, Any]) -> str:
-    """Solved problems with their interval, and tokens."""
+    """Solved problems with their interval, tokens, and parameters."""
     low, high = values["interval"]
-    return f"{values['solved']:.1%} ({low:.1%} to {high:.1%}), tokens {values['tokens_right']:.1%}"
+    size = f" of {values['parameters'] / 1e3:.0f}k" if "parameters" in values else ""
+    solved = f"{values['solved']:.1%} ({low:.1%} to {high:.1%})"
+    return f"{solved}, tokens {values['tokens_right']:.1%}{size}"
 
 
 def best_gains(points: list[dict[str, Any]]) -> dict[str, float]:

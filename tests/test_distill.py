@@ -15,12 +15,15 @@ import torch
 from test_router import CHOICES
 from test_torch_model import random_model
 
-from elastic_infer.config import full_width, parse_widths
+from elastic_infer.config import ModelConfig, full_width, parse_widths, slice_config
+from elastic_infer.elastify import distill
 from elastic_infer.elastify.corpus import Corpus, IteratorData
 from elastic_infer.elastify.distill import Distiller, divergence, evaluate
 from elastic_infer.elastify.plot import plot_metrics
 from elastic_infer.elastify.settings import Settings, Stage
+from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
+from elastic_infer.slicing import slice_state_dict
 
 HERE = Path(__file__).parent
 
@@ -66,6 +69,21 @@ def test_divergence_is_the_sum_over_positions_that_count():
         want += float((p * (p / q).log()).sum())
     assert float(divergence(teacher, student, weights)) == pytest.approx(want, rel=1e-5)
     assert float(divergence(teacher, teacher)) == 0
+
+
+def test_divergence_in_pieces_has_the_gradient_of_the_formula(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    teacher, student = torch.randn(2, 3, 5, 9, generator=generator)
+    weights = (torch.rand(3, 5, generator=generator) > 0.3).float()
+    student.requires_grad_()
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    want = ((p.exp() * (p - q)).sum(-1) * weights).sum()
+    (gradient,) = torch.autograd.grad(2.5 * want, student)
+    for piece in (4, 1024):
+        monkeypatch.setattr(distill, "PIECE", piece)
+        got = divergence(teacher, student, weights)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(2.5 * got, student)[0], gradient)
 
 
 def test_a_run_learns_and_writes_what_it_promises(tmp_path):
@@ -162,6 +180,23 @@ def test_hand_picked_widths_train_only_their_prefix(tmp_path):
     after = result.weights["backbone.layers.4.mixer.up_proj.weight"]
     assert torch.equal(after[32:], before[32:]) and not torch.equal(after[:32], before[:32])
     assert result.widths["S"].intermediate_size[4] == 32
+
+
+def test_a_smaller_model_learns_from_a_teacher_of_its_own(tmp_path):
+    parent = random_model(3)
+    width = parse_widths(parent.config, {"S": {"hidden_size": 48, "mamba_num_heads": 4}})["S"]
+    small = ElasticNemotronH(ModelConfig.from_dict(slice_config(parent.config, width)))
+    small.load_checkpoint_state(
+        slice_state_dict(parent.config, parent.checkpoint_state(), width)
+    )
+    widths = {"S": full_width(small.config, "S")}
+    held_out = corpus().validation(4, 24, 4)
+    before = evaluate(small, parent, widths, held_out)["S"]
+    run = settings(budgets=(1.0,), names=("S",), stages=(Stage(20, 24, 4),), lr=3e-3)
+    result = Distiller(small, corpus(), tmp_path, run, widths=widths, teacher=parent).run()
+    assert result.losses["S"] < 0.9 * before
+    with pytest.raises(InvalidRequest, match="widths must be S without a router, got L"):
+        Distiller(small, corpus(), tmp_path, run, widths={"L": widths["S"]})
 
 
 KILLED = """

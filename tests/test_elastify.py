@@ -6,11 +6,12 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_router import CHOICES
-from test_torch_model import BASE, assert_close, random_model
-from tiny import transformers_model, write_tiny
+from test_torch_model import assert_close, random_model
+from tiny import tiny_config, transformers_model, write_tiny
 from typer.testing import CliRunner
 
 from elastic_infer.checkpoint import Checkpoint
@@ -24,7 +25,9 @@ from elastic_infer.elastify.budget import (
     width_for_budget,
     width_for_text,
 )
+from elastic_infer.elastify.corpus import Corpus
 from elastic_infer.elastify.costs import Cost
+from elastic_infer.elastify.distill import Result
 from elastic_infer.elastify.pipeline import elastify
 from elastic_infer.elastify.router import Router
 from elastic_infer.elastify.settings import Settings, Stage
@@ -300,5 +303,29 @@ def test_a_checkpoint_without_a_router_or_with_another_ones_is_refused(tmp_path)
         width_for_text(checkpoint, "0.5")
 
 
-def test_base_model_has_every_kind_of_layer():
-    assert set(BASE["hybrid_override_pattern"]) == set("M*-E")
+@torch.no_grad()
+def test_tied_and_mixed_dtypes_survive_the_export(tmp_path):
+    config = tiny_config(5, tie_word_embeddings=True)
+    write_tiny(tmp_path / "parent", config, dtype=torch.bfloat16, seed=5)
+    parent = Checkpoint.open(tmp_path / "parent")
+    model = ElasticNemotronH.load(tmp_path / "parent")
+    full = full_width(parent.config, "all")
+    result = Result({"all": full}, {"all": 1.0}, {}, False, model.state_dict())
+    (tmp_path / "out").mkdir()
+    pipeline.export_elastic(parent, result, tmp_path / "out", shard_bytes=100_000)
+    out = Checkpoint.open(tmp_path / "out")
+    assert list(out.widths) == ["all"] and "lm_head.weight" not in out.names
+    for name in parent.names:
+        assert out.dtype_of(name) == parent.dtype_of(name)
+        assert torch.equal(out.tensor(name), parent.tensor(name)), name
+
+
+def test_calibration_reads_every_sequence_once():
+    data = Corpus(np.arange(1000, dtype=np.int32), 10)
+    settings = Settings(stages=(Stage(1, 10, 7),))
+    few = list(pipeline.calibration_batches(data, settings, 10))
+    assert [len(ids) for ids in few] == [7, 3]
+    every = torch.cat(list(pipeline.calibration_batches(data, settings, 5000)))
+    assert sorted(every[:, 0].tolist()) == list(range(0, 980, 10))
+    with pytest.raises(InvalidRequest, match="calibration: must be at least 1 sequence, got 0"):
+        next(pipeline.calibration_batches(data, settings, 0))

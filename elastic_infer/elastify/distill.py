@@ -36,6 +36,7 @@ __all__ = ["Distiller", "Result", "Settings", "Stage", "divergence", "evaluate"]
 logger = logging.getLogger(__name__)
 
 STATE, METRICS = "state.pt", "metrics.jsonl"
+PIECE = 1024  # rows of logits whose probabilities exist at once
 
 
 def divergence(teacher: Tensor, student: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -48,9 +49,36 @@ def divergence(teacher: Tensor, student: Tensor, weights: Tensor | None = None) 
     Returns:
         0-d float32 tensor, not divided by the number of positions.
     """
-    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    by_position = (p.exp() * (p - q)).sum(-1)
-    return by_position.sum() if weights is None else (by_position * (weights > 0)).sum()
+    if weights is None:
+        weights = torch.ones(teacher.shape[:2], device=teacher.device)
+    keep = (weights > 0).flatten()
+    return _Divergence.apply(teacher.flatten(0, 1), student.flatten(0, 1), keep)
+
+
+class _Divergence(torch.autograd.Function):
+    """KL over rows of logits, a piece at a time: probabilities of all rows never exist at once.
+
+    Gradient of a student row: softmax(student) - softmax(teacher) where the row counts.
+    """
+
+    @staticmethod
+    def forward(ctx, teacher: Tensor, student: Tensor, keep: Tensor) -> Tensor:
+        ctx.save_for_backward(teacher, student, keep)
+        total = torch.zeros((), device=student.device)
+        for t, s, k in zip(*(x.split(PIECE) for x in (teacher, student, keep))):
+            p, q = t.float().log_softmax(-1), s.float().log_softmax(-1)
+            total += ((p.exp() * (p - q)).sum(-1) * k).sum()
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        teacher, student, keep = ctx.saved_tensors
+        out = torch.empty_like(student)
+        pieces = (x.split(PIECE) for x in (teacher, student, keep, out))
+        for t, s, k, piece in zip(*pieces):
+            change = s.float().softmax(-1) - t.float().softmax(-1)
+            piece.copy_(change * (k[:, None] * grad))
+        return None, out, None
 
 
 def _positions(batch: Batch) -> Tensor:

@@ -241,7 +241,7 @@ def measure_importance(
         batches: token ids [B, T] int64, or (ids, weights [B, T]); read once, one at a time.
         layers: also measure the normalised logit error without each layer (one more forward
             pass per layer and batch).
-        progress: called with 1 after every batch.
+        progress: called with the number of sequences of a batch after it.
 
     Returns:
         The scores, on the CPU.
@@ -272,7 +272,7 @@ def measure_importance(
                 errors += _squared_errors(model, ids, sums.rows, ())
                 sums.counting = True
             if progress is not None:
-                progress(1)
+                progress(len(ids))
     finally:
         for handle in handles:
             handle.remove()

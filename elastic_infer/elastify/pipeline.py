@@ -180,28 +180,18 @@ def elastify(
     data = open_data(data, checkpoint, settings.longest, run, group)
     model = ElasticNemotronH.load(checkpoint.folder)
 
-    def told(stage: str, total: int) -> Callable[..., None] | None:
-        if progress is None or not group.first:
-            return None
-        done = 0
-
-        def tell(count: int) -> None:
-            nonlocal done
-            done = min(total, done + count)
-            progress(stage, done, total, {})
-
-        return tell
-
+    if not group.first:
+        progress = None
     batches = calibration_batches(data, settings, calibration)
-    total = -(-calibration // settings.stages[0].batch_size)
+    calibrated = None if progress is None else _counter(progress, "importance", calibration)
     importance = parent_importance(
-        model, batches, run / "importance.safetensors", group, told("importance", total)
+        model, batches, run / "importance.safetensors", group, calibrated
     )
     model = sort_model(model.to("cpu"), importance_order(checkpoint.config, importance))
     distiller = Distiller(model, data, run, settings, group=group)
 
     def step_done(step: int, steps: int, line: Mapping[str, Any]) -> None:
-        if progress is not None and group.first:
+        if progress is not None:
             progress("distil", step, steps, line)
 
     result = distiller.run(step_done)
@@ -214,6 +204,18 @@ def elastify(
         export_elastic(checkpoint, result, out)
     group.barrier()
     return out
+
+
+def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Adds up what is done of a stage, and tells the sum."""
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        progress(stage, done, total, {})
+
+    return tell
 
 
 def _check_out(out: Path) -> None:
