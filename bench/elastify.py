@@ -48,13 +48,13 @@ from elastic_infer.elastify import (
     Stage,
     export_elastic,
     importance_order,
-    layer_order,
     measure_importance,
     plot_metrics,
     random_order,
     sort_model,
 )
 from elastic_infer.elastify.distill import Result, evaluate
+from elastic_infer.elastify.importance import layer_errors
 from elastic_infer.elastify.reasoner.design import WIDTHS, reasoner_config
 from elastic_infer.elastify.reasoner.vocabulary import write_tokenizer
 from elastic_infer.elastify.torch_model import Attention, Mamba
@@ -80,7 +80,7 @@ class Scale:
     policies: tuple[str, ...] = ("carry", "exact", "window(16)")
 
 
-QUICK = Scale(150, 40, 1024, 2, 40, 4, 1, 16, (8, None), ("carry", "exact"))
+QUICK = Scale(300, 100, 1024, 2, 100, 4, 2, 16, (8, None), ("carry", "exact"))
 
 
 class Bench:
@@ -250,12 +250,13 @@ class Bench:
         """Layers left out until the parameters are those of width M, then distilled alone."""
         parent = self.parent()
         limit = count_parameters(self.config, self.picked["M"]).total
-        order = layer_order(parent, self.calibration, self.config.num_layers - 1)
-        for count in range(1, len(order) + 1):
-            removed = order[:count]
+        removed: list[int] = []
+        model = parent
+        while count_parameters(model.config, model.full).total > limit:
+            errors = layer_errors(parent, self.calibration(), removed)
+            errors[removed] = torch.inf
+            removed.append(int(errors.argmin()))
             model = without_layers(parent, removed)
-            if count_parameters(model.config, model.full).total <= limit:
-                break
         before = accuracy(parent, self.checks, skip=set(removed))
         after, tokens = self.alone("depth", model)
         return {"removed": removed, "cut": before, "distilled": after, "tokens": tokens}
