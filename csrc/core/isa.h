@@ -25,14 +25,22 @@ struct CpuKernel {
 };
 
 #if defined(__x86_64__)
-#define EI_CPU_KERNEL(op, Args)                                     \
-  namespace portable { void op(const Args&, Pool&); }               \
-  namespace avx2 { void op(const Args&, Pool&); }                   \
-  namespace avx512 { void op(const Args&, Pool&); }                 \
+#define EI_CPU_KERNEL(op, Args) \
+  namespace portable {          \
+  void op(const Args&, Pool&);  \
+  }                             \
+  namespace avx2 {              \
+  void op(const Args&, Pool&);  \
+  }                             \
+  namespace avx512 {            \
+  void op(const Args&, Pool&);  \
+  }                             \
   inline constexpr CpuKernel<Args> op##_cpu{#op, {portable::op, avx2::op, avx512::op}};
 #else
-#define EI_CPU_KERNEL(op, Args)                                     \
-  namespace portable { void op(const Args&, Pool&); }               \
+#define EI_CPU_KERNEL(op, Args) \
+  namespace portable {          \
+  void op(const Args&, Pool&);  \
+  }                             \
   inline constexpr CpuKernel<Args> op##_cpu{#op, {portable::op, nullptr, nullptr}};
 #endif
 
