@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from elastify_data import CHECK_SEED, Problems, accuracy, train_plain
-from elastify_report import write_report
+from elastify_report import pareto, write_report
 
 from elastic_infer.checkpoint import Checkpoint
 from elastic_infer.config import (
@@ -76,11 +76,12 @@ class Scale:
     calibration: int = 32
     random_orders: int = 3
     problems: int = 200
+    front_problems: int = 1000
     budgets: tuple[int | None, ...] = (0, 8, 16, 32, 64, None)
     policies: tuple[str, ...] = ("carry", "exact", "window(16)")
 
 
-QUICK = Scale(300, 100, 1024, 2, 100, 4, 2, 16, (8, None), ("carry", "exact"))
+QUICK = Scale(300, 100, 1024, 2, 100, 4, 2, 16, 32, (8, None), ("carry", "exact"))
 
 
 class Bench:
@@ -284,22 +285,30 @@ class Bench:
         from elastic_infer.elastify.reasoner.task import held_out_problems
 
         scale, points = self.scale, []
-        count = scale.problems - scale.problems % scale.operations
-        problems = []
-        for operations in range(1, scale.operations + 1):
+
+        def ask(engine: Any, point: dict[str, Any], count: int) -> dict[str, Any]:
             each = count // scale.operations
-            problems += held_out_problems(CHECK_SEED, each, operations)
+            problems = [
+                problem
+                for operations in range(1, scale.operations + 1)
+                for problem in held_out_problems(CHECK_SEED, each, operations)
+            ]
+            plan = think_answer(
+                point["think"], point["answer"], budget=point["budget"], policy=point["policy"]
+            )
+            found = solve(engine, problems, plan=plan)
+            return {**point, **found.to_dict(), "seconds": found.seconds / len(problems)}
+
         with Engine.from_pretrained(self.out / "elastic", max_num_seqs=64) as engine:
             for think in engine.widths:
                 for answer in engine.widths:
                     for policy in scale.policies if think != answer else ("carry",):
                         for budget in scale.budgets:
-                            plan = think_answer(think, answer, budget=budget, policy=policy)
-                            found = solve(engine, problems, plan=plan)
-                            points.append({"think": think, "answer": answer, "policy": policy,
-                                           "budget": budget, **found.to_dict(),
-                                           "seconds": found.seconds / len(problems)})  # fmt: skip
-        return {"points": points}
+                            point = {"think": think, "answer": answer}
+                            point |= {"policy": policy, "budget": budget}
+                            points.append(ask(engine, point, scale.problems))
+            front = [ask(engine, point, scale.front_problems) for point in pareto(points)]
+        return {"points": points, "front": front}
 
 
 def without_layers(model: ElasticNemotronH, removed: list[int]) -> ElasticNemotronH:

@@ -23,6 +23,16 @@ def share(values: dict[str, Any]) -> str:
     return f"{solved}, tokens {values['tokens_right']:.1%}{size}"
 
 
+def pareto(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points that no other one beats in both latency and accuracy, fastest first."""
+    best, front = -1.0, []
+    for point in sorted(points, key=lambda p: (p["seconds"], -p["accuracy"])):
+        if point["accuracy"] > best:
+            best = point["accuracy"]
+            front.append(point)
+    return front
+
+
 def best_gains(points: list[dict[str, Any]]) -> dict[str, float] | None:
     """Best gains over the full model alone, at latency or accuracy no worse than its own.
 
@@ -80,6 +90,16 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {pair} | {parts['K']:.3f} | {parts['V']:.3f} | {parts['state']:.3f} |")
     if "control" in results:
         gains = best_gains(results["control"]["points"])
+        lines += ["", "Pareto front of budget control, asked again with more problems:", "",
+                  "| think | answer | policy | budget | accuracy | ms a problem |",
+                  "|---|---|---|---|---|---|"]  # fmt: skip
+        for p in results["control"]["front"]:
+            budget = "none" if p["budget"] is None else p["budget"]
+            solved = f"{p['accuracy']:.1%} ({p['low']:.1%} to {p['high']:.1%})"
+            lines.append(
+                f"| {p['think']} | {p['answer']} | {p['policy']} | {budget} | {solved} | "
+                f"{1000 * p['seconds']:.2f} |"
+            )
         lines += ["", "Budget control, measured on the miniature (not compared with the paper): "
                   + ("the full model alone solves nothing, so there is nothing to compare."
                      if gains is None else
@@ -103,11 +123,7 @@ def draw(out: Path, points: list[dict[str, Any]]) -> None:
     for pair, group in pairs.items():
         axes.scatter([1000 * p["seconds"] for p in group], [p["accuracy"] for p in group], s=18,
                      label=pair)  # fmt: skip
-    best, front = -1.0, []
-    for point in sorted(points, key=lambda p: (p["seconds"], -p["accuracy"])):
-        if point["accuracy"] > best:
-            best = point["accuracy"]
-            front.append(point)
+    front = pareto(points)
     axes.plot([1000 * p["seconds"] for p in front], [p["accuracy"] for p in front], color="0.6")
     axes.set(xlabel="ms a problem", ylabel="accuracy")
     axes.legend(fontsize="small")

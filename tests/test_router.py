@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_importance import batches
 from test_torch_model import TABLE, assert_close, random_model
-from tiny import tiny_config
+from tiny import tiny_config, tiny_state_dict, tiny_widths
 
 from elastic_infer.config import (
     ModelConfig,
@@ -26,6 +26,7 @@ from elastic_infer.elastify.router import (
     logit_scale,
     temperature,
 )
+from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import InvalidRequest, WidthError
 
 CHOICES = {
@@ -73,7 +74,7 @@ def test_hard_masks_give_the_logits_of_the_slice(name):
 def test_hard_masks_of_per_layer_choices():
     config = {**tiny_config(0), "hybrid_override_pattern": "M*ME-E", "num_hidden_layers": 6}
     config.update(n_groups=2, mamba_num_heads=6, n_routed_experts=6, num_experts_per_tok=2)
-    model = random_model(3).__class__(ModelConfig.from_dict(config)).initialise(1)
+    model = ElasticNemotronH(ModelConfig.from_dict(config)).initialise(1)
     table = {"mamba_num_heads": [2, 6], "n_routed_experts": [6, 3]}
     owner = Router(
         model.config,
@@ -84,6 +85,28 @@ def test_hard_masks_of_per_layer_choices():
     ids = torch.arange(40).view(2, 20)
     width = parse_widths(model.config, {"x": table})["x"]
     assert_close(model(ids, masks=owner.masks(one_hot(owner, table))), model(ids, width))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_hard_masks_of_any_width_of_any_model(seed):
+    """Random models and tables, some with per-layer sizes."""
+    raw = tiny_config(seed)
+    config = ModelConfig.from_dict(raw)
+    model = ElasticNemotronH(config)
+    model.load_checkpoint_state(tiny_state_dict(raw, seed=seed))
+    table = tiny_widths(raw, seed, per_layer=bool(seed % 2))["widths"]["S"]
+    sizes, choices = {}, {}
+    width = parse_widths(config, {"S": table})["S"]
+    for axis in table:
+        kept = getattr(width, axis)
+        kept = [kept] if axis == "hidden_size" else [size for size in kept if size]
+        choices[axis] = tuple(sorted({getattr(config, axis), *kept}))
+        sizes[axis] = kept
+    owner = Router(config, [1.0, 0.5], choices, per_layer=True, inner=8)
+    ids = torch.randint(0, raw["vocab_size"], (2, 19), generator=torch.Generator().manual_seed(1))
+    masks = owner.masks(one_hot(owner, sizes))
+    assert_close(model(ids, masks=masks), model(ids, width))
 
 
 def test_gradients_reach_every_axis_through_soft_masks():

@@ -205,6 +205,8 @@ class Distiller:
         self.recent: dict[str, list[float]] = defaultdict(list)
         if self.group.first:
             self.out.mkdir(parents=True, exist_ok=True)
+            for partial in self.out.glob(f"{STATE}.*"):  # of a run that was killed while it saved
+                partial.unlink()
         self.group.barrier()
         self._resume()
 

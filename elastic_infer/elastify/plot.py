@@ -61,7 +61,8 @@ def plot_metrics(metrics: str | Path, picture: str | Path) -> Path:
         raise InvalidRequest(f"plot: {metrics} must hold at least one line, got none")
     names = list(dict.fromkeys(name for line in lines for name in line["loss"]))
     routed = [line for line in lines if line.get("sizes")]
-    shown = [n for n in names if routed and n in routed[-1]["sizes"]]
+    shown = list(routed[-1]["sizes"]) if routed else []
+    names.sort(key=lambda name: shown.index(name) if name in shown else len(shown))
     columns = max(1, len(shown))
     figure = Figure(figsize=(4.2 * columns, 7.2 if shown else 3.8), layout="constrained")
     FigureCanvasAgg(figure)
