@@ -86,7 +86,7 @@ def test_divergence_in_pieces_has_the_gradient_of_the_formula(monkeypatch):
         torch.testing.assert_close(torch.autograd.grad(2.5 * got, student)[0], gradient)
 
 
-def test_a_run_learns_and_writes_what_it_promises(tmp_path):
+def test_a_run_learns_and_writes_what_it_promises(tmp_path, caplog):
     run = settings(stages=(Stage(30, 24, 4),), accumulate=1, lr=3e-3, save_every=100)
     parent = random_model(3)
     before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
@@ -103,6 +103,11 @@ def test_a_run_learns_and_writes_what_it_promises(tmp_path):
     assert result.widths["L"].same_sizes(full_width(parent.config))
     assert result.budgets == {"L": 1.0, "M": 0.7, "S": 0.4}
     assert start["L"] == 0 and result.losses["L"] < 1
+    config, cost = parent.config, run.cost
+    for name, budget in result.budgets.items():
+        share = cost.of(config, result.widths[name]) / cost.of(config, full_width(config))
+        told = f"width {name} has {share:.2f} of the full cost" in caplog.text
+        assert told == (abs(share / budget - 1) > 0.1)
     # Untrained prefixes of these very sizes, for comparison.
     fresh = evaluate(
         distiller.teacher, distiller.teacher, result.widths, distiller.data.validation(4, 24, 4)

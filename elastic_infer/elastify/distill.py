@@ -23,10 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_infer.config import Width, count_parameters
+from elastic_infer.config import Width, count_parameters, full_width
 from elastic_infer.elastify.corpus import Batch, as_data
 from elastic_infer.elastify.distributed import Group
-from elastic_infer.elastify.router import Router, budget_loss, logit_scale, temperature
+from elastic_infer.elastify.router import (
+    DEAD_ZONE,
+    Router,
+    budget_loss,
+    logit_scale,
+    temperature,
+)
 from elastic_infer.elastify.settings import Settings, Stage
 from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
@@ -421,10 +427,29 @@ class Distiller:
         else:
             logger.warning("distill: no held-out data: losses are those of the last steps")
             losses = {n: sum(v) / len(v) for n, v in self.recent.items() if v}
+        self._warn_of_budgets(widths)
         weights, _ = self.group.whole_state(self.model)
         weights = {name: tensor.cpu() for name, tensor in weights.items()}
         budgets = dict(zip(settings.names, settings.budgets))
         return Result(widths, budgets, losses, bool(batches), weights)
+
+
+    def _warn_of_budgets(self, widths: Mapping[str, Width]) -> None:
+        """Says which widths the router left far from their budgets."""
+        settings, config = self.settings, self.model.config
+        if self.router is None:
+            return
+        whole = settings.cost.of(config, full_width(config))
+        for name, budget in zip(settings.names, settings.budgets):
+            share = settings.cost.of(config, widths[name]) / whole
+            if abs(share / budget - 1) > 2 * DEAD_ZONE:
+                logger.warning(
+                    "distill: width %s has %.2f of the full cost, its budget is %.2f; train the "
+                    "router longer, or offer sizes nearer to it",
+                    name,
+                    share,
+                    budget,
+                )
 
 
 def _mean_sizes(config: Any, width: Width) -> dict[str, float]:
