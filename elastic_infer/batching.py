@@ -81,7 +81,9 @@ def form_batch(
         first = max(candidates, key=lambda c: (c.waited, c.kind == "step"))
         candidates = [c for c in candidates if c.width == first.width]
     steps = [c for c in candidates if c.kind == "step"]
-    chosen = _steps(steps, limits, cost, mixing)
+    late = any(c.kind == "prefill" and c.waited >= limits.max_wait for c in candidates)
+    most = min(limits.max_rows, limits.max_tokens) - late  # a prompt that waits gets its row
+    chosen = _steps(steps, limits, cost, mixing)[:most]
     batch = [(c.key, 1) for c in chosen]
     room = limits.max_tokens - len(chosen)
     for c in candidates:
@@ -98,7 +100,7 @@ def form_batch(
 def _steps(
     steps: Sequence[Candidate], limits: Limits, cost: Cost, mixing: str
 ) -> list[Candidate]:
-    """The steps of the pass, oldest waiters first when there are too many."""
+    """The steps that should run, those that waited longest first."""
     if not steps:
         return []
     groups: dict[int, list[Candidate]] = {}
@@ -121,8 +123,7 @@ def _steps(
             if rate < best_rate:
                 best, best_rate = w, rate
         chosen = [c for c in steps if c.width <= best]
-    chosen = sorted(chosen, key=lambda c: -c.waited)  # stable: arrival order among equals
-    return chosen[: min(limits.max_rows, limits.max_tokens)]
+    return sorted(chosen, key=lambda c: -c.waited)  # stable: arrival order among equals
 
 
 class StepCosts:

@@ -19,11 +19,12 @@ from .intake import Intake, Prompt, is_one_prompt, one_per_prompt
 from .loading import Loaded, Options, load
 from .outputs import Output, Token
 from .plan import Plan
+from .reading import Reader
 from .request import Request
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .sequence_file import read_sequence
-from .session import EngineSequence, run_read
+from .session import EngineSequence
 from .switching import Read
 from .tokenizer import Tokenizer
 from .worker import Worker
@@ -179,7 +180,7 @@ class Engine:
         Raises: InvalidRequest, WidthError, OutOfCapacity; for a single prompt also its own failure.
         """
         if is_one_prompt(prompt):
-            return self.submit(prompt, params, plan, width=width).result()
+            return _wait(self.submit(prompt, params, plan, width=width))
         prompts = list(prompt)
         columns = [one_per_prompt(n, v, len(prompts)) for n, v in
                    (("params", params), ("plan", plan), ("width", width))]  # fmt: skip
@@ -187,7 +188,12 @@ class Engine:
             self._intake.request(p, *options) for p, options in zip(prompts, zip(*columns))
         ]
         self._submit(requests)
-        return [r.wait() for r in requests]
+        try:
+            return [r.wait() for r in requests]
+        except BaseException:  # the caller was interrupted: nobody waits for these any more
+            for request in requests:
+                request.cancel()
+            raise
 
     def stream(
         self,
@@ -225,9 +231,8 @@ class Engine:
 
         chat_template_kwargs: variables for the template, such as {"enable_thinking": True}.
         """
-        return self.submit(
-            self.chat_prompt(messages, tools, chat_template_kwargs), params, plan, width=width
-        ).result()
+        prompt = self.chat_prompt(messages, tools, chat_template_kwargs)
+        return _wait(self.submit(prompt, params, plan, width=width))
 
     def chat_prompt(
         self,
@@ -270,12 +275,13 @@ class Engine:
         """Float32 logits [T, V] after every token of a prompt read at one width."""
         ids, width = self._checked("score", token_ids, width)
 
-        def job() -> torch.Tensor:
-            sequence = self._model.cache.open()
-            try:
-                return run_read(self._model, sequence, Read(ids, width, "prefill"), "all")
-            finally:
+        def job() -> Reader:
+            sequence = self._open_slot(False)
+
+            def give_back(_) -> None:
                 self._model.cache.close(sequence)
+
+            return Reader(sequence, [Read(ids, width, "prefill")], "all", give_back, give_back)
 
         return self._call(job, wait_for_room=True)
 
@@ -341,6 +347,15 @@ class Engine:
     def _open_slot(self, track: bool) -> Sequence:
         self._scheduler.claim_slots()
         return self._model.cache.open(track)
+
+
+def _wait(request: Request) -> Output:
+    """The request's result; a caller that is interrupted cancels it."""
+    try:
+        return request.result()
+    finally:
+        if not request.done:
+            request.cancel()
 
 
 def _check_limit(name: str, value: object) -> None:

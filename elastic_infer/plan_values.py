@@ -163,6 +163,7 @@ class PhaseTracker:
 
 
 def tag_id(tag: Tag, tokenizer: Tokenizer | None) -> int | None:
+    """The id of a think tag given as text or id; None if it is no single token."""
     if isinstance(tag, int):
         return tag
     return None if tokenizer is None else tokenizer.token_id(tag)

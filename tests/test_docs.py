@@ -16,7 +16,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from elastic_infer import demo_model
-from elastic_infer.cli import app
+from elastic_infer.cli import app, demo_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")
@@ -214,6 +214,19 @@ SAMPLES = {
         ["| decode | 100 | 80 | 1.25 |"],
     ),
 }  # fmt: skip
+
+
+def test_the_decode_benchmark_makes_the_file_that_demo_and_readme_read(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    figures = script("bench/decode.py").run("tiny", tmp_path / "tiny", 4, 2, threads=1)
+    assert [row["width"] for row in figures["rows"]] == ["S", "M", "L"]
+    assert all(len(row["rounds_ms"]) == 2 for row in figures["rows"])
+    path = tmp_path / "decode-620m.json"
+    path.write_text(json.dumps(figures))
+    bench = demo_table.read_bench(path)
+    assert bench["ms_per_token"] == {r["width"]: r["ms_per_token"] for r in figures["rows"]}
+    assert bench["threads"] == 1
+    assert "| `L` | " in script("bench/readme.py").decode_table(figures)
 
 
 def test_every_table_has_a_sample():

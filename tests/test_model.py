@@ -4,11 +4,10 @@ from itertools import cycle
 
 import pytest
 import torch
-from engines import base_engine, tiny_engine
+from engines import base_engine, run_read, tiny_engine
 
 from elastic_infer import SamplingParams
 from elastic_infer.model import Segment
-from elastic_infer.session import run_read
 from elastic_infer.switching import Read
 
 

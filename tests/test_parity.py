@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-from engines import open_engine
+from engines import open_engine, run_read
 
 import elastic_infer.model as model_module
 from elastic_infer import SamplingParams
 from elastic_infer.config import full_width
 from elastic_infer.model import Segment, Shape
-from elastic_infer.session import run_read
 from elastic_infer.switching import Read
 
 LENGTH, GENERATED, MARGIN = 75, 6, 1e-5

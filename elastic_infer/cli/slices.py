@@ -52,6 +52,7 @@ def slice_width(
     revision: c.Revision = None,
     verbose: c.Verbose = False,
 ) -> None:
+    """The command `slice`; its arguments are its options."""
     c.log_to_stderr(verbose)
     from elastic_infer.slicing import slice_checkpoint
 
@@ -90,6 +91,7 @@ def derive(
     revision: c.Revision = None,
     verbose: c.Verbose = False,
 ) -> None:
+    """The command `widths`; its arguments are its options."""
     c.log_to_stderr(verbose)
     if budget is not None or memory is not None:
         if slices or slice_configs or out is not None:
