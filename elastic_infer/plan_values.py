@@ -36,7 +36,8 @@ class Policy:
     """What happens to the cache when the width changes.
 
     kind: "carry" keeps it, "exact" rebuilds it from the tokens, "window" rebuilds its last part.
-    n: tokens between two snapshots for "window" (n to 2n tokens are rebuilt), None otherwise.
+    n: tokens between two snapshots for "window" (n to 2n tokens are rebuilt, soon after a prompt up
+        to 63 more because prompts are cut on a grid of 64), None otherwise.
     """
 
     kind: str

@@ -110,6 +110,8 @@ def test_sequences_take_places_and_requests_wait_for_them(engine):
     with pytest.raises(TimeoutError):
         request.result(timeout=0.05)
     assert engine.stats()["waiting"] == 1 and not request.done
+    with pytest.raises(OutOfCapacity, match="needed 1, free 0"):
+        engine.open(draw(3))  # a request that waits gives nothing back either
     assert held[0].step().id >= 0, "sequences go on meanwhile"
     held.pop().close()
     assert len(request.result(timeout=30).token_ids) == 4

@@ -143,6 +143,20 @@ def test_prompts_are_cut_on_the_grid_only(tmp_path):
         assert len(cuts) > 6
 
 
+@pytest.mark.parametrize("tokens", [70, 100, 300])
+def test_snapshots_lie_where_the_prompt_says_not_where_passes_end(tmp_path, tokens):
+    """What `window` rebuilds, and so every later bit, is the same however the prompt was cut."""
+    plan = Plan.schedule([(0, "S"), (45, "L"), (60, "M")], policy="window(60)")
+    params = SamplingParams(max_tokens=64, temperature=0, logprobs=0, ignore_eos=True)
+    with base_engine(tmp_path, max_num_batched_tokens=512) as engine:
+        want = summary(engine.generate(draw(184), params, plan=plan))
+    with base_engine(tmp_path, max_num_batched_tokens=tokens + 16) as engine:
+        requests = [engine.submit(draw(n, n), params, plan) for n in (70, 130)]
+        assert summary(engine.generate(draw(184), params, plan=plan)) == want
+        [r.result() for r in requests]
+    assert want[-1] > 0
+
+
 def test_long_prompts_do_not_stall_running_requests(tmp_path):
     """While a long prompt is read in parts, everybody else gets a token in every pass."""
     with base_engine(tmp_path, max_num_batched_tokens=80, mixing="always") as engine:
