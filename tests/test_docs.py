@@ -205,6 +205,16 @@ SAMPLES = {
         {"budgets": {"L": {"0": SCORE, "none": SCORE}}},
         ["| thinking tokens allowed | 0 | none |", "| `L` | 95.5%"],
     ),
+    "reasoner-sizes": (
+        {"hidden_size": 64, "mamba_num_heads": 4, "num_attention_heads": 4, "n_routed_experts": 8,
+         "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48,
+         "elastic": {"widths": {"L": {}, "S": {"hidden_size": 32}}}},
+        ["| `L` | 64 | 4 | 4 | 8 | 32 | 48 |", "| `S` | 32 | 4 |"],
+    ),
+    "reasoner-training": (
+        {"parameters": 1074888, "minutes": 78.4, "steps": 5000, "tokens": 12_340_000},
+        ["| 1,074,888 | 78 minutes of one CPU core | 5,000 | 12.3 million |"],
+    ),
     "decode-620m": (
         {"rows": [{"width": "S", "ms_per_token": 4.0}, {"width": "L", "ms_per_token": 10.0}],
          "threads": 2, "machine": MACHINE, "date": "d"},
