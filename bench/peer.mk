@@ -9,7 +9,7 @@ PEER_LIBRARY := build/peer/llama-build/bin/llama-bench
 PEER_MODEL := build/models/620m
 PEER_TINY := build/models/tiny
 
-.PHONY: bench-models bench-peer bench-peer-build bench-peer-check
+.PHONY: bench-models bench-peer bench-peer-alone bench-peer-build bench-peer-check
 
 build/models/%/config.json:
 	$(PYTHON) bench/models.py --model $* --out build/models/$*
@@ -26,6 +26,10 @@ bench-peer-check: bench-peer-build $(PEER_TINY)/config.json
 	$(PYTHON) bench/peer_llama.py check $(PEER_TINY)
 
 # Tokens per second of llama.cpp alone, as JSON on stdout.
-bench-peer: bench-peer-build $(PEER_MODEL)/config.json
+bench-peer-alone: bench-peer-build $(PEER_MODEL)/config.json
 	$(PYTHON) bench/peer_llama.py measure $(PEER_MODEL) --types $(PEER_TYPES) \
 	  --threads $(PEER_THREADS)
+
+# This library beside llama.cpp in one run, in bf16: a table, and JSON in bench/results.
+bench-peer: bench-peer-build $(PEER_MODEL)/config.json
+	$(PYTHON) bench/compare.py --out bench/results/compare-620m.json
