@@ -142,6 +142,25 @@ def training_table(figures: Figures) -> str:
     return grid(head, [row])
 
 
+def ops_table(figures: Figures) -> str:
+    """Every op beside torch: {"rows": [{"op", "case", "us", ...}]} of `ops.py`."""
+    rows = [
+        [f"`{row['op']}`", row["case"], f"{row['us']:.1f}", f"{row['gb_s']:.1f}",
+         f"{row['gflop_s']:.1f}", f"{row['percent_of_roof']:.0f} % of {row['roof']}",
+         f"{row['ratio']:.2f}"]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    roof = figures["roof"]
+    note = (
+        f"{figures['threads']} threads ({figures['kernels']}) of {measured(figures)}. Roof of the "
+        f"same run: reading {roof['read_bytes_s'] / 1e9:.1f} GB/s, products "
+        f"{roof['fp32_flops_s'] / 1e9:.0f} GFLOP/s in float32 and "
+        f"{roof['bf16_flops_s'] / 1e9:.0f} in bfloat16. Above 100 %: found in a cache."
+    )
+    head = ("op", "case", "us", "GB/s", "GFLOP/s", "roof", "torch's time / ours")
+    return f"{grid(head, rows)}\n\n{note}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "demo": (f"{RESULTS}/demo.json", demo_table),
     "accuracy": (REASONER, accuracy_table),
@@ -150,6 +169,7 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "reasoner-training": (f"{CARD}/training.json", training_table),
     "decode-620m": (f"{RESULTS}/decode-620m.json", decode_table),
     "peer-620m": (f"{RESULTS}/peer-620m.json", peer_table),
+    "ops": (f"{RESULTS}/ops-cpu.json", ops_table),
 }
 
 

@@ -225,6 +225,13 @@ SAMPLES = {
          "machine": MACHINE, "date": "d"},
         ["| decode | 100 | 80 | 1.25 |"],
     ),
+    "ops": (
+        {"rows": [{"op": "embed", "case": "R=1 V=2", "us": 1.26, "gb_s": 3.14, "gflop_s": 0.0,
+                   "percent_of_roof": 41.8, "roof": "read", "ratio": 2.5}],
+         "threads": 2, "kernels": "avx512", "machine": MACHINE, "date": "d",
+         "roof": {"read_bytes_s": 2e10, "fp32_flops_s": 1e11, "bf16_flops_s": 2e11}},
+        ["| `embed` | R=1 V=2 | 1.3 | 3.1 | 0.0 | 42 % of read | 2.50 |", "reading 20.0 GB/s"],
+    ),
 }  # fmt: skip
 
 
