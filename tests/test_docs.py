@@ -221,9 +221,12 @@ SAMPLES = {
         ["| `S` | 4.00 | 250 | 2.50x |", "| `L` | 10.00 | 100 | 1.00x |"],
     ),
     "peer-620m": (
-        {"rows": [{"case": "decode", "ours": 100.0, "peer": 80.0, "ratio": 1.25}], "threads": 2,
-         "machine": MACHINE, "date": "d"},
-        ["| decode | 100 | 80 | 1.25 |"],
+        {"with_peer": {"decode": {"tokens_s": 100.0, "peer_tokens_s": 80.0, "ratio": 1.25}},
+         "widths": [{"width": "L", "tokens_s": 99.6, "share_of_roof": 0.9}],
+         "mixed": {"ratio": 0.91}, "switches": {"to S": {"ratio": 0.9}, "to L": {"ratio": 1.02}},
+         "batches": [{"sequences": 8, "tokens_s": 300.0}],
+         "peer": "llama.cpp bf16", "threads": 2, "machine": MACHINE, "date": "d"},
+        ["| decode | 100 | 80 | 1.25 |", "L 100 tokens/s, 90%", "took 0.91", "at most 1.02"],
     ),
     "ops": (
         {"rows": [{"op": "embed", "case": "R=1 V=2", "us": 1.26, "gb_s": 3.14, "gflop_s": 0.0,
