@@ -9,8 +9,10 @@ bin=$(dirname "$(command -v "$python")")
 build=build/asan
 PATH="$bin:$PATH"
 
-cmake -S . -B "$build" -G Ninja -DELASTIC_SANITIZE=ON -DPython_EXECUTABLE="$(command -v "$python")" \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
+cmake -S . -B "$build" -G Ninja -DELASTIC_SANITIZE=ON -DCMAKE_STRIP= \
+  -DPython_EXECUTABLE="$(command -v "$python")" \
+  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$build.log" 2>&1 ||
+  { cat "$build.log"; exit 1; }
 ninja -C "$build" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 
 # The package as links, with the sanitized module in place of the usual one.
