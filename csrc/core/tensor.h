@@ -3,6 +3,12 @@
 #include <cstdint>
 #include <string>
 
+#if defined(__CUDACC__)
+#define EI_HOST_DEVICE __host__ __device__
+#else
+#define EI_HOST_DEVICE
+#endif
+
 namespace ei {
 
 enum class DType : int32_t { f32, bf16, f16, i32, i64, u8, other };
@@ -46,9 +52,9 @@ struct Tensor {
   int32_t device_id = 0;
   bool given = false;  // false for an optional argument that was None
 
-  explicit operator bool() const { return given; }
+  EI_HOST_DEVICE explicit operator bool() const { return given; }
   template <class T>
-  T* ptr() const {
+  EI_HOST_DEVICE T* ptr() const {
     return static_cast<T*>(data);
   }
   int64_t numel() const {
