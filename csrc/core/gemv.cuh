@@ -28,18 +28,22 @@ struct Gemv {
     const int lane = threadIdx.x % kWarp;
     const int within = lane % kLanes * V;  // column in the tile
     const W* mine = w + lane / kLanes * kTile + within;
+    EI_UNROLL
     for (int r = 0; r < R; ++r) sums[r] = 0.0f;
     EI_UNROLL_BY(4)
     for (int k = 0; k < columns; k += kTile) {
       if (k + within >= columns) continue;
       float weight[V];
       unpack(load_once(mine + static_cast<int64_t>(k) * kTile), weight);
+      EI_UNROLL
       for (int r = 0; r < R; ++r) {
         float value[V];
         load_floats(x + r * pitch + k + within, value);
+        EI_UNROLL
         for (int i = 0; i < V; ++i) sums[r] += weight[i] * value[i];
       }
     }
+    EI_UNROLL
     for (int r = 0; r < R; ++r) sums[r] = sum_lanes<kLanes>(sums[r]);
   }
 };

@@ -52,6 +52,16 @@ EI_DEVICE float float_from_bits(uint32_t bits) {
 #endif
 }
 
+EI_DEVICE uint32_t bits_from_float(float x) {
+#if defined(__CUDACC__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+#endif
+}
+
 EI_DEVICE float to_float(float x) { return x; }
 EI_DEVICE float to_float(bf16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -165,13 +175,7 @@ EI_DEVICE void load_floats(const bf16* p, float (&v)[N]) {
 }
 EI_DEVICE void store(float* p, const float (&v)[4]) {
   Bytes16 b;
-  for (int i = 0; i < 4; ++i) {
-#if defined(__CUDACC__)
-    b.word[i] = __float_as_uint(v[i]);
-#else
-    std::memcpy(&b.word[i], &v[i], 4);
-#endif
-  }
+  for (int i = 0; i < 4; ++i) b.word[i] = bits_from_float(v[i]);
   store16(p, b);
 }
 EI_DEVICE void store(bf16* p, const float (&v)[8]) {
@@ -212,6 +216,16 @@ EI_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #else
   emu::wait_copies(kPending);
+#endif
+}
+
+// *p += v in shared memory, whole: the order of additions cannot be seen.
+// PTX: "Parallel Synchronization and Communication Instructions: red".
+EI_DEVICE void add_shared(uint64_t* p, uint64_t v) {
+#if defined(__CUDACC__)
+  atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));
+#else
+  *p += v;  // the threads of a block take turns
 #endif
 }
 
@@ -261,6 +275,15 @@ EI_DEVICE uint32_t ballot(bool v) {
     for (int i = 0; i < kWarp; ++i) bits |= static_cast<uint32_t>(in[i]) << i;
     for (int i = 0; i < kWarp; ++i) out[i] = bits;
   });
+#endif
+}
+
+// How many bits are set. PTX: "Integer Arithmetic Instructions: popc".
+EI_DEVICE int count_bits(uint32_t bits) {
+#if defined(__CUDACC__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
 #endif
 }
 

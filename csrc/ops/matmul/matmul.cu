@@ -81,12 +81,14 @@ __global__ void __launch_bounds__(kGemvThreads) few_rows(const __grid_constant__
       G::template dot<R>(weight_row<W>(a, {p.segment, row_of_warp}), x, pitch, columns, sums);
   }
   const int n = row_of_warp + lane / G::kLanes;
-  if (lane % G::kLanes == 0 && n < a.rows[p.segment])
-    for (int r = 0; r < rows; ++r) {
-      const bool wanted = n < wanted_of(a, first_row + r, p.segment);
-      from_float(wanted ? activated<X>(a, sums[r]) : 0.0f,
-                 row<O>(a.out, first_row + r)[a.column[p.segment] + n]);
-    }
+  if (lane % G::kLanes != 0 || n >= a.rows[p.segment]) return;
+  EI_UNROLL
+  for (int r = 0; r < R; ++r) {
+    if (r >= rows) break;
+    const bool wanted = n < wanted_of(a, first_row + r, p.segment);
+    from_float(wanted ? activated<X>(a, sums[r]) : 0.0f,
+               row<O>(a.out, first_row + r)[a.column[p.segment] + n]);
+  }
 }
 
 template <class Shape, class O>
