@@ -6,38 +6,78 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from test_ops import assert_close, copy, make, run, same_bits, small_cases, wide
 
 import elastic_infer.ops  # noqa: F401  (the tensor conversion registers with it)
 from elastic_infer.ops import registry
 
 BUILD = Path(__file__).parents[1] / "build" / "emu"
+# Of threads within a block, and of blocks. A missing barrier shows in at least one of them.
+ORDERS = [
+    ("ascending", "ascending"),
+    ("descending", "shuffled"),
+    ("shuffled", "descending"),
+]
 
 
-def load(folder: Path):
-    """The `_emu` module that was built in `folder`."""
-    files = sorted(folder.glob("_emu*.so"))
-    if not files:
-        pytest.fail(f"{folder} holds no _emu module: run `make emu`", pytrace=False)
-    spec = importlib.util.spec_from_file_location("_emu", files[0])
+def load(file: Path):
+    """A `_emu` module."""
+    spec = importlib.util.spec_from_file_location("_emu", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def built() -> Path:
+    """The module file in the build folder."""
+    files = sorted(BUILD.glob("_emu*.so"))
+    if not files:
+        pytest.fail(f"{BUILD} holds no _emu module: run `make emu`", pytrace=False)
+    return files[0]
 
 
 @contextmanager
 def installed(module):
     """Inside, the public functions of all ops call `module` instead of the library's own `_C`."""
     packages = [m for name, m in sys.modules.items() if name.startswith("elastic_infer.ops.")]
-    replaced = [m for m in packages if hasattr(m, "_C")]
-    original = {m: m._C for m in replaced}
+    original = {m: m._C for m in packages if hasattr(m, "_C")}
     try:
-        for m in replaced:
+        for m in original:
             m._C = module
         yield module
     finally:
         for m, c in original.items():
             m._C = c
+        module.configure()
 
 
-emu = load(BUILD)
-SPECS = {name: spec for name, spec in registry().items() if emu.has_kernel(name)}
+def check_orders(module, spec, case, dtype):
+    """Law 1, and equal bits in all orders of threads and blocks."""
+    arguments = make(spec, case, dtype)
+    exact = spec.reference(wide(spec, copy(arguments)))
+    plain = spec.reference(copy(arguments))
+    first = None
+    for threads, blocks in ORDERS:
+        module.configure(threads=threads, blocks=blocks)
+        got = run(spec, arguments)
+        for name in spec.outputs:
+            assert_close(f"{spec.name}: {name}", got[name], exact[name], plain[name])
+        first = first or got
+        assert all(same_bits(got[n], first[n]) for n in spec.outputs), f"{threads} {blocks}"
+    module.configure()
+
+
+def kernels(module):
+    """The ops that have CUDA kernels."""
+    return {name: spec for name, spec in registry().items() if module.has_kernel(name)}
+
+
+def cells(module, *needs):
+    """[(spec, case, dtype)] for every op with CUDA kernels that offers `needs`."""
+    return [
+        pytest.param(spec, case, dtype, id=f"{spec.name}-{i}-{str(dtype)[6:]}")
+        for spec in kernels(module).values()
+        if all(getattr(spec, need) is not None for need in needs)
+        for i, case in enumerate(small_cases(spec))
+        for dtype in spec.dtypes
+    ]

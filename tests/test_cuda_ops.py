@@ -6,49 +6,33 @@ a row alone are held to equal bits where the number of rows is the same, and to 
 
 import pytest
 import torch
-from emulated import SPECS, emu, installed
-from test_ops import assert_close, check_poison, copy, make, run, same_bits, small_cases, wide
+from emulated import built, check_orders, installed, kernels, load
+from emulated import cells as cells_of
+from test_ops import assert_close, check_poison, copy, make, run, same_bits, wide
 
-ORDERS = [
-    ("ascending", "ascending"),
-    ("descending", "shuffled"),
-    ("shuffled", "descending"),
-]
+from elastic_infer.ops import registry
+
+emu = load(built())
+
+
+def cells(*needs):
+    return cells_of(emu, *needs)
 
 
 @pytest.fixture(autouse=True)
 def emulated():
     with installed(emu):
-        emu.configure()
         yield
-        emu.configure()
 
 
-def cells(*needs):
-    """[(spec, case, dtype)] for every op with CUDA kernels that offers `needs`."""
-    return [
-        pytest.param(spec, case, dtype, id=f"{spec.name}-{i}-{str(dtype)[6:]}")
-        for spec in SPECS.values()
-        if all(getattr(spec, need) is not None for need in needs)
-        for i, case in enumerate(small_cases(spec))
-        for dtype in spec.dtypes
-    ]
+def test_every_op_has_kernels():
+    assert set(kernels(emu)) == set(registry())
 
 
 @pytest.mark.parametrize("spec, case, dtype", cells())
 def test_reference(spec, case, dtype):
-    """Law 1; and in three orders of threads and blocks, bit for bit (law 7: repeated runs)."""
-    arguments = make(spec, case, dtype)
-    exact = spec.reference(wide(spec, copy(arguments)))
-    plain = spec.reference(copy(arguments))
-    first = None
-    for threads, blocks in ORDERS:
-        emu.configure(threads=threads, blocks=blocks)
-        got = run(spec, arguments)
-        for name in spec.outputs:
-            assert_close(f"{spec.name}: {name}", got[name], exact[name], plain[name])
-        first = first or got
-        assert all(same_bits(got[n], first[n]) for n in spec.outputs), f"{threads} {blocks}"
+    """Law 1; and equal bits in three orders of threads and blocks (law 7)."""
+    check_orders(emu, spec, case, dtype)
 
 
 @pytest.mark.parametrize("spec, case, dtype", cells("poison"))

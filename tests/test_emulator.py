@@ -1,8 +1,9 @@
 """The emulator runs CUDA kernels as a GPU would, and shows the mistakes it is there to find."""
 
 import pytest
-from emulated import emu
+from emulated import built, load
 
+emu = load(built())
 ORDERS = ("ascending", "descending", "shuffled")
 
 

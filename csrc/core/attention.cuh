@@ -153,8 +153,14 @@ struct PlainRow {
     float score = kNothingSeen;
     if (first + lane < end) {
       const T* key = keys + at(first + lane);
-      score = 0.0f;
-      for (int c = 0; c < head; ++c) score += room.q[c] * to_float(key[c]);
+      float part[4] = {};  // short sums are the more exact ones
+      for (int c = 0; c < head; c += 4) {
+        float k[4];
+        load_floats(key + c, k);
+        EI_UNROLL
+        for (int i = 0; i < 4; ++i) part[i] += room.q[c + i] * k[i];
+      }
+      score = (part[0] + part[1]) + (part[2] + part[3]);
     }
     float top = fmaxf(m, score);
     top = fmaxf(top, shuffle_xor<16>(top));
