@@ -71,36 +71,36 @@ def form_batch(
         candidates: in order of arrival.
         limits: of one pass.
         cost: measured seconds of a pass of steps at a width with a number of rows.
-        mixing: "always" puts steps of all widths together; "never" keeps passes to one width;
-            "auto" runs the group of widths with the lowest cost per token, but never leaves a row
-            out for more than ``max_wait`` passes.
+        mixing: "always" puts steps of all widths together; "never" keeps passes to one width, in
+            turns; "auto" runs the group of widths with the lowest cost per token, but never leaves
+            a row out for more than ``max_wait`` passes.
     """
     check_mixing(mixing)
+    if mixing == "never" and candidates:
+        # The width of whoever has waited longest; among equals of the first, steps before prefill.
+        first = max(candidates, key=lambda c: (c.waited, c.kind == "step"))
+        candidates = [c for c in candidates if c.width == first.width]
     steps = [c for c in candidates if c.kind == "step"]
-    prefill = [c for c in candidates if c.kind == "prefill"]
-    chosen = _steps(steps, limits, cost, mixing)
-    room = limits.max_tokens - len(chosen)
+    late = any(c.kind == "prefill" and c.waited >= limits.max_wait for c in candidates)
+    most = min(limits.max_rows, limits.max_tokens) - late  # a prompt that waits gets its row
+    chosen = _steps(steps, limits, cost, mixing)[:most]
     batch = [(c.key, 1) for c in chosen]
-    only = {c.width for c in chosen} if mixing == "never" else None
-    for c in prefill:
-        if len(batch) >= limits.max_rows or room <= 0:
-            break
-        if only and c.width not in only:
+    room = limits.max_tokens - len(chosen)
+    for c in candidates:
+        if c.kind != "prefill":
             continue
         n = chunk_length(c.position, c.tokens, room)
-        if n == 0:
+        if n == 0 or len(batch) >= limits.max_rows:
             break  # a later, shorter prompt must not overtake for ever
         batch.append((c.key, n))
         room -= n
-        if mixing == "never":
-            only = {c.width}
     return batch
 
 
 def _steps(
     steps: Sequence[Candidate], limits: Limits, cost: Cost, mixing: str
 ) -> list[Candidate]:
-    """The steps of the pass, oldest waiters first when there are too many."""
+    """The steps that should run, those that waited longest first."""
     if not steps:
         return []
     groups: dict[int, list[Candidate]] = {}
@@ -108,11 +108,8 @@ def _steps(
         groups.setdefault(c.width, []).append(c)
     overdue = [c for c in steps if c.waited >= limits.max_wait]
     widths = sorted(groups)
-    if mixing == "always" or len(widths) == 1:
+    if mixing != "auto" or len(widths) == 1:
         chosen = list(steps)
-    elif mixing == "never":
-        first = max(steps, key=lambda c: c.waited)
-        chosen = groups[first.width]
     elif overdue:
         # Everything up to the widest that must run now; narrower rows come along for little.
         top = max(c.width for c in overdue)
@@ -126,8 +123,7 @@ def _steps(
             if rate < best_rate:
                 best, best_rate = w, rate
         chosen = [c for c in steps if c.width <= best]
-    chosen = sorted(chosen, key=lambda c: -c.waited)  # stable: arrival order among equals
-    return chosen[: min(limits.max_rows, limits.max_tokens)]
+    return sorted(chosen, key=lambda c: -c.waited)  # stable: arrival order among equals
 
 
 class StepCosts:

@@ -19,11 +19,12 @@ from .intake import Intake, Prompt, is_one_prompt, one_per_prompt
 from .loading import Loaded, Options, load
 from .outputs import Output, Token
 from .plan import Plan
+from .reading import Reader
 from .request import Request
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .sequence_file import read_sequence
-from .session import EngineSequence, run_read
+from .session import EngineSequence
 from .switching import Read
 from .tokenizer import Tokenizer
 from .worker import Worker
@@ -270,12 +271,13 @@ class Engine:
         """Float32 logits [T, V] after every token of a prompt read at one width."""
         ids, width = self._checked("score", token_ids, width)
 
-        def job() -> torch.Tensor:
-            sequence = self._model.cache.open()
-            try:
-                return run_read(self._model, sequence, Read(ids, width, "prefill"), "all")
-            finally:
+        def job() -> Reader:
+            sequence = self._open_slot(False)
+
+            def give_back(_) -> None:
                 self._model.cache.close(sequence)
+
+            return Reader(sequence, [Read(ids, width, "prefill")], "all", give_back, give_back)
 
         return self._call(job, wait_for_room=True)
 

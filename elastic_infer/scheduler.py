@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .batching import Candidate, Limits, StepCosts, form_batch
-from .cache import PAGE
+from .cache import PAGE, Sequence
 from .errors import NonFiniteLogits, OutOfCapacity, WidthError
 from .model import Model, Result, Segment
 from .outputs import Token
 from .plan import Decision
+from .reading import Reader
 from .request import Branch, Request
 from .sampler import Drawn, Sampler
 from .switching import Read, keep_snapshots, snapshot_slots, split_for_snapshots, switch
@@ -54,6 +55,8 @@ class Scheduler:
         self.sampler = Sampler(model.pool)
         self.waiting: deque[Request] = deque()
         self.running: list[Branch] = []  # in order of arrival
+        self.readers: list[Reader] = []
+        self._reader_waits = False
         self.stats = Stats()
         self._width_index = {name: i for i, name in enumerate(model.widths)}
 
@@ -66,8 +69,18 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request has not ended."""
-        return bool(self.waiting or self.running)
+        """Whether any request or reader has not ended."""
+        return bool(self.waiting or self.running or self.readers)
+
+    def add_reader(self, reader: Reader) -> None:
+        """Makes its reads in the next passes."""
+        self.readers.append(reader)
+
+    def drop_readers(self, sequence: Sequence, error: Exception) -> None:
+        """Ends what is being read into a sequence that is closed."""
+        for reader in [r for r in self.readers if r.sequence is sequence]:
+            self.readers.remove(reader)
+            reader.fail(error)
 
     @property
     def has_cancelled(self) -> bool:
@@ -115,7 +128,7 @@ class Scheduler:
                 self.cache.resume(branch.sequence)
             except OutOfCapacity:
                 return
-        while self.waiting:
+        while self.waiting and not self._reader_waits:
             request = self.waiting[0]
             if not request.cancelled and not self._fits_now(request):
                 return
@@ -133,8 +146,9 @@ class Scheduler:
             and self.cache.pages.free >= pages
         )
 
-    def _active(self) -> list[Branch]:
-        return [b for b in self.running if b.ready]
+    def _active(self) -> list[Branch | Reader]:
+        """Whoever can be in the next pass, readers first: they cannot be preempted."""
+        return [r for r in (*self.readers, *self.running) if r.ready]
 
     def _start(self, request: Request) -> None:
         """Opens the sequence of the first branch; the others fork from it after the prompt."""
@@ -173,32 +187,43 @@ class Scheduler:
         self._run(batch)
         return True
 
-    def _run(self, batch: list[tuple[Branch, int]]) -> None:
+    def _run(self, batch: list[tuple[Branch | Reader, int]]) -> None:
         """Reads the batch's tokens, takes due snapshots, samples where the reads are complete."""
-        chosen = {id(b) for b, _ in batch}
-        for branch in self.running:
-            branch.waited = 0 if id(branch) in chosen or not branch.ready else branch.waited + 1
+        chosen = {id(r) for r, _ in batch}
+        for row in self._active():
+            row.waited = 0 if id(row) in chosen else row.waited + 1
         segments = [
-            Segment(b.sequence, b.pending[0].tokens[:n], b.pending[0].width, b.pending[0].kind,
-                    "last" if self._completes(b, n) else "none")
-            for b, n in batch
+            Segment(r.sequence, r.pending[0].tokens[:n], r.pending[0].width, r.pending[0].kind,
+                    self._wanted(r, n))
+            for r, n in batch
         ]  # fmt: skip
         result = self._forward(segments)
         rows, branches = [], []
-        for i, (branch, n) in enumerate(batch):
-            sampling = self._completes(branch, n)
-            read = branch.pending[0]
-            if self._consume(branch, n):
-                keep_snapshots(
-                    self.cache, branch.sequence, branch.request.plan.policy, read.mark
-                )
+        for i, (row, n) in enumerate(batch):
+            sampling, read = self._completes(row, n), row.pending[0]
+            ended = self._consume(row, n)
+            if isinstance(row, Reader):
+                if segments[i].logits != "none":
+                    row.take(result.of(i))
+                if sampling:
+                    self.readers.remove(row)
+                    row.finish()
+                continue
+            if ended:
+                keep_snapshots(self.cache, row.sequence, row.request.plan.policy, read.mark)
             if sampling:
-                branches_of = self._fork(branch)
+                branches_of = self._fork(row)
                 rows += [result.spans[i][0]] * len(branches_of)
                 branches += branches_of
         if branches:
             for branch, drawn in zip(branches, self.sampler.draw(result.logits, rows, branches)):
                 self._guard(branch, lambda b=branch, d=drawn: self._take(b, d))
+
+    def _wanted(self, row: Branch | Reader, n: int) -> str:
+        """Which logits the next n tokens of a row are to give."""
+        if isinstance(row, Reader) and row.logits == "all":
+            return "all"
+        return "last" if self._completes(row, n) else "none"
 
     def _forward(self, segments: list[Segment]) -> Result:
         steps = all(s.kind == "step" for s in segments)
@@ -213,49 +238,62 @@ class Scheduler:
         return result
 
     @staticmethod
-    def _completes(branch: Branch, n: int) -> bool:
-        return len(branch.pending) == 1 and n == len(branch.pending[0].tokens)
+    def _completes(row: Branch | Reader, n: int) -> bool:
+        return len(row.pending) == 1 and n == len(row.pending[0].tokens)
 
     @staticmethod
-    def _consume(branch: Branch, n: int) -> bool:
+    def _consume(row: Branch | Reader, n: int) -> bool:
         """Takes n tokens off the first read; True when that was its end."""
-        read = branch.pending[0]
+        read = row.pending[0]
         if n == len(read.tokens):
-            branch.pending.pop(0)
+            row.pending.pop(0)
             return True
-        branch.pending[0] = read.after(n)
+        row.pending[0] = read.after(n)
         return False
 
-    def _form(self) -> list[tuple[Branch, int]]:
-        """The next pass, after making room for it by preemption where needed."""
+    def _form(self) -> list[tuple[Branch | Reader, int]]:
+        """The next pass, after making room for it where needed. A reader waits for room while a
+        branch runs, and nothing new is admitted meanwhile; branches move one another out."""
+        left_out: list[Reader] = []
         while True:
-            ready = self._active()
+            ready = [r for r in self._active() if r not in left_out]
             candidates = [
                 Candidate(
-                    key=i, width=self._width_index[b.pending[0].width],
-                    tokens=len(b.pending[0].tokens), kind=b.pending[0].kind,
-                    position=b.sequence.length, waited=b.waited,
+                    key=i, width=self._width_index[r.pending[0].width],
+                    tokens=len(r.pending[0].tokens), kind=r.pending[0].kind,
+                    position=r.sequence.length, waited=r.waited,
                 )
-                for i, b in enumerate(ready)
+                for i, r in enumerate(ready)
             ]  # fmt: skip
             batch = form_batch(candidates, self.limits, self.costs, self.mixing)
             chosen = [(ready[key], n) for key, n in batch]
-            needed = sum(self.cache.pages_needed(b.sequence, n) for b, n in chosen)
-            if not self.cache.k or needed <= self.cache.pages.free:
+            needs = [self.cache.pages_needed(r.sequence, n) for r, n in chosen]
+            if not self.cache.k or sum(needs) <= self.cache.pages.free:
+                self._reader_waits = bool(left_out)
                 return chosen
-            self._preempt_youngest(ready)
+            branches = [r for r in ready if isinstance(r, Branch)]
+            hungry = [r for (r, _), n in zip(chosen, needs) if n and isinstance(r, Reader)]
+            if hungry and branches:
+                left_out.append(hungry[-1])
+            elif hungry:
+                self.readers.remove(hungry[-1])
+                hungry[-1].fail(self._no_pages("sequence", hungry[-1]))
+            else:
+                self._preempt_youngest(branches)
 
-    def _preempt_youngest(self, ready: list[Branch]) -> None:
+    def _no_pages(self, name: str, row: Branch | Reader) -> OutOfCapacity:
+        pages = self.cache.pages
+        return OutOfCapacity(
+            f"{name}: KV pages must be free to continue at {row.sequence.length} tokens, free "
+            f"{pages.free} of {pages.size}; close open sequences or give the engine more "
+            "kv_cache_memory_bytes"
+        )
+
+    def _preempt_youngest(self, branches: list[Branch]) -> None:
         """Moves the youngest branch out; the only one left has nowhere to go and fails."""
-        victim = ready[-1]
-        if len(ready) == 1:
-            free = self.cache.pages.free
-            error = OutOfCapacity(
-                f"{victim.request.request_id}: KV pages must be free to continue at "
-                f"{victim.sequence.length} tokens, free {free} of {self.cache.pages.size}; close "
-                "open sequences or give the engine more kv_cache_memory_bytes"
-            )
-            self._fail(victim, error)
+        victim = branches[-1]
+        if len(branches) == 1:
+            self._fail(victim, self._no_pages(victim.request.request_id, victim))
             return
         logger.info("preempting %s at %d tokens", victim.request.request_id, victim.sequence.length)
         self.cache.preempt(victim.sequence)
@@ -383,17 +421,24 @@ class Scheduler:
             self._end_request(request, "cancelled")
 
     def abandon_running(self, error: Exception) -> None:
-        """Ends every request that has a place in the cache."""
+        """Ends every request that has a place in the cache, and every reader."""
         for request in {b.request: None for b in self.running}:
             self._fail(request.branches[0], error)
+        self._abandon_readers(error)
 
-    def abandon(self, error_of: Callable[[Request], Exception]) -> None:
-        """Ends everything, each request with the error that `error_of(request)` makes."""
+    def abandon(self, error_of: Callable[[Request], Exception], other: Exception) -> None:
+        """Ends everything: requests with the error that `error_of(request)` makes, readers with
+        `other`."""
         for request in {b.request: None for b in self.running}:
             self._fail(request.branches[0], error_of(request))
         while self.waiting:
             request = self.waiting.popleft()
             request.abandon(error_of(request))
+        self._abandon_readers(other)
+
+    def _abandon_readers(self, error: Exception) -> None:
+        while self.readers:
+            self.readers.pop().fail(error)
 
 
 def _single_steps(read: Read) -> list[Read]:

@@ -8,35 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .batching import chunk_length
 from .cache import Cache, Run, Sequence
-from .errors import InvalidRequest, NonFiniteLogits, OutOfCapacity, RequestCancelled
-from .model import Model, Segment
+from .errors import InvalidRequest, NonFiniteLogits, RequestCancelled
 from .outputs import Token
 from .plan import Policy
+from .reading import Reader, state_is_lost
 from .sampling import SamplingParams
 from .switching import Read, replay_reads, switch
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .worker import Worker
-
-
-def run_read(model: Model, sequence: Sequence, read: Read, logits: str = "last") -> torch.Tensor:
-    """Makes one read pass by pass and gives its logits [rows, V] (a copy): after the last token,
-    or after all of them."""
-    rows, left = [], read.tokens
-    while left:
-        n = 1
-        if read.kind == "prefill":
-            n = chunk_length(sequence.length, len(left), model.max_tokens)
-        wanted = logits if logits == "all" or n == len(left) else "none"
-        segment = Segment(sequence, left[:n], read.width, read.kind, wanted)
-        result = model.forward([segment])
-        if wanted != "none":
-            rows.append(result.of(0).clone())
-        left = left[n:]
-    return torch.cat(rows)
 
 
 def _give_back(worker: Worker, cache: Cache, sequence: Sequence) -> None:
@@ -103,8 +85,10 @@ class EngineSequence:
         self._engine._intake.check_width(width)
         policy = Policy.parse(policy)
 
+        self._settle()
+
         def job() -> int:
-            self._settle()
+            self._check_settled()
             again = 0
             if width != self._width and self._sequence.tokens:
                 model = self._engine._model
@@ -116,9 +100,8 @@ class EngineSequence:
             self._width = width
             return again
 
-        again = self._read_call(job)
-        if self._queue:
-            self._read_call(self._settle)
+        again = self._engine._call(job)
+        self._settle()
         return again
 
     def append(self, token_ids: list[int]) -> None:
@@ -129,7 +112,7 @@ class EngineSequence:
 
     def logits(self) -> torch.Tensor:
         """Float32 logits [V] of the next token, after everything unread has been read."""
-        return self._read_call(lambda: self._read_all().clone())
+        return self._read_all().clone()
 
     def step(self, width: str | None = None, params: SamplingParams | None = None) -> Token:
         """Samples the next token and adds it; it is read by the step that follows.
@@ -145,36 +128,33 @@ class EngineSequence:
         self._check_room(1)
         params = params or SamplingParams(temperature=0.0)
 
-        def job() -> Token:
-            row = self._read_all()
-            tokens = self.token_ids
-            branch = self._engine._intake.lone_branch(tokens, params, self._width)
-            branch.token_ids = tokens  # positions and penalties count all tokens
-            drawn = self._engine._scheduler.sampler.draw(row[None], [0], [branch])[0]
-            if drawn.token < 0:
-                raise branch.request.error or NonFiniteLogits(
-                    f"step: logits must be finite to be sampled, got NaN or nothing finite at "
-                    f"token {len(tokens)} at width {self._width}"
-                )
-            self._unread = [drawn.token]
-            text = self._engine.decode([drawn.token])
-            logprob = drawn.logprobs[drawn.token][0] if drawn.logprobs else None
-            return Token(drawn.token, text, self._width, None, False, logprob, drawn.logprobs)
-
-        return self._read_call(job)
+        row, tokens = self._read_all(), self.token_ids
+        branch = self._engine._intake.lone_branch(tokens, params, self._width)
+        branch.token_ids = tokens  # positions and penalties count all tokens
+        drawn = self._engine._scheduler.sampler.draw(row[None], [0], [branch])[0]
+        if drawn.token < 0:
+            raise branch.request.error or NonFiniteLogits(
+                f"step: logits must be finite to be sampled, got NaN or nothing finite at token "
+                f"{len(tokens)} at width {self._width}"
+            )
+        self._unread = [drawn.token]
+        text = self._engine.decode([drawn.token])
+        logprob = drawn.logprobs[drawn.token][0] if drawn.logprobs else None
+        return Token(drawn.token, text, self._width, None, False, logprob, drawn.logprobs)
 
     def snapshot(self) -> int:
         """Keeps a snapshot of the sequence as read so far; gives its length. Rolling back to it or
         beyond is then cheap. Takes a state slot until the sequence is closed."""
+        self._settle()
 
         def job() -> int:
-            self._settle()
+            self._check_settled()
             self._engine._scheduler.claim_slots()
             kept = self._engine._model.cache.snapshot(self._sequence)
             kept.logits = self._logits
             return kept.length
 
-        return self._read_call(job)
+        return self._engine._call(job, wait_for_room=True)
 
     def rollback(self, length: int) -> None:
         """Goes back to the first `length` tokens: restores the nearest snapshot before and replays
@@ -186,9 +166,10 @@ class EngineSequence:
             raise InvalidRequest(
                 f"rollback: length must be at most {len(self.token_ids)}, got {length}"
             )
+        self._settle()
 
         def job() -> None:
-            self._settle()
+            self._check_settled()
             sequence, cache = self._sequence, self._engine._model.cache
             if length >= sequence.length:
                 self._unread = self._unread[: length - sequence.length]
@@ -202,34 +183,36 @@ class EngineSequence:
             self._queue, self._unread = reads, []
             self._logits = earlier[-1].logits if earlier else None
 
-        self._read_call(job)
-        self._read_call(self._settle)
+        self._engine._call(job)
+        self._settle()
 
     def fork(self) -> EngineSequence:
         """A twin that continues on its own; pages are shared until one of them writes."""
+        self._settle()
 
         def job() -> EngineSequence:
-            self._settle()
+            self._check_settled()
             self._engine._scheduler.claim_slots()
             place = self._engine._model.cache.fork(self._sequence)
             twin = EngineSequence(self._engine, place, self._width, list(self._unread))
             twin._logits = self._logits
             return twin
 
-        return self._read_call(job)
+        return self._engine._call(job, wait_for_room=True)
 
     def save(self, path) -> None:
         """Writes tokens, width runs, state and KV to a safetensors file, with the weights'
         fingerprint; `Engine.load` continues bit-equal. A file there is replaced at the end."""
         from .sequence_file import save_sequence
+        self._settle()
 
         def job() -> None:
-            self._settle()
+            self._check_settled()
             save_sequence(
                 path, self._engine, self._sequence, self._width, self._unread, self._logits
             )
 
-        self._read_call(job)
+        self._engine._call(job)
 
     def close(self) -> None:
         """Gives its place in the cache back; closing twice does nothing."""
@@ -237,9 +220,14 @@ class EngineSequence:
             return
         self._closed = True
         self._dropped.detach()
-        cache, sequence = self._engine._model.cache, self._sequence
+        engine, sequence = self._engine, self._sequence
+
+        def job() -> None:
+            engine._scheduler.drop_readers(sequence, _closed_error())
+            engine._model.cache.close(sequence)
+
         with suppress(RequestCancelled):  # the engine may be closed, and its cache with it
-            self._engine._call(lambda: cache.close(sequence))
+            engine._call(job)
 
     def __enter__(self) -> EngineSequence:
         return self
@@ -247,21 +235,22 @@ class EngineSequence:
     def __exit__(self, *_) -> None:
         self.close()
 
-    # -- on the worker -----------------------------------------------------------------------
-
-    def _read_call(self, job):
-        """Runs a job that may need pages; it waits while running requests may give some back.
-        Every job leaves the sequence such that trying again goes on where it stopped."""
-        return self._engine._call(job, wait_for_room=True)
+    # -- reading -----------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RequestCancelled("sequence: must be open, got one that was closed")
+            raise _closed_error()
         if self._failure is not None:
             raise RequestCancelled(
                 f"sequence: a pass failed while it was read ({self._failure}), so that its state "
                 "is lost; close it"
             )
+
+    def _check_settled(self) -> None:
+        """On the worker: that nothing is being read, as it would by a call from another thread."""
+        self._check_open()
+        if self._queue:
+            raise InvalidRequest("sequence: one call at a time must be made on it, got a second")
 
     def _check_room(self, count: int) -> None:
         have, most = len(self.token_ids), self._engine.max_model_len
@@ -271,21 +260,23 @@ class EngineSequence:
             )
 
     def _settle(self) -> None:
-        """Makes the reads whose width is settled. When pages run out, what was read is kept."""
+        """Makes the reads whose width is settled, in passes that requests share. When pages run
+        out, what was read is kept and the rest stays queued."""
         self._check_open()
-        while self._queue:
-            read, start = self._queue[0], self._sequence.length
-            self._logits = None
-            try:
-                self._logits = run_read(self._engine._model, self._sequence, read)[-1]
-            except OutOfCapacity:
-                raise
-            except Exception as error:
-                self._failure = error
-                raise
-            finally:
-                left = read.after(self._sequence.length - start)
-                self._queue[:1] = [left] if left.tokens else []
+        if self._queue:
+            self._engine._call(self._reader)
+
+    def _reader(self) -> Reader:
+        self._check_open()
+        self._logits = None
+        return Reader(self._sequence, self._queue, "last", self._keep, self._lose)
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        self._logits = rows[-1]
+
+    def _lose(self, error: Exception) -> None:
+        if state_is_lost(error):
+            self._failure = error
 
     def _read_all(self) -> torch.Tensor:
         """Reads what is unread; logits [V] after the last token."""
@@ -300,3 +291,7 @@ class EngineSequence:
                 "sequence: tokens must be appended before the first step, got none"
             )
         return self._logits
+
+
+def _closed_error() -> RequestCancelled:
+    return RequestCancelled("sequence: must be open, got one that was closed")

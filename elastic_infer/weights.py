@@ -14,6 +14,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .config import ModelConfig, Width
+from .memory import WeightMemory
 from .ops.matmul import TiledWeight
 from .ops.moe_matmul import ExpertWeights
 
@@ -128,6 +129,7 @@ class WeightLoader:
         self.checkpoint, self.config, self.served = checkpoint, checkpoint.config, served
         self.dtype, self.run, self.progress = dtype, run, progress
         self.D = served.hidden_size
+        self._memory = WeightMemory()
 
     def load(self) -> Weights:
         """Reads and packs everything."""
@@ -155,7 +157,7 @@ class WeightLoader:
         """A tiled matrix whose segments are (tensor, rows) of `parts`, all cut to `cols`."""
         first = self._read(*parts[0], cols, dtype)
         counts = [_count(rows) for _, rows in parts]
-        tiled = TiledWeight.empty(counts, first.shape[1], first.dtype)
+        tiled = TiledWeight.empty(counts, first.shape[1], first.dtype, self._memory)
         for i, (name, rows) in enumerate(parts):
             tiled.fill(i, first if i == 0 else self._read(name, rows, cols, dtype), self.run)
         return tiled
@@ -216,8 +218,8 @@ class WeightLoader:
     def _moe(self, layer: int) -> MoeWeights:
         at, served = f"backbone.layers.{layer}.mixer.", self.served
         E, F = served.n_routed_experts[layer], served.moe_intermediate_size[layer]
-        up = ExpertWeights.empty(E, F, self.D, self.dtype)
-        down = ExpertWeights.empty(E, self.D, F, self.dtype)
+        up = ExpertWeights.empty(E, F, self.D, self.dtype, self._memory)
+        down = ExpertWeights.empty(E, self.D, F, self.dtype, self._memory)
         for e in range(E):
             name = f"{at}experts.{e}."
             hidden, inner = slice(0, self.D), slice(0, F)

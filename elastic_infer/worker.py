@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import EngineFull, InvalidRequest, OutOfCapacity, RequestCancelled
+from .reading import Reader
 from .request import Request, closed_error
 from .scheduler import Scheduler
 
@@ -58,7 +59,8 @@ class Worker:
             self._start()
 
     def call(self, job: Callable[[], Any], wait_for_room: bool = False) -> Any:
-        """Runs `job` between two passes and returns its result.
+        """Runs `job` between two passes and returns its result; when that is a Reader, the logits
+        that the passes after it read.
 
         wait_for_room: on OutOfCapacity the job is tried again after later passes, as long as
             running requests may still give something back.
@@ -186,15 +188,15 @@ class Worker:
         with self._changed:
             while self._arrivals:
                 scheduler.submit(self._arrivals.popleft())
-            jobs = self._blocked + list(self._jobs)
-            self._jobs.clear()
-        self._blocked = []
+            jobs, self._blocked = self._blocked, []
+            while self._jobs:  # one by one: a sequence that is collected here posts one more
+                jobs.append(self._jobs.popleft())
         done = self._run_jobs(jobs)
         before = len(scheduler.running), len(scheduler.waiting)
         try:
             ran = scheduler.step()
         except Exception as error:
-            logger.exception("a pass failed; the requests in the cache end with the error")
+            logger.exception("a pass failed; what is in the cache ends with the error")
             scheduler.abandon_running(error)
             ran = True
         progressed = ran or done or before != (len(scheduler.running), len(scheduler.waiting))
@@ -212,7 +214,12 @@ class Worker:
     def _attempt(self, job: _Job, last: bool) -> bool:
         """Runs one job; False if it was put off."""
         try:
-            job.future.set_result(job.run())
+            result = job.run()
+            if isinstance(result, Reader):
+                result.future = job.future
+                self._scheduler.add_reader(result)
+            else:
+                job.future.set_result(result)
         except OutOfCapacity as error:
             if job.wait_for_room and not last:
                 self._blocked.append(job)
@@ -227,11 +234,12 @@ class Worker:
     def _finish(self) -> None:
         with self._changed:
             self._closed = True
-            arrivals, jobs = list(self._arrivals), [*self._blocked, *self._jobs]
-            self._arrivals.clear()
-            self._jobs.clear()
-        self._scheduler.abandon(closed_error)
+            arrivals, jobs = list(self._arrivals), self._blocked
+            while self._jobs:
+                jobs.append(self._jobs.popleft())
+        closed = RequestCancelled("engine: closed before the call ended")
+        self._scheduler.abandon(closed_error, closed)
         for request in arrivals:
             request.abandon(closed_error(request))
         for job in jobs:
-            job.future.set_exception(RequestCancelled("engine: closed before the call ended"))
+            job.future.set_exception(closed)

@@ -11,8 +11,11 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from elastic_infer.batching import chunk_length
 from elastic_infer.capacity import Capacity
 from elastic_infer.engine import Engine
+from elastic_infer.model import Segment
+from elastic_infer.switching import Read
 
 # Token ids of the byte-level vocabulary of `text_engine`; the byte b is token b.
 THINK, END_THINK, EOS = 256, 257, 258
@@ -131,6 +134,22 @@ def script(tokens):
         row[ids[at] if at < len(ids) else EOS] = 0.0
 
     return say
+
+
+def run_read(model, sequence, read: Read, logits: str = "last") -> torch.Tensor:
+    """Makes one read pass by pass, with nobody beside it; its logits [rows, V] after the last
+    token, or after all of them."""
+    rows, left = [], read.tokens
+    while left:
+        n = 1
+        if read.kind == "prefill":
+            n = chunk_length(sequence.length, len(left), model.max_tokens)
+        wanted = logits if logits == "all" or n == len(left) else "none"
+        result = model.forward([Segment(sequence, left[:n], read.width, read.kind, wanted)])
+        if wanted != "none":
+            rows.append(result.of(0).clone())
+        left = left[n:]
+    return torch.cat(rows)
 
 
 def draw(count: int, seed: int = 0, vocabulary: int = 130) -> list[int]:

@@ -44,9 +44,7 @@ class Prompt:
 
     def append(self, begin, end):
         places = [int(self.table[0, t // PAGE]) * PAGE + t % PAGE for t in range(begin, end)]
-        kv_append(
-            self.k[begin:end], self.v[begin:end], *self.pages, slot_mapping=int32(*places)
-        )
+        kv_append(self.k[begin:end], self.v[begin:end], *self.pages, slot_mapping=int32(*places))
 
     def read(self, begin, end):
         """Appends tokens [begin, end) and attends from them, as one prefill chunk."""
@@ -70,10 +68,7 @@ class Prompt:
         """torch's own causal attention over the whole prompt, [tokens, HQ * K]."""
         kv_head = torch.arange(self.heads) % HKV
         q = self.q[:, : self.heads * K].view(self.tokens, self.heads, K).transpose(0, 1)
-        k, v = (
-            x.view(self.tokens, HKV, K)[:, kv_head].transpose(0, 1)
-            for x in (self.k, self.v)
-        )
+        k, v = (x.view(self.tokens, HKV, K)[:, kv_head].transpose(0, 1) for x in (self.k, self.v))
         out = torch.nn.functional.scaled_dot_product_attention(
             *(x.to(dtype)[None] for x in (q, k, v)), is_causal=True, scale=SCALE
         )

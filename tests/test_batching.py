@@ -31,7 +31,10 @@ candidates = st.lists(
 )
 
 
-@given(candidates, st.integers(1, 20), st.integers(0, 200), st.sampled_from(["auto", "always", "never"]))
+MIXINGS = st.sampled_from(["auto", "always", "never"])
+
+
+@given(candidates, st.integers(1, 20), st.integers(0, 200), MIXINGS)
 def test_laws(cs, rows, extra, mixing):
     limits = Limits(max_tokens=rows + 64 + extra, max_rows=rows, max_wait=4)
     batch = form_batch(cs, limits, flat_cost, mixing)
@@ -51,13 +54,77 @@ def test_laws(cs, rows, extra, mixing):
         assert all(c.key in chosen for c in late), "nobody is left out for more than max_wait"
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 400), st.integers(1, 60), st.integers(0, 30)),
+        min_size=1, max_size=12,
+    ),
+    MIXINGS,
+    st.integers(12, 100),
+    st.integers(64, 200),
+    st.integers(0, 6),
+)  # fmt: skip
+def test_waiting_is_bounded(jobs, mixing, rows, extra, max_wait):
+    """Played as a scheduler does: sequences of (width, prompt, steps, pass of arrival) that fit
+    the rows of a pass. Everybody ends, and nobody who steps waits beyond a bound."""
+    limits = Limits(rows + extra, rows, max_wait)
+    state = [
+        {"width": w, "prompt": p, "steps": s, "at": at, "read": 0, "waited": 0}
+        for w, p, s, at in jobs
+    ]
+    work = sum(-(-p // 64) + s for _, p, s, _ in jobs)
+    bound = {"auto": max_wait + 1, "always": 1, "never": 3}[mixing]
+    for number in range(31 + 3 * work):
+        here = [s for s in state if s["at"] <= number and s["read"] < s["prompt"] + s["steps"]]
+        candidates = [
+            Candidate(
+                i, s["width"], max(1, s["prompt"] - s["read"]),
+                "prefill" if s["read"] < s["prompt"] else "step", s["read"], s["waited"],
+            )
+            for i, s in enumerate(here)
+        ]  # fmt: skip
+        batch = dict(form_batch(candidates, limits, flat_cost, mixing))
+        assert bool(batch) == bool(here)
+        for i, s in enumerate(here):
+            stepping = s["read"] >= s["prompt"]
+            s["waited"] = 0 if i in batch else s["waited"] + 1
+            s["read"] += batch.get(i, 0)
+            if stepping and mixing != "never":
+                assert s["waited"] < bound
+            elif mixing == "never":
+                # Turns: at most the other widths, plus prompts ahead that take whole passes.
+                ahead = sum(-(-o["prompt"] // 64) for o in here[:i])
+                assert s["waited"] <= 3 * (1 + ahead)
+    assert all(s["read"] == s["prompt"] + s["steps"] for s in state), "somebody starved"
+
+
+@given(candidates, st.integers(1, 20), MIXINGS)
+def test_pure(cs, rows, mixing):
+    """The same arguments give the same pass, and none of them is changed."""
+    before = list(cs)
+    limits = Limits(rows + 64, rows)
+    assert form_batch(cs, limits, flat_cost, mixing) == form_batch(cs, limits, flat_cost, mixing)
+    assert cs == before
+
+
+def test_never_gives_prompts_their_turn():
+    """A prompt of one width is not put off for ever by the steps of another."""
+    limits = Limits(200, 10)
+    for waited in range(3):
+        cs = [Candidate(0, 0, 1, "step"), Candidate(1, 1, 50, "prefill", waited=waited)]
+        batch = dict(form_batch(cs, limits, flat_cost, "never"))
+        if 1 in batch:
+            break
+    assert batch == {1: 50}
+
+
 def test_auto_prefers_the_cheaper_group():
     def cs(narrow, wide):
         return [Candidate(i, 0 if i < narrow else 2, 1, "step") for i in range(narrow + wide)]
 
     limits = Limits(1000, 100)
     few_wide = form_batch(cs(8, 1), limits, flat_cost)
-    assert {key for key, _ in few_wide} == set(range(8)), "eight narrow rows do not pay for one wide"
+    assert {key for key, _ in few_wide} == set(range(8)), "eight narrow ones pay for no wide one"
     many_wide = form_batch(cs(1, 8), limits, flat_cost)
     assert len(many_wide) == 9, "one narrow row rides along"
     waited = [Candidate(0, 2, 1, "step", waited=4), Candidate(1, 0, 1, "step")]

@@ -12,6 +12,7 @@ from engines import (
     base_engine,
     draw,
     open_engine,
+    run_read,
     script,
     text_engine,
     write_text_model,
@@ -104,7 +105,6 @@ def test_window_equals_carry_at_its_snapshot(engine):
     tokens = prompt + out.token_ids
 
     def by_hand():
-        from elastic_infer.session import run_read
         from elastic_infer.switching import Read
 
         sequence = cache.open(track=True)

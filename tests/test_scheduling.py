@@ -9,7 +9,7 @@ import pytest
 import torch
 from engines import assert_all_free, base_engine, draw, sized_engine, text_engine
 
-from elastic_infer import NonFiniteLogits, Plan, SamplingParams
+from elastic_infer import NonFiniteLogits, Plan, RequestCancelled, SamplingParams
 from elastic_infer.batching import GRID
 
 
@@ -211,4 +211,101 @@ def test_nan_is_an_error_by_name(tmp_path):
             sequence.rollback(2)
             assert sequence.step().id >= 0, "back before the bad token it goes on"
         engine._model.weights.embedding[65] = kept
+        assert_all_free(engine)
+
+
+# -- sequences that callers drive share the passes --------------------------------------------
+
+
+class Passes:
+    """Records every pass of an engine, which is held still until `begin`."""
+
+    def __init__(self, engine):
+        self.segments, self._forward = [], engine._model.forward
+        self._go = threading.Event()
+        engine._worker.post(lambda: self._go.wait(30))
+        engine._model.forward = self._watch
+
+    def _watch(self, segments):
+        self.segments.append(sorted((s.kind, len(s.tokens)) for s in segments))
+        return self._forward(segments)
+
+    def begin(self):
+        self._go.set()
+
+
+def test_steps_and_scores_of_many_threads_share_passes(tmp_path):
+    params = SamplingParams(max_tokens=1, seed=0, ignore_eos=True)
+    with base_engine(tmp_path, mixing="always", max_num_batched_tokens=256) as engine:
+        sequences = [engine.open(draw(5, i), width="SML"[i % 3]) for i in range(6)]
+        for sequence in sequences:
+            sequence.step()
+        with engine.open(draw(5, 0), width="S") as twin:
+            twin.step()
+            alone = twin.step().id
+        score = engine.score(draw(40), width="M")
+        passes, got = Passes(engine), {}
+
+        def call(name, action):
+            got[name] = action()
+
+        threads = [threading.Thread(target=call, args=(i, s.step)) for i, s in enumerate(sequences)]
+        threads.append(
+            threading.Thread(target=call, args=("score", lambda: engine.score(draw(40), width="M")))
+        )
+        threads.append(
+            threading.Thread(target=call, args=("out", lambda: engine.generate(draw(9), params)))
+        )
+        [t.start() for t in threads]
+        while len(engine._worker._jobs) + len(engine._worker._arrivals) < 8:
+            pass
+        passes.begin()
+        [t.join(30) for t in threads]
+        assert passes.segments == [[("prefill", 9), ("prefill", 40)] + [("step", 1)] * 6]
+        assert got[0].id == alone and torch.equal(got["score"], score)
+        for sequence in sequences:
+            sequence.close()
+        assert_all_free(engine)
+
+
+def test_a_long_score_does_not_stall_a_stream(tmp_path):
+    with base_engine(tmp_path, max_num_batched_tokens=80, mixing="always") as engine:
+        want = engine.score(draw(500))
+        passes = Passes(engine)
+        params = SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
+        request = engine.submit(draw(3), params)
+        got = []
+        thread = threading.Thread(target=lambda: got.append(engine.score(draw(500))))
+        thread.start()
+        while not engine._worker._jobs:
+            pass
+        passes.begin()
+        thread.join(30)
+        assert len(request.result().token_ids) == 40 and torch.equal(got[0], want)
+        with_score = [p for p in passes.segments if any(k == "prefill" and n > 3 for k, n in p)]
+        assert len(with_score) >= 7 and sum(("step", 1) in p for p in with_score) >= 6
+        assert_all_free(engine)
+
+
+def test_closing_a_sequence_ends_what_another_thread_reads_into_it(tmp_path):
+    with base_engine(tmp_path, max_num_batched_tokens=80) as engine:
+        sequence, failures = engine.open(draw(400)), []
+        passes = Passes(engine)
+
+        def read():
+            try:
+                sequence.logits()
+            except RequestCancelled as error:
+                failures.append(str(error))
+
+        reading, closing = threading.Thread(target=read), threading.Thread(target=sequence.close)
+        reading.start()
+        while not engine._worker._jobs:
+            pass
+        closing.start()
+        while len(engine._worker._jobs) < 2:
+            pass
+        passes.begin()
+        reading.join(30), closing.join(30)
+        assert failures == ["sequence: must be open, got one that was closed"]
         assert_all_free(engine)

@@ -1,12 +1,11 @@
-"""Law 9: what a width switch, fork, rollback, snapshot, preemption and a file leave in the cache."""
+"""Law 9: what a switch, fork, rollback, snapshot, preemption and a file leave in the cache."""
 
 import pytest
 import torch
-from engines import base_engine
+from engines import base_engine, run_read
 
 from elastic_infer import CheckpointError, WidthError
 from elastic_infer.plan import Policy
-from elastic_infer.session import run_read
 from elastic_infer.switching import Read
 
 
@@ -74,7 +73,7 @@ def test_carry_needs_tracking_to_widen(engine):
     with engine.open(prompt(10), width="S", track=False) as sequence:
         sequence.logits()
         before = sequence.runs
-        with pytest.raises(WidthError, match="must have tracked .* use policy 'exact'"):
+        with pytest.raises(WidthError, match=r"must have tracked .* use policy 'exact'"):
             sequence.width = "L"
         assert sequence.width == "S" and sequence.runs == before
         assert sequence.switch("L", "exact") == 10

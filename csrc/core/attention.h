@@ -1,9 +1,9 @@
 // Attention of a block of query rows to one page of one KV head, shared by prefill and decode.
 // Included by kernels only.
 //
-// Lane = row (one query head of one token), so a row's bits depend on its own values alone, whatever
-// shares its block. Rows are stored in panels of at most kPanel vectors; a panel of width w
-// holds q and o as [K][w], and m (running maximum) and l (running sum) as [w]. Per page:
+// Lane = row (one query head of one token), so a row's bits depend on its own values alone,
+// whatever shares its block. Rows are stored in panels of at most kPanel vectors; a panel of width
+// w holds q and o as [K][w], and m (running maximum) and l (running sum) as [w]. Per page:
 //   s[j] = sum over c of k[j][c] * q[c], per 64 channels from zero, tile sums ascending;
 //   m' = max(m, max s); p = exp(s - m'); l = l * exp(m - m') + sum p;
 //   o[c] = o[c] * exp(m - m') + sum over j of p[j] * v[j][c], keys ascending from zero.
@@ -14,19 +14,19 @@
 
 namespace ei::EI_ISA {
 
-constexpr int kPage = 64;        // tokens of one page
-constexpr int kPanel = 3;        // vectors of rows in one panel: 4 x 3 sums fill 12 registers
-constexpr int kKeyStep = 8;      // keys of a partial page are filled up to a multiple of this
+constexpr int kPage = 64;    // tokens of one page
+constexpr int kPanel = 3;    // vectors of rows in one panel: 4 x 3 sums fill 12 registers
+constexpr int kKeyStep = 8;  // keys of a partial page are filled up to a multiple of this
 
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 // Memory of one block of rows; `lanes` is their number, filled up to whole vectors.
 struct AttentionBlock {
-  float *q, *o;       // [lanes * K], panels one after the other
-  float *m, *l;       // [lanes]
-  float* visible;     // [lanes] keys that a row sees, from the start of the sequence
-  float *k, *v;       // [64][K] the page as floats
-  float* s;           // [64][kPanel * V::kLanes] scores, then probabilities, of one panel
+  float *q, *o;    // [lanes * K], panels one after the other
+  float *m, *l;    // [lanes]
+  float* visible;  // [lanes] keys that a row sees, from the start of the sequence
+  float *k, *v;    // [64][K] the page as floats
+  float* s;        // [64][kPanel * V::kLanes] scores, then probabilities, of one panel
   int lanes, K;
 };
 
@@ -65,7 +65,8 @@ inline RowPlace row_place(const AttentionBlock& b, int row) {
 template <class T>
 inline void set_query(const AttentionBlock& b, int row, const T* q, float scale) {
   const RowPlace at = row_place(b, row);
-  for (int c = 0; c < b.K; ++c) b.q[at.base + static_cast<int64_t>(c) * at.step] = to_float(q[c]) * scale;
+  for (int c = 0; c < b.K; ++c)
+    b.q[at.base + static_cast<int64_t>(c) * at.step] = to_float(q[c]) * scale;
 }
 
 // Starts a block: nothing seen; lanes from `rows` on are filled with zero queries.

@@ -29,12 +29,14 @@ inline void check_pages(const Checker& check, const Tensor& page_table, int64_t 
                         const char* name) {
   const int64_t most = page_table.shape[1] * 64;
   if (tokens < 0 || tokens > most)
-    check.fail(name, "give each sequence 0 to " + std::to_string(most) + " tokens, as page_table holds",
+    check.fail(name,
+               "give each sequence 0 to " + std::to_string(most) + " tokens, as page_table holds",
                std::to_string(tokens) + " at sequence " + std::to_string(s));
   const int32_t* row = page_table.ptr<int32_t>() + s * page_table.stride[0];
   for (int64_t p = 0; p * 64 < tokens; ++p)
     if (row[p] < 0 || row[p] >= check["pages"])
-      check.fail("page_table", "hold pages in [0, " + std::to_string(check["pages"]) + ") where needed",
+      check.fail("page_table",
+                 "hold pages in [0, " + std::to_string(check["pages"]) + ") where needed",
                  std::to_string(row[p]) + " for page " + std::to_string(p) + " of sequence " +
                      std::to_string(s));
 }

@@ -14,8 +14,8 @@ const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
     PyErr_Clear();
     throw pybind11::type_error(std::string("expected a tensor, got ") + type->tp_name);
   }
-  auto* api = static_cast<const DLPackExchangeAPI*>(
-      PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  auto* api =
+      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   Py_DECREF(capsule);  // the type keeps the table alive
   if (!api) {
     PyErr_Clear();
@@ -36,13 +36,34 @@ DType dtype_of(DLDataType t) {
   if (t.code == kDLInt && t.bits == 32) return DType::i32;
   if (t.code == kDLInt && t.bits == 64) return DType::i64;
   if (t.code == kDLUInt && t.bits == 8) return DType::u8;
+  if (t.code == kDLFloat && t.bits == 64) return DType::f64;
+  if (t.code == kDLInt && t.bits == 8) return DType::i8;
+  if (t.code == kDLInt && t.bits == 16) return DType::i16;
+  if (t.code == kDLBool && t.bits == 8) return DType::boolean;
+  if (t.code == kDLComplex && t.bits == 64) return DType::complex64;
+  if (t.code == kDLComplex && t.bits == 128) return DType::complex128;
   return DType::other;
 }
 
-// The Python exception that a failed exchange left behind, as text.
+// The Python exception that a failed exchange left behind, without the traces that follow its text.
 std::string pending_error() {
-  pybind11::error_already_set error;
-  return error.what();
+  if (!PyErr_Occurred()) return "no reason given";
+  const std::string text = pybind11::error_already_set().what();
+  return text.substr(0, text.find('\n'));
+}
+
+// Whether the memory holds the negative of what the tensor means (torch's lazy negation, as in
+// x.conj().imag): the exchange does not tell. Frameworks without such views have no is_neg.
+bool holds_negative(PyObject* object) {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  PyObject* answer = PyObject_CallMethodNoArgs(object, name);
+  if (!answer) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw pybind11::error_already_set();
+    PyErr_Clear();
+    return false;
+  }
+  Py_DECREF(answer);
+  return answer == Py_True;
 }
 
 }  // namespace
@@ -54,6 +75,8 @@ void tensor_from_python(PyObject* object, TensorArg& out) {
   PyTypeObject* type = Py_TYPE(object);
   if (type != last_type) {
     last_api = exchange_api(type);
+    Py_INCREF(type);  // so that no later type takes its address
+    Py_XDECREF(last_type);
     last_type = type;
   }
   DLTensor t;
@@ -62,6 +85,9 @@ void tensor_from_python(PyObject* object, TensorArg& out) {
   if (t.ndim > kMaxDims)
     throw pybind11::type_error("expected a tensor of at most 6 dimensions, got " +
                                std::to_string(t.ndim));
+  if (holds_negative(object))
+    throw pybind11::type_error(
+        "expected plain memory, got a negated view: resolve_neg() copies it");
   const bool cuda = t.device.device_type == kDLCUDA || t.device.device_type == kDLCUDAManaged;
   if (!cuda && t.device.device_type != kDLCPU && t.device.device_type != kDLCUDAHost)
     throw pybind11::type_error("expected a tensor on the CPU or a CUDA device, got device type " +

@@ -23,10 +23,12 @@ namespace ei {
 struct Dim {
   std::string letter;
   int64_t size = -1;
-  Dim(const char* l) : letter(l) {}          // NOLINT: implicit on purpose
-  Dim(int64_t s) : size(s) {}                // NOLINT
-  Dim(int s) : size(s) {}                    // NOLINT
+  Dim(const char* l) : letter(l) {}  // NOLINT: implicit on purpose
+  Dim(int64_t s) : size(s) {}        // NOLINT
+  Dim(int s) : size(s) {}            // NOLINT
 };
+
+constexpr bool kCudaKernels = false;  // whether this build can run ops on CUDA tensors
 
 class Checker {
  public:

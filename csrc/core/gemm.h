@@ -3,86 +3,107 @@
 // Weight image on the CPU: tiles of 64 rows (N) x 64 columns (K), [N/64][K/64], each contiguous.
 //   bf16 tile: [32 pairs of k][64 rows][2]  (8 KiB): lane = row
 //   f32  tile: [64 k][64 rows]              (16 KiB)
-// A Panel holds up to kMaxRows activation rows re-packed per K tile; tile_row() multiplies them
-// with one row of tiles. Order of summation: within a K tile each product is added in ascending k
-// to a sum that starts at zero; tile sums are added in ascending order. It does not depend on the
-// number of rows, on their widths, or on threads. (With pairs, two products at a time.)
+// A Panel points at up to kMaxRows activation rows, where they lie if they can be used as they are;
+// tile_row() multiplies them with one row of tiles. Order of summation: within a K tile each
+// product is added in ascending k to a sum that starts at zero; the first tile's sum is taken and
+// the others are added in ascending order. It does not depend on the number of rows, on their
+// widths, or on threads. (With pairs, two products at a time.)
 #pragma once
 #include "vec.h"
 
 namespace ei::EI_ISA {
 
 constexpr int kTile = 64;
-constexpr int kMicroRows = 6;    // activation rows that share one pass over a tile
-constexpr int kWidenRows = 12;   // from this many rows on, a bf16 tile is widened to float once
-constexpr int kMaxRows = 256;    // rows of one panel
+constexpr int kMicroRows = 6;  // activation rows that share one pass over a tile
+constexpr int kBlocks = 8;     // such blocks that pass over a tile while it is in the first cache
+constexpr int kMaxRows = 256;  // rows of one panel
+constexpr int kMaxBlocks = (kMaxRows + kMicroRows - 1) / kMicroRows;
 constexpr int64_t kBf16TileBytes = kTile * kTile * 2;
 constexpr int64_t kF32TileBytes = kTile * kTile * 4;
 
 inline int64_t tile_bytes(DType w) { return w == DType::f32 ? kF32TileBytes : kBf16TileBytes; }
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
-// Activation rows, zero-padded to tiles, and for each how many of its columns count.
-struct Panel {
-  float* x;        // [K/64][rows][64] float
-  uint32_t* pairs; // [K/64][rows][32] pairs of bf16; null where dot products take floats
-  int rows;
-  const int* k;    // [rows], multiples of 16: columns beyond are exactly zero
-  float* widened;  // [64 * 64] room for one widened tile
-};
-
-// Scratch bytes of a panel with `rows` rows and K columns, and its output block.
-inline int64_t panel_bytes(int64_t rows, int64_t K) {
-  rows = std::min<int64_t>(rows, kMaxRows);
-  return tiles(K) * rows * kTile * 6 + rows * kTile * 4 + kF32TileBytes + rows * 4 + 256;
-}
-
-// Places a panel in scratch memory; `totals` gets the room for [rows][64] sums.
-inline Panel place_panel(char* scratch, int rows, int64_t K, const int* k, float** totals) {
-  Panel p;
-  p.rows = rows;
-  p.k = k;
-  p.widened = reinterpret_cast<float*>(scratch);
-  *totals = p.widened + kTile * kTile;
-  p.x = *totals + rows * kTile;
-  p.pairs = reinterpret_cast<uint32_t*>(p.x + tiles(K) * rows * kTile);
-  return p;
-}
-
-// Copies row `r` of the panel from x[0..k), zero up to the next tile boundary.
-template <class T>
-inline void fill_row(const Panel& p, int r, const T* x, bool pairs) {
-  const int k = p.k[r];
-  for (int t = 0; t * kTile < k; ++t) {
-    const int n = std::min(kTile, k - t * kTile);
-    if (pairs) {
-      uint32_t* to = p.pairs + (static_cast<int64_t>(t) * p.rows + r) * (kTile / 2);
-      if constexpr (sizeof(T) == 2) std::memcpy(to, x + t * kTile, n * 2);
-      std::memset(reinterpret_cast<char*>(to) + n * 2, 0, (kTile - n) * 2);
-      continue;
-    }
-    float* to = p.x + (static_cast<int64_t>(t) * p.rows + r) * kTile;
-    for (int i = 0; i < n; i += V::kLanes) store(to + i, V::load(x + t * kTile + i));
-    if (n < kTile) std::memset(to + n, 0, (kTile - n) * 4);
-  }
-}
-
-// Zeroes the tiles of row r from its own k up to k_end, so that a block may run at k_end.
-inline void pad_row(const Panel& p, int r, int k_end, bool pairs) {
-  for (int t = static_cast<int>(tiles(p.k[r])); t * kTile < k_end; ++t) {
-    if (pairs)
-      std::memset(p.pairs + (static_cast<int64_t>(t) * p.rows + r) * (kTile / 2), 0, kTile * 2);
-    else
-      std::memset(p.x + (static_cast<int64_t>(t) * p.rows + r) * kTile, 0, kTile * 4);
-  }
-}
-
-// totals[m][lanes of this column group] += sum over n k's; MR rows, NR vectors of lanes.
-// F32: w is a float tile. Otherwise bf16 pairs, with x as floats or (kPairs) as bf16 pairs.
+// F32: float tiles and activations. widen: bf16 tiles, float activations. pairs: bf16 both.
 enum class Weights { f32, widen, pairs };
 
+// Up to kMicroRows activation rows. Columns beyond a row's own up to `k` are zeros.
+struct RowBlock {
+  const char* x[kMicroRows];
+  int rows, k;
+};
+
+struct Panel {
+  RowBlock block[kMaxBlocks];
+  int blocks = 0, rows = 0, k = 0;  // k: widest of all
+  Weights kind = Weights::f32;
+  float* widened = nullptr;  // [64 * 64] room for one widened tile
+};
+
+// How activations of type T meet weights of type w.
+template <class T>
+inline Weights kind_of(DType w) {
+  if (w == DType::f32) return Weights::f32;
+  return V::kPairs && sizeof(T) == 2 ? Weights::pairs : Weights::widen;
+}
+
+// Scratch bytes that add_row() and tile_row() may need for `rows` rows of K columns.
+inline int64_t panel_bytes(int64_t rows, int64_t K) {
+  return tiles(K) * kTile * 4 * std::min<int64_t>(rows, kMaxRows) + kF32TileBytes;
+}
+
+// Copies x[0..k) as T or float, and zeros up to n.
+template <class T>
+inline void copy_row(const T* x, int k, int n, bool pairs, char* to) {
+  if (pairs) {
+    std::memcpy(to, x, k * 2);
+    std::memset(to + k * 2, 0, (n - k) * 2);
+    return;
+  }
+  float* f = reinterpret_cast<float*>(to);
+  for (int i = 0; i < k; i += V::kLanes) store(f + i, V::load(x + i));
+  std::memset(f + k, 0, (n - k) * 4);
+}
+
+// Builds a panel of rows [0, rows): row(i) gives the i-th row's first element, k(i) how many of its
+// columns count, a multiple of 16. Rows are copied into `scratch` only where their type is not the
+// one that is multiplied, or where rows of one block differ in k.
+template <class T, class Row, class Size>
+inline void fill_panel(Panel& p, DType w, int rows, char* scratch, Row row, Size k) {
+  p.kind = kind_of<T>(w);
+  p.rows = rows;
+  p.blocks = (rows + kMicroRows - 1) / kMicroRows;
+  p.k = 0;
+  p.widened = reinterpret_cast<float*>(scratch);
+  scratch += kF32TileBytes;
+  const bool pairs = p.kind == Weights::pairs;
+  const bool usable = pairs || sizeof(T) == 4;
+  for (int b = 0; b < p.blocks; ++b) {
+    RowBlock& block = p.block[b];
+    const int first = b * kMicroRows;
+    block.rows = std::min(kMicroRows, rows - first);
+    int widest = 0, least = 1 << 30;
+    for (int i = 0; i < block.rows; ++i) {
+      widest = std::max(widest, k(first + i));
+      least = std::min(least, k(first + i));
+    }
+    block.k = widest;
+    p.k = std::max(p.k, widest);
+    for (int i = 0; i < block.rows; ++i) {
+      const T* x = row(first + i);
+      block.x[i] = reinterpret_cast<const char*>(x);
+      if (usable && least == widest) continue;
+      copy_row(x, k(first + i), widest, pairs, scratch);
+      block.x[i] = scratch;
+      scratch += static_cast<int64_t>(widest) * (pairs ? 2 : 4);
+    }
+  }
+}
+
+// totals[m][lanes of this column group] (+)= sum over n k's; MR rows, NR vectors of lanes.
+// x: each row's values at this K tile.
 template <int MR, int NR, Weights W>
-inline void micro(const char* w, const float* x, const uint32_t* xp, int n, float* totals) {
+inline void micro(const char* w, const char* const* x, int n, float* totals, bool first) {
   constexpr int L = V::kLanes;
   V acc[MR][NR];
   for (int m = 0; m < MR; ++m)
@@ -93,7 +114,7 @@ inline void micro(const char* w, const float* x, const uint32_t* xp, int n, floa
       V wv[NR];
       for (int j = 0; j < NR; ++j) wv[j] = V::load(f + k * kTile + j * L);
       for (int m = 0; m < MR; ++m) {
-        const V xv = V::set(x[m * kTile + k]);
+        const V xv = V::set(reinterpret_cast<const float*>(x[m])[k]);
         for (int j = 0; j < NR; ++j) acc[m][j] = fma(wv[j], xv, acc[m][j]);
       }
     }
@@ -104,19 +125,33 @@ inline void micro(const char* w, const float* x, const uint32_t* xp, int n, floa
         V even, odd;
         load_pairs(b + (k / 2) * kTile + j * L, even, odd);
         for (int m = 0; m < MR; ++m) {
-          acc[m][j] = fma(even, V::set(x[m * kTile + k]), acc[m][j]);
-          acc[m][j] = fma(odd, V::set(x[m * kTile + k + 1]), acc[m][j]);
+          const float* f = reinterpret_cast<const float*>(x[m]);
+          acc[m][j] = fma(even, V::set(f[k]), acc[m][j]);
+          acc[m][j] = fma(odd, V::set(f[k + 1]), acc[m][j]);
         }
       }
     }
   } else {
     const uint32_t* b = reinterpret_cast<const uint32_t*>(w);
-    for (int k = 0; k < n / 2; ++k)
+    for (int k = 0; k < n / 2; ++k) {
+      uint32_t pair[MR];
+      for (int m = 0; m < MR; ++m) std::memcpy(&pair[m], x[m] + k * 4, 4);
       for (int j = 0; j < NR; ++j)
         for (int m = 0; m < MR; ++m)
-          acc[m][j] = dot_pairs(acc[m][j], b + k * kTile + j * L, xp[m * (kTile / 2) + k]);
+          acc[m][j] = dot_pairs(acc[m][j], b + k * kTile + j * L, pair[m]);
+    }
   }
+  // Unrolled, so that the sums are stored from registers.
+  if (first) {
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+      for (int j = 0; j < NR; ++j) store(totals + m * kTile + j * L, acc[m][j]);
+    return;
+  }
+#pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
     for (int j = 0; j < NR; ++j) {
       float* t = totals + m * kTile + j * L;
       store(t, add(V::load(t), acc[m][j]));
@@ -125,24 +160,31 @@ inline void micro(const char* w, const float* x, const uint32_t* xp, int n, floa
 
 // All 64 lanes for MR rows, NR vectors at a time (enough independent sums to hide latency).
 template <int MR, Weights W>
-inline void micro_rows(const char* w, const float* x, const uint32_t* xp, int n, float* totals) {
+inline void micro_rows(const char* w, const char* const* x, int n, float* totals, bool first) {
   constexpr int L = V::kLanes, kVectors = kTile / L;
   constexpr int want = MR == 1 ? 8 : MR == 2 ? 4 : L == 16 ? 4 : 2;
   constexpr int NR = want < kVectors ? want : kVectors;
   const int lane_bytes = 4;  // one float, or one pair of bf16
-  for (int j = 0; j < kTile; j += NR * L) micro<MR, NR, W>(w + j * lane_bytes, x, xp, n, totals + j);
+  for (int j = 0; j < kTile; j += NR * L)
+    micro<MR, NR, W>(w + j * lane_bytes, x, n, totals + j, first);
 }
 
 template <Weights W>
-inline void micro_any(int rows, const char* w, const float* x, const uint32_t* xp, int n,
-                      float* totals) {
+inline void micro_any(int rows, const char* w, const char* const* x, int n, float* totals,
+                      bool first) {
   switch (rows) {
-    case 1: return micro_rows<1, W>(w, x, xp, n, totals);
-    case 2: return micro_rows<2, W>(w, x, xp, n, totals);
-    case 3: return micro_rows<3, W>(w, x, xp, n, totals);
-    case 4: return micro_rows<4, W>(w, x, xp, n, totals);
-    case 5: return micro_rows<5, W>(w, x, xp, n, totals);
-    default: return micro_rows<6, W>(w, x, xp, n, totals);
+    case 1:
+      return micro_rows<1, W>(w, x, n, totals, first);
+    case 2:
+      return micro_rows<2, W>(w, x, n, totals, first);
+    case 3:
+      return micro_rows<3, W>(w, x, n, totals, first);
+    case 4:
+      return micro_rows<4, W>(w, x, n, totals, first);
+    case 5:
+      return micro_rows<5, W>(w, x, n, totals, first);
+    default:
+      return micro_rows<6, W>(w, x, n, totals, first);
   }
 }
 
@@ -158,45 +200,71 @@ inline void widen_tile(const char* w, int n, float* out) {
     }
 }
 
-// totals [rows][64] = panel x (one row of weight tiles)^T, for the panel's rows [0, rows).
-// Each block of kMicroRows rows runs to the widest k among its own rows. Rows whose pad_row()
-// reaches that k contribute exact zeros beyond their own.
-inline void tile_row(const Panel& p, const char* image_row, DType wtype, bool pairs,
-                     float* totals) {
-  std::memset(totals, 0, static_cast<size_t>(p.rows) * kTile * 4);
-  int k_max = 0;
-  for (int r = 0; r < p.rows; ++r) k_max = std::max(k_max, p.k[r]);
-  const int64_t bytes = tile_bytes(wtype);
-  const bool widen = !pairs && wtype == DType::bf16 && p.rows >= kWidenRows;
-  for (int t = 0; t * kTile < k_max; ++t) {
+// One block of rows times K tile t.
+template <Weights W>
+inline void block_tile(const RowBlock& block, const char* w, int t, float* totals) {
+  const int n = std::min(kTile, block.k - t * kTile);
+  if (n <= 0) return;
+  const char* x[kMicroRows];
+  for (int i = 0; i < block.rows; ++i)
+    x[i] = block.x[i] + t * kTile * (W == Weights::pairs ? 2 : 4);
+  micro_any<W>(block.rows, w, x, n, totals, t == 0);
+}
+
+template <Weights W>
+inline void tile_row_as(const Panel& p, int first, int end, const char* image_row, float* totals) {
+  constexpr int64_t bytes = W == Weights::f32 ? kF32TileBytes : kBf16TileBytes;
+  int k = 0;
+  for (int b = first; b < end; ++b) k = std::max(k, p.block[b].k);
+  const bool widen = W == Weights::widen && end - first > 1;
+  for (int t = 0; t * kTile < k; ++t) {
     const char* w = image_row + t * bytes;
-    if (widen) widen_tile(w, std::min(kTile, k_max - t * kTile), p.widened);
-    for (int r = 0; r < p.rows; r += kMicroRows) {
-      const int rows = std::min(kMicroRows, p.rows - r);
-      int k_block = 0;
-      for (int i = 0; i < rows; ++i) k_block = std::max(k_block, p.k[r + i]);
-      const int n = std::min(kTile, k_block - t * kTile);
-      if (n <= 0) continue;
-      const int64_t at = static_cast<int64_t>(t) * p.rows + r;
-      const float* x = p.x + at * kTile;
-      const uint32_t* xp = p.pairs + at * (kTile / 2);
-      float* out = totals + r * kTile;
-      if (pairs)
-        micro_any<Weights::pairs>(rows, w, x, xp, n, out);
-      else if (wtype == DType::f32)
-        micro_any<Weights::f32>(rows, w, x, xp, n, out);
-      else if (widen)
-        micro_any<Weights::f32>(rows, reinterpret_cast<const char*>(p.widened), x, xp, n, out);
+    if (widen) widen_tile(w, std::min(kTile, k - t * kTile), p.widened);
+    for (int b = first; b < end; ++b) {
+      float* out = totals + (b - first) * kMicroRows * kTile;
+      if (widen)
+        block_tile<Weights::f32>(p.block[b], reinterpret_cast<const char*>(p.widened), t, out);
       else
-        micro_any<Weights::widen>(rows, w, x, xp, n, out);
+        block_tile<W>(p.block[b], w, t, out);
     }
+  }
+  for (int b = first; b < end; ++b)
+    if (p.block[b].k == 0)
+      std::memset(totals + (b - first) * kMicroRows * kTile, 0, kMicroRows * kTile * 4);
+}
+
+// Room for the sums of kBlocks blocks.
+struct Totals {
+  alignas(64) float sum[kBlocks * kMicroRows * kTile];
+};
+
+// Calls out(row, sums) for every row of the panel with its 64 sums over one row of weight tiles.
+template <class Out>
+inline void tile_row(const Panel& p, const char* image_row, Totals& totals, Out out) {
+  for (int first = 0; first < p.blocks; first += kBlocks) {
+    const int end = std::min(first + kBlocks, p.blocks);
+    switch (p.kind) {
+      case Weights::f32:
+        tile_row_as<Weights::f32>(p, first, end, image_row, totals.sum);
+        break;
+      case Weights::widen:
+        tile_row_as<Weights::widen>(p, first, end, image_row, totals.sum);
+        break;
+      default:
+        tile_row_as<Weights::pairs>(p, first, end, image_row, totals.sum);
+    }
+    const int rows = std::min(p.rows, end * kMicroRows);
+    for (int r = first * kMicroRows; r < rows; ++r)
+      out(r, totals.sum + (r - first * kMicroRows) * kTile);
   }
 }
 
-// Whether activations of type T and weights of type w multiply as pairs of bf16.
-template <class T>
-inline bool use_pairs(DType w) {
-  return V::kPairs && sizeof(T) == 2 && w == DType::bf16;
+// Stores the first n of 64 sums.
+template <class O>
+inline void store_sums(const float* sums, O* out, int n) {
+  int c = 0;
+  for (; c + V::kLanes <= n; c += V::kLanes) store(out + c, V::load(sums + c));
+  for (; c < n; ++c) from_float(sums[c], out[c]);
 }
 
 }  // namespace ei::EI_ISA

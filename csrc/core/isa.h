@@ -29,14 +29,22 @@ struct CpuKernel {
 #define EI_CPU_KERNEL(op, Args) \
   inline constexpr CpuKernel<Args> op##_cpu{#op, {nullptr, nullptr, nullptr}};
 #elif defined(__x86_64__)
-#define EI_CPU_KERNEL(op, Args)                                     \
-  namespace portable { void op(const Args&, Pool&); }               \
-  namespace avx2 { void op(const Args&, Pool&); }                   \
-  namespace avx512 { void op(const Args&, Pool&); }                 \
+#define EI_CPU_KERNEL(op, Args) \
+  namespace portable {          \
+  void op(const Args&, Pool&);  \
+  }                             \
+  namespace avx2 {              \
+  void op(const Args&, Pool&);  \
+  }                             \
+  namespace avx512 {            \
+  void op(const Args&, Pool&);  \
+  }                             \
   inline constexpr CpuKernel<Args> op##_cpu{#op, {portable::op, avx2::op, avx512::op}};
 #else
-#define EI_CPU_KERNEL(op, Args)                                     \
-  namespace portable { void op(const Args&, Pool&); }               \
+#define EI_CPU_KERNEL(op, Args) \
+  namespace portable {          \
+  void op(const Args&, Pool&);  \
+  }                             \
   inline constexpr CpuKernel<Args> op##_cpu{#op, {portable::op, nullptr, nullptr}};
 #endif
 

@@ -31,7 +31,8 @@ PYBIND11_MODULE(_C, m) {
       if (isa_usable(static_cast<Isa>(i))) names.emplace_back(isa_name(static_cast<Isa>(i)));
     return names;
   });
-  m.def("describe", [](const TensorArg& t) { return t.describe(); },
-        "What the native side sees of a tensor.");
+  m.def(
+      "describe", [](const TensorArg& t) { return t.describe(); },
+      "What the native side sees of a tensor.");
   for (Binder bind : binders()) bind(m);
 }

@@ -34,9 +34,10 @@ class Pool {
       for (int64_t i = 0; i < parts; ++i) f(i, 0);
       return;
     }
-    share(parts, [](const void* g, int64_t part, int thread) {
-      (*static_cast<const F*>(g))(part, thread);
-    }, &f);
+    share(
+        parts,
+        [](const void* g, int64_t part, int thread) { (*static_cast<const F*>(g))(part, thread); },
+        &f);
   }
 
   // Scratch memory of one thread, 64-byte aligned, of the size last reserved.

@@ -8,9 +8,9 @@
 
 namespace ei {
 
-// Checks shapes and dtypes of the index arrays, binding S. Where the values can be read and the call
-// is not being recorded (`live`), checks these too: cu_seqlens starts at 0, never falls and ends
-// within [0, T]; slots are in [-1, slot_count) and no two sequences share one.
+// Checks shapes and dtypes of the index arrays, binding S. Where the values can be read and the
+// call is not being recorded (`live`), checks these too: cu_seqlens starts at 0, never falls and
+// ends within [0, T]; slots are in [-1, slot_count) and no two sequences share one.
 inline void check_slots(Checker& check, const Tensor& slots, int64_t slot_count, bool live) {
   check(slots, "slots").dtype({DType::i32}).shape({"S"}).contiguous();
   if (!live || slots.cuda) return;
@@ -45,8 +45,8 @@ inline void check_pool(Checker& check, const Tensor& pool, const char* name) {
   for (int i = pool.ndim - 1; i > 0; --i) {
     if (pool.shape[i] > 1 && pool.stride[i] != dense)
       check.fail(name, "be dense inside each slot",
-                 "stride " + std::to_string(pool.stride[i]) + " in dimension " +
-                     std::to_string(i) + " of " + pool.describe());
+                 "stride " + std::to_string(pool.stride[i]) + " in dimension " + std::to_string(i) +
+                     " of " + pool.describe());
     dense *= pool.shape[i];
   }
 }

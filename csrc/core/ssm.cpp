@@ -18,8 +18,10 @@ void check_ssm(const char* op, SsmArgs& a, bool has_segments, bool live) {
   check(a.C, "C").dtype({a.x.dtype}).shape({"T", "G*N"}).rows_dense();
   const int64_t groups = check["G*N"] / N;
   if (check["G*N"] % N != 0 || groups < 1 || H % groups != 0)
-    check.fail("B", "have groups * " + std::to_string(N) + " columns, where groups divides " +
-                        std::to_string(H) + " heads", a.B.describe());
+    check.fail("B",
+               "have groups * " + std::to_string(N) + " columns, where groups divides " +
+                   std::to_string(H) + " heads",
+               a.B.describe());
   a.groups = static_cast<int>(groups);
   check(a.dt, "dt").dtype({DType::f32, a.x.dtype}).shape({"T", "H"}).rows_dense();
   check(a.A_log, "A_log").dtype({DType::f32}).shape({"H"}).contiguous();

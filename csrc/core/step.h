@@ -1,8 +1,8 @@
 // A recorded step: a list of (kernel, arguments) that one native call replays.
 //
-// Every op's Python function takes `run`: None runs it at once on one thread, a Pool runs it at once
-// on that pool, a Step appends it to the step's list. A Step keeps the tensors of its arguments
-// alive; their contents may change between replays, their addresses may not.
+// Every op's Python function takes `run`: None runs it at once on one thread, a Pool runs it at
+// once on that pool, a Step appends it to the step's list. A Step keeps the tensors of its
+// arguments alive; their contents may change between replays, their addresses may not.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -44,8 +44,8 @@ class Step {
     std::memcpy(call.args.get(), &args, sizeof(Args));
     call.kernel = reinterpret_cast<void (*)()>(fn);
     call.invoke = [](void (*kernel)(), const char* bytes, Pool& pool) {
-      reinterpret_cast<void (*)(const Args&, Pool&)>(kernel)(
-          *reinterpret_cast<const Args*>(bytes), pool);
+      reinterpret_cast<void (*)(const Args&, Pool&)>(kernel)(*reinterpret_cast<const Args*>(bytes),
+                                                             pool);
     };
     calls_.push_back(std::move(call));
     for (const TensorArg* t : tensors)

@@ -11,7 +11,22 @@
 
 namespace ei {
 
-enum class DType : int32_t { f32, bf16, f16, i32, i64, u8, other };
+// The first six are what ops take; the others exist so that errors can name what was given.
+enum class DType : int32_t {
+  f32,
+  bf16,
+  f16,
+  i32,
+  i64,
+  u8,
+  f64,
+  i8,
+  i16,
+  boolean,
+  complex64,
+  complex128,
+  other
+};
 
 inline const char* dtype_name(DType t) {
   switch (t) {
@@ -21,6 +36,12 @@ inline const char* dtype_name(DType t) {
     case DType::i32: return "int32";
     case DType::i64: return "int64";
     case DType::u8: return "uint8";
+    case DType::f64: return "float64";
+    case DType::i8: return "int8";
+    case DType::i16: return "int16";
+    case DType::boolean: return "bool";
+    case DType::complex64: return "complex64";
+    case DType::complex128: return "complex128";
     default: return "unsupported dtype";
   }
 }

@@ -1,16 +1,18 @@
 // The width arguments that most ops share: row_width [R] i32 picks, for each row, one of W widths
-// (seq_width [S] i32, for each sequence); `sizes` [W] i32 (or [W, S]) tells the active size at each.
+// (seq_width [S] i32, for each sequence); `sizes` [W] i32 (or [W, S]) tells the active size at
+// each.
 #pragma once
 #include "check.h"
 
 namespace ei {
 
 // Checks shapes and dtypes of a width table. Where the values can be read and the call is not being
-// recorded (a recorded step's owner validates what it fills in), checks these too: each row_width in
-// [0, W), each size in [0, largest] and a multiple of `grain`.
+// recorded (a recorded step's owner validates what it fills in), checks these too: each row_width
+// in [0, W), each size in [0, largest] and a multiple of `grain`.
 class WidthCheck {
  public:
-  // `live`: values are final and may be looked at. `name` and `letter`: what picks widths, per what.
+  // `live`: values are final and may be looked at. `name` and `letter`: what picks widths, per
+  // what.
   WidthCheck(Checker& check, const Tensor& row_width, bool live, const char* name = "row_width",
              const char* letter = "R")
       : check_(check), rows_(row_width), live_(live && !row_width.cuda), name_(name) {

@@ -57,6 +57,7 @@ def chat(
     threads: c.Threads = None,
     verbose: c.Verbose = False,
 ) -> None:
+    """The command; its arguments are its options."""
     c.log_to_stderr(verbose)
     c.read_plan(plan, width)  # refused before the model is loaded
     engine = c.open_engine(

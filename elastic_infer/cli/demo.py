@@ -54,6 +54,7 @@ def demo(
     threads: c.Threads = None,
     verbose: c.Verbose = False,
 ) -> None:
+    """The command; its arguments are its options."""
     c.log_to_stderr(verbose)
     screen = Console(highlight=False, no_color=True, force_terminal=False) if plain else c.console()
     question = read_question(QUESTION if ask is None else ask)

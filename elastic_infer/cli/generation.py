@@ -52,6 +52,7 @@ def generate(
     threads: c.Threads = None,
     verbose: c.Verbose = False,
 ) -> None:
+    """The command; its arguments are its options."""
     c.log_to_stderr(verbose)
     given = read_prompt(prompt, prompt_ids)
     chosen = c.read_plan(plan, width)

@@ -69,6 +69,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
     verbose: c.Verbose = False,
 ) -> None:
+    """The command; its arguments are its options."""
     c.log_to_stderr(verbose)
     from elastic_infer.capacity import free_memory
 

@@ -48,6 +48,7 @@ def slice_width(
     revision: c.Revision = None,
     verbose: c.Verbose = False,
 ) -> None:
+    """The command `slice`; its arguments are its options."""
     c.log_to_stderr(verbose)
     from elastic_infer.slicing import slice_checkpoint
 
@@ -79,6 +80,7 @@ def derive(
     revision: c.Revision = None,
     verbose: c.Verbose = False,
 ) -> None:
+    """The command `widths`; its arguments are its options."""
     c.log_to_stderr(verbose)
     from elastic_infer.checkpoint import resolve_folder
     from elastic_infer.derive import derive_widths, write_widths

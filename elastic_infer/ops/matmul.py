@@ -43,16 +43,18 @@ class TiledWeight:
         return sum(s.rows for s in self.segments)
 
     @staticmethod
-    def empty(segment_rows: list[int], columns: int, dtype: torch.dtype) -> TiledWeight:
-        """Room for a matrix whose segments have `segment_rows` rows, outputs side by side."""
+    def empty(
+        segment_rows: list[int], columns: int, dtype: torch.dtype, memory=None
+    ) -> TiledWeight:
+        """Room for a matrix whose segments have `segment_rows` rows, outputs side by side.
+        memory: a `WeightMemory` to take it from, or None."""
         segments, tile, column = [], 0, 0
         for rows in segment_rows:
             segments.append(Segment(tile, column, rows))
             tile, column = tile + tile_count(rows), column + rows
         itemsize = torch.empty(0, dtype=dtype).element_size()
-        image = torch.empty(
-            tile, tile_count(columns), TILE * TILE * itemsize, dtype=torch.uint8
-        )
+        shape = (tile, tile_count(columns), TILE * TILE * itemsize)
+        image = memory.empty(*shape) if memory else torch.empty(shape, dtype=torch.uint8)
         return TiledWeight(image, columns, tuple(segments))
 
     def fill(self, segment: int, source: torch.Tensor, run=None) -> None:

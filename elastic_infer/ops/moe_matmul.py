@@ -27,13 +27,14 @@ class ExpertWeights:
         return self.image.shape[0]
 
     @staticmethod
-    def empty(experts: int, rows: int, columns: int, dtype: torch.dtype) -> ExpertWeights:
-        """Room for `experts` matrices [rows, columns] of float32 or bfloat16."""
+    def empty(
+        experts: int, rows: int, columns: int, dtype: torch.dtype, memory=None
+    ) -> ExpertWeights:
+        """Room for `experts` matrices [rows, columns] of float32 or bfloat16. memory: a
+        `WeightMemory` to take it from, or None."""
         itemsize = torch.empty(0, dtype=dtype).element_size()
-        image = torch.empty(
-            experts, tile_count(rows), tile_count(columns), TILE * TILE * itemsize,
-            dtype=torch.uint8,
-        )  # fmt: skip
+        shape = (experts, tile_count(rows), tile_count(columns), TILE * TILE * itemsize)
+        image = memory.empty(*shape) if memory else torch.empty(shape, dtype=torch.uint8)
         return ExpertWeights(image, rows, columns)
 
     def fill(self, expert: int, source: torch.Tensor, run=None) -> None:
@@ -44,9 +45,7 @@ class ExpertWeights:
                 f"got {list(source.shape)}"
             )
         if not 0 <= expert < self.experts:
-            raise ValueError(
-                f"matmul_pack: expert must be in [0, {self.experts}), got {expert}"
-            )
+            raise ValueError(f"matmul_pack: expert must be in [0, {self.experts}), got {expert}")
         _C.matmul_pack(source, self.image[expert], 0, run)
 
     @staticmethod
@@ -169,9 +168,9 @@ def _call(a: Arguments, run) -> None:
     given = dict(a)
     up = given["up"] = ExpertWeights.pack(a["up"])
     given["down"] = ExpertWeights.pack(a["down"])
-    R, J = (*torch.as_tensor(a["ids"]).shape, 1, 1)[:2]  # moe_matmul refuses any other rank
-    dtype = torch.as_tensor(a["x"]).dtype
-    size = moe_workspace_bytes(R, J, up.experts, up.columns, up.rows, dtype)
+    ids, x = (v if isinstance(v, torch.Tensor) else torch.empty(0) for v in (a["ids"], a["x"]))
+    R, J = (*ids.shape, 1, 1)[:2]  # moe_matmul itself refuses what is no tensor or of other rank
+    size = moe_workspace_bytes(R, J, up.experts, up.columns, up.rows, x.dtype)
     moe_matmul(run=run, workspace=torch.full((size,), 255, dtype=torch.uint8), **given)
 
 

@@ -55,9 +55,7 @@ def ssm_step(
     Source: Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
     Structured State Space Duality".
     """
-    _C.ssm_step(
-        x, B, C, dt, A_log, D, dt_bias, state, y, slots, seq_width, h_sizes, run
-    )
+    _C.ssm_step(x, B, C, dt, A_log, D, dt_bias, state, y, slots, seq_width, h_sizes, run)
     return y
 
 

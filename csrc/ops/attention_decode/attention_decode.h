@@ -1,7 +1,8 @@
 // attention_decode: one query token per sequence against its paged cache.
-//   out[s, n] = sum over j < lengths[s] of softmax_j(scale * q[s, n] . k[j, n % Hkv]) * v[j, n % Hkv]
-// for query heads n < q_sizes[seq_width[s]] (Hq without seq_width), and zero for the other heads and
-// for a sequence of length 0. Token j is in page page_table[s, j / 64] at offset j % 64.
+//   out[s, n] = sum over j < lengths[s] of softmax_j(scale * q[s, n] . k[j, n % Hkv]) * v[j, n %
+//   Hkv]
+// for query heads n < q_sizes[seq_width[s]] (Hq without seq_width), and zero for the other heads
+// and for a sequence of length 0. Token j is in page page_table[s, j / 64] at offset j % 64.
 //
 // Every 8 pages make a partial result, and the partial results are joined in ascending order: where
 // they are computed, and by how many threads, changes no bit.

@@ -6,11 +6,10 @@
 // Scratch: a block, a joined result, and this thread's share of one sequence's partial results.
 // Limits: K is a multiple of 16.
 // Speed: see the op table in the README (bench/ops.py).
-#include "attention_decode.h"
-
 #include "../../core/attention.h"
 #include "../../core/attention_sizes.h"
 #include "../../core/pool.h"
+#include "attention_decode.h"
 
 namespace ei::EI_ISA {
 namespace {
@@ -50,13 +49,11 @@ class Sequence {
  public:
   Sequence(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, int64_t h, float* scratch)
       : a_(a), shape_(shape), s_(s), h_(h) {
-    const int64_t heads = a.seq_width
-                              ? a.q_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[s]]
-                              : shape.Hkv * shape.group;
+    const int64_t heads = a.seq_width ? a.q_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[s]]
+                                      : shape.Hkv * shape.group;
     length_ = a.lengths.ptr<int32_t>()[s];
-    active_ = length_ > 0 && heads > h
-                  ? static_cast<int>((heads - h + shape.Hkv - 1) / shape.Hkv)
-                  : 0;
+    active_ =
+        length_ > 0 && heads > h ? static_cast<int>((heads - h + shape.Hkv - 1) / shape.Hkv) : 0;
     block = place_block(scratch, active_, shape.K);
     for (int i = 0; i < active_; ++i) {
       set_query(block, i, a.q.ptr<T>() + s * a.q.stride[0] + head(i) * shape.K, a.scale);
@@ -158,8 +155,7 @@ void decode(const AttentionDecodeArgs& a, Pool& pool) {
     return;
   }
   pool.run(shape.S * Hkv, [&](int64_t part, int thread) {
-    all_splits<T>(a, shape, part / Hkv, part % Hkv,
-                  reinterpret_cast<float*>(pool.scratch(thread)));
+    all_splits<T>(a, shape, part / Hkv, part % Hkv, reinterpret_cast<float*>(pool.scratch(thread)));
   });
 }
 

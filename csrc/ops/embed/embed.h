@@ -1,5 +1,5 @@
-// embed: out[r, c] = table[ids[r], c] for c < n, with n = sizes[row_width[r]] (D without row_width);
-// out beyond n is left as it is. A gather of rows: the table may be any matrix.
+// embed: out[r, c] = table[ids[r], c] for c < n, with n = sizes[row_width[r]] (D without
+// row_width); out beyond n is left as it is. A gather of rows: the table may be any matrix.
 #pragma once
 #include "../../core/isa.h"
 #include "../../core/tensor.h"

@@ -3,10 +3,9 @@
 // Work split: parts are runs of rows.
 // Limits: none.
 // Speed: see the op table in the README (bench/ops.py).
-#include "embed.h"
-
 #include "../../core/pool.h"
 #include "../../core/vec.h"
+#include "embed.h"
 
 namespace ei::EI_ISA {
 
@@ -22,8 +21,7 @@ void embed(const EmbedArgs& a, Pool& pool) {
                   std::to_string(id) + " at row " + std::to_string(r));
         continue;
       }
-      const int64_t n =
-          a.row_width ? a.sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r]] : D;
+      const int64_t n = a.row_width ? a.sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r]] : D;
       std::memcpy(a.out.ptr<char>() + r * a.out.stride[0] * item,
                   a.table.ptr<char>() + id * a.table.stride[0] * item, n * item);
     }

@@ -2,14 +2,14 @@
 // Layout: row-major rows; a group's heads are every groups-th one.
 // Work split: parts are (run of rows, group).
 // Scratch: the gated values of one row's group, as floats.
-// Order: squares are summed per 64 channels of a head from zero (lanes, then pairwise), tile sums by
+// Order: squares are summed per 64 channels of a head from zero (lanes, then pairwise), tile sums
+// by
 //   ascending channel and head.
 // Limits: head_dim is a multiple of 16.
 // Speed: see the op table in the README (bench/ops.py).
-#include "gated_norm.h"
-
 #include "../../core/pool.h"
 #include "../../core/vec.h"
+#include "gated_norm.h"
 
 namespace ei::EI_ISA {
 namespace {
@@ -46,8 +46,7 @@ void norm_group(const GatedNormArgs& a, int64_t row, int group, int kept_heads, 
   for (int i = 0; i < kept; ++i) {
     const int at = (group + i * a.groups) * P;
     for (int c = 0; c < P; c += V::kLanes)
-      store(out + at + c,
-            mul(V::load(weight + at + c), mul(V::load(gated + i * P + c), scale)));
+      store(out + at + c, mul(V::load(weight + at + c), mul(V::load(gated + i * P + c), scale)));
   }
 }
 

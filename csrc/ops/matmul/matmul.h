@@ -35,7 +35,7 @@ struct PackArgs {
   Tensor source;  // [N, K] f32 or bf16, rows dense
   Tensor image;   // [N tiles, K tiles, tile bytes] u8; tiles touched are fully written
   DType w_dtype;
-  int tile_row;   // first tile row of the image to write
+  int tile_row;  // first tile row of the image to write
 };
 
 EI_CPU_KERNEL(matmul_pack, PackArgs)

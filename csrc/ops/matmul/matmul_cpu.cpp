@@ -6,10 +6,9 @@
 // Scratch: one panel per thread (panel_bytes).
 // Limits: k sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
-#include "matmul.h"
-
 #include "../../core/gemm.h"
 #include "../../core/pool.h"
+#include "matmul.h"
 
 namespace ei::EI_ISA {
 namespace {
@@ -28,62 +27,55 @@ TileRow locate(const MatmulArgs& a, int tile) {
 }
 
 template <class X, class O>
-void write_row(const MatmulArgs& a, const float* sums, O* out, int wanted, int columns) {
-  for (int c = 0; c < wanted; ++c) {
-    float v = sums[c];
-    if (a.activation == Activation::relu2) {
-      // As two rounded steps of the working type: the projection, then relu squared.
-      v = std::max(rounded<X>(v), 0.0f);
-      v = v * v;
+void write_row(Activation activation, float* sums, O* out, int wanted, int columns) {
+  if (activation == Activation::relu2) {
+    // As two rounded steps of the working type: the projection, then relu squared.
+    const V zero = V::set(0.0f);
+    for (int c = 0; c < kTile; c += V::kLanes) {
+      X projected[V::kLanes];
+      store(projected, V::load(sums + c));
+      const V v = max(zero, V::load(projected));  // in this order a NaN stays one
+      store(sums + c, mul(v, v));
     }
-    from_float(v, out[c]);
   }
-  for (int c = wanted; c < columns; ++c) from_float(0.0f, out[c]);
+  store_sums(sums, out, wanted);
+  std::memset(static_cast<void*>(out + wanted), 0, (columns - wanted) * sizeof(O));
 }
 
 template <class X, class O>
 void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
-  const bool pairs = use_pairs<X>(a.w_dtype);
-  const int64_t K = a.x.shape[1];
+  const int64_t K = a.x.shape[1], row_bytes = a.w.shape[1] * tile_bytes(a.w_dtype);
+  const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first_row : nullptr;
   int total_tiles = 0;
   for (int s = 0; s < a.segments; ++s) total_tiles += static_cast<int>(tiles(a.rows[s]));
-  const int parts = static_cast<int>(
-      std::min<int64_t>(total_tiles, rows > 8 ? pool.threads() * 4 : pool.threads() * 8));
+  const int parts = static_cast<int>(std::min<int64_t>(total_tiles, pool.threads() * 8));
   pool.run(parts, [&](int64_t part, int thread) {
     const int begin = static_cast<int>(part * total_tiles / parts);
     const int end = static_cast<int>((part + 1) * total_tiles / parts);
-    char* scratch = pool.scratch(thread);
-    int* k = reinterpret_cast<int*>(scratch);
-    const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first_row : nullptr;
-    int k_max = 0;
-    for (int r = 0; r < rows; ++r) {
-      k[r] = width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K);
-      k_max = std::max(k_max, k[r]);
-    }
-    float* totals;
-    const Panel panel = place_panel(scratch + (rows * 4 + 63) / 64 * 64, rows, K, k, &totals);
-    for (int r = 0; r < rows; ++r) {
-      fill_row(panel, r, a.x.ptr<X>() + (first_row + r) * a.x.stride[0], pairs);
-      pad_row(panel, r, k_max, pairs);
-    }
+    Panel panel;
+    Totals totals;
+    fill_panel<X>(
+        panel, a.w_dtype, rows, pool.scratch(thread),
+        [&](int r) { return a.x.ptr<X>() + (first_row + r) * a.x.stride[0]; },
+        [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K); });
     for (int tile = begin; tile < end; ++tile) {
       const TileRow t = locate(a, tile);
-      int wanted[kMaxRows], widest = 0;
-      for (int r = 0; r < rows; ++r) {
+      const auto wanted = [&](int r) {
         const int n =
             width ? a.n_sizes.ptr<int32_t>()[width[r] * a.segments + t.segment] : a.rows[t.segment];
-        wanted[r] = std::clamp(n - t.first, 0, t.columns);
-        widest = std::max(widest, wanted[r]);
-      }
-      if (widest > 0) {
-        const int64_t row = a.tile_row[t.segment] + t.first / kTile;
-        tile_row(panel, a.w.ptr<char>() + row * a.w.shape[1] * tile_bytes(a.w_dtype), a.w_dtype,
-                 pairs, totals);
-      }
-      for (int r = 0; r < rows; ++r) {
+        return std::clamp(n - t.first, 0, t.columns);
+      };
+      const auto write = [&](int r, float* sums) {
         O* out = a.out.ptr<O>() + (first_row + r) * a.out.stride[0] + a.column[t.segment] + t.first;
-        write_row<X>(a, totals + r * kTile, out, wanted[r], t.columns);
-      }
+        write_row<X>(a.activation, sums, out, wanted(r), t.columns);
+      };
+      int widest = 0;
+      for (int r = 0; r < rows; ++r) widest = std::max(widest, wanted(r));
+      const int64_t row = a.tile_row[t.segment] + t.first / kTile;
+      if (widest > 0)
+        tile_row(panel, a.w.ptr<char>() + row * row_bytes, totals, write);
+      else
+        for (int r = 0; r < rows; ++r) write(r, totals.sum);
     }
   });
 }

@@ -7,10 +7,9 @@
 // Order: products as in gemm.h; the sum over a row's experts ascends by expert.
 // Limits: D, F and their prefixes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
-#include "moe_matmul.h"
-
 #include "../../core/gemm.h"
 #include "../../core/pool.h"
+#include "moe_matmul.h"
 
 namespace ei::EI_ISA {
 namespace {
@@ -91,45 +90,31 @@ template <class X, Phase P>
 void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int end) {
   constexpr bool up = P == Phase::up;
   const int in = up ? m.D : m.F, out_size = up ? m.F : m.D;
-  const bool pairs = use_pairs<X>(m.a.w_dtype);
   const int64_t row_bytes = tiles(in) * tile_bytes(m.a.w_dtype);
   const char* image = (up ? m.a.up : m.a.down).ptr<char>() + expert * tiles(out_size) * row_bytes;
+  Totals totals;
   for (int at = m.begin[expert]; at < m.begin[expert + 1]; at += kMaxRows) {
     const int rows = std::min(kMaxRows, m.begin[expert + 1] - at);
-    char* scratch = pool.scratch(thread);
-    int* k = reinterpret_cast<int*>(scratch);
-    int* wanted = k + rows;
-    int k_max = 0, widest = 0;
-    for (int i = 0; i < rows; ++i) {
-      const int r = m.entry[at + i] / m.J;
-      k[i] = up ? m.k(r) : m.f(r);
-      wanted[i] = up ? m.f(r) : m.k(r);
-      k_max = std::max(k_max, k[i]);
-      widest = std::max(widest, wanted[i]);
-    }
+    const auto source = [&](int i) { return m.entry[at + i] / m.J; };
+    const auto wanted = [&](int i) { return up ? m.f(source(i)) : m.k(source(i)); };
+    int widest = 0;
+    for (int i = 0; i < rows; ++i) widest = std::max(widest, wanted(i));
     if (first * kTile >= widest) continue;
-    float* totals;
-    const Panel panel = place_panel(scratch + (rows * 8 + 63) / 64 * 64, rows, in, k, &totals);
-    for (int i = 0; i < rows; ++i) {
-      const X* x = up ? m.a.x.ptr<X>() + m.entry[at + i] / m.J * m.a.x.stride[0]
-                      : reinterpret_cast<const X*>(m.middle) + static_cast<int64_t>(at + i) * in;
-      fill_row(panel, i, x, pairs);
-      pad_row(panel, i, k_max, pairs);
-    }
+    Panel panel;
+    fill_panel<X>(
+        panel, m.a.w_dtype, rows, pool.scratch(thread),
+        [&](int i) {
+          return up ? m.a.x.ptr<X>() + source(i) * m.a.x.stride[0]
+                    : reinterpret_cast<const X*>(m.middle) + static_cast<int64_t>(at + i) * in;
+        },
+        [&](int i) { return up ? m.k(source(i)) : m.f(source(i)); });
     X* out = reinterpret_cast<X*>(up ? m.middle : m.result) + static_cast<int64_t>(at) * out_size;
-    for (int t = first; t < end && t * kTile < widest; ++t) {
-      tile_row(panel, image + t * row_bytes, m.a.w_dtype, pairs, totals);
-      for (int i = 0; i < rows; ++i) {
-        const int n = std::clamp(wanted[i] - t * kTile, 0, kTile);
+    for (int t = first; t < end && t * kTile < widest; ++t)
+      tile_row(panel, image + t * row_bytes, totals, [&](int i, const float* sums) {
+        const int n = std::clamp(wanted(i) - t * kTile, 0, kTile);
         X* to = out + static_cast<int64_t>(i) * out_size + t * kTile;
-        const float* sums = totals + i * kTile;
-        if (up) {
-          store_up(sums, to, n);
-        } else {
-          for (int c = 0; c < n; c += V::kLanes) store(to + c, V::load(sums + c));
-        }
-      }
-    }
+        up ? store_up(sums, to, n) : store_sums(sums, to, n);
+      });
   }
 }
 

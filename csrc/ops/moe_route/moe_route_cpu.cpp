@@ -40,32 +40,23 @@ void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, i
   const int64_t D = a.x.shape[1], E = a.bias.shape[0];
   const int J = static_cast<int>(a.ids.shape[1]);
   const int64_t padded = tiles(E) * kTile;
-  char* scratch = pool.scratch(thread);
-  int* k = reinterpret_cast<int*>(scratch);
-  scratch += (rows * 4 + 63) / 64 * 64;
-  float* score = reinterpret_cast<float*>(scratch);
+  float* score = reinterpret_cast<float*>(pool.scratch(thread));
   float* select = score + rows * padded;
   const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first : nullptr;
-  int k_max = 0;
-  for (int r = 0; r < rows; ++r) {
-    k[r] = width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(D);
-    k_max = std::max(k_max, k[r]);
-  }
-  float* totals;
-  const Panel panel = place_panel(reinterpret_cast<char*>(select + padded), rows, D, k, &totals);
-  for (int r = 0; r < rows; ++r) {
-    fill_row(panel, r, a.x.ptr<X>() + (first + r) * a.x.stride[0], false);
-    pad_row(panel, r, k_max, false);
-  }
+  Panel panel;
+  Totals totals;
+  fill_panel<X>(
+      panel, DType::f32, rows, reinterpret_cast<char*>(select + padded),
+      [&](int r) { return a.x.ptr<X>() + (first + r) * a.x.stride[0]; },
+      [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(D); });
   const V one = V::set(1.0f), zero = V::set(0.0f);
   for (int64_t t = 0; t < tiles(E); ++t) {
-    tile_row(panel, a.gate.ptr<char>() + t * a.gate.shape[1] * kF32TileBytes, DType::f32, false,
-             totals);
-    for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < kTile; c += V::kLanes) {
-        const V logit = V::load(totals + r * kTile + c);
-        store(score + r * padded + t * kTile + c, div(one, add(one, exp(sub(zero, logit)))));
-      }
+    const char* image_row = a.gate.ptr<char>() + t * a.gate.shape[1] * kF32TileBytes;
+    tile_row(panel, image_row, totals, [&](int r, const float* sums) {
+      for (int c = 0; c < kTile; c += V::kLanes)
+        store(score + r * padded + t * kTile + c,
+              div(one, add(one, exp(sub(zero, V::load(sums + c))))));
+    });
   }
   for (int r = 0; r < rows; ++r) {
     const int n = width ? a.e_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(E);

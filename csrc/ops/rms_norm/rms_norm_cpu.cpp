@@ -4,10 +4,9 @@
 // Order: squares are summed per 64 channels from zero (lanes, then pairwise), tile sums ascending.
 // Limits: D and sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
-#include "rms_norm.h"
-
 #include "../../core/pool.h"
 #include "../../core/vec.h"
+#include "rms_norm.h"
 
 namespace ei::EI_ISA {
 namespace {
@@ -48,8 +47,8 @@ void rms_norm(const RmsNormArgs& a, Pool& pool) {
   const int64_t rows_per_part = std::max<int64_t>(1, 16384 / D);
   pool.run((R + rows_per_part - 1) / rows_per_part, [&](int64_t part, int) {
     for (int64_t r = part * rows_per_part; r < std::min(R, (part + 1) * rows_per_part); ++r) {
-      const int n = a.row_width ? a.sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r]]
-                                : static_cast<int>(D);
+      const int n =
+          a.row_width ? a.sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r]] : static_cast<int>(D);
       const bool x16 = a.residual.dtype == DType::bf16, w16 = a.weight.dtype == DType::bf16;
       if (x16)
         w16 ? norm_row<bf16, bf16>(a, r, n) : norm_row<bf16, float>(a, r, n);

@@ -1,0 +1,165 @@
+"""Fills the tables of README.md from committed measurements.
+
+    python bench/readme.py            # writes them
+    python bench/readme.py --check    # fails if README.md holds other ones
+
+A block of README.md between ``<!-- table: NAME -->`` and ``<!-- /table -->`` is made from the file
+that `TABLES` names; without that file the block says that it was not measured yet. Tables are never
+typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "bench/results"
+REASONER = "elastic_infer/models/reasoner/evaluation.json"
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
+Figures = dict[str, Any]
+
+
+def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    head = list(head)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def share(row: Figures) -> str:
+    """An accuracy with its interval."""
+    return f"{row['accuracy']:.1%} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
+
+
+def measured(figures: Figures) -> str:
+    """Where and when."""
+    machine = figures["machine"]
+    return f"{machine['processor']}, load {machine['load']} beforehand, {figures['date']}"
+
+
+def demo_table(figures: Figures) -> str:
+    """What `elastic-infer demo` prints."""
+    rows = []
+    for row in figures["rows"]:
+        large = "-" if row["ms_620m"] is None else f"{row['ms_620m']:.1f}"
+        if "->" in row["name"] and row["ms_620m"] is not None:
+            large = f"~{large}"
+        rows.append([
+            f"`{row['name']}`", share(row), f"{row['tokens_per_second_1']:.0f}",
+            f"{row['tokens_per_second_64']:.0f}", f"{row['weight_bytes_per_token'] / 1e3:.0f} kB",
+            f"{row['rebuilt_tokens_per_problem']:.0f}", large,
+        ])  # fmt: skip
+    head = ("width or plan", "solved, % (95 % interval)", "tokens/s, one sequence",
+            "tokens/s, 64 at once", "weights read per token", "tokens read again",
+            "620M: ms per token")  # fmt: skip
+    bench = figures["bench"]
+    large = "The last column was not measured yet." if bench is None else (
+        f"Last column: `{bench['file']}`, {bench['machine']['processor']}, {bench['threads']} "
+        f"threads, {bench['date']}; ~ is mixed from it by the plan's tokens, rebuilding left out."
+    )
+    note = (
+        f"{figures['problems']} problems that training never saw, greedy decoding, "
+        f"{figures['threads']} threads of {measured(figures)}. {large}"
+    )
+    return f"{grid(head, rows)}\n\n{note}"
+
+
+def accuracy_table(figures: Figures) -> str:
+    """Widths and plans by number of operations."""
+    rows = []
+    for name, row in {**figures["widths"], **figures["plans"]}.items():
+        by = row["by_operations"]
+        five = figures["five_operations"].get(name)
+        rows.append([f"`{name}`", share(row), *(f"{by[n]['accuracy']:.0%}" for n in "12345"),
+                     share(five) if five else "-"])  # fmt: skip
+    count = next(iter(figures["widths"].values()))["count"]
+    hard = next(iter(figures["five_operations"].values()))["count"]
+    head = ("width or plan", f"all {count} problems, %", *(f"{n} op." for n in "12345"),
+            f"five operations, n = {hard}, %")  # fmt: skip
+    return f"{grid(head, rows)}\n\n{measured(figures)}."
+
+
+def budget_table(figures: Figures) -> str:
+    """Accuracy by thinking budget."""
+    budgets = figures["budgets"]
+    columns = list(next(iter(budgets.values())))
+    rows = [[f"`{name}`", *(share(row[b]) for b in columns)] for name, row in budgets.items()]
+    head = ("thinking tokens allowed", *(b if b == "none" else f"{b}" for b in columns))
+    return grid(head, rows)
+
+
+def decode_table(figures: Figures) -> str:
+    """The 620 M model by width, one sequence."""
+    wide = max(row["ms_per_token"] for row in figures["rows"])
+    rows = [
+        [f"`{row['width']}`", f"{row['ms_per_token']:.2f}", f"{1e3 / row['ms_per_token']:.0f}",
+         f"{wide / row['ms_per_token']:.2f}x"]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    note = f"{figures['threads']} threads of {measured(figures)}."
+    return f"{grid(('width', 'ms per token', 'tokens/s', 'against the widest'), rows)}\n\n{note}"
+
+
+def peer_table(figures: Figures) -> str:
+    """Us beside llama.cpp: {"rows": [{"case", "ours", "peer", "ratio"}]}, tokens per second."""
+    rows = [
+        [row["case"], f"{row['ours']:.0f}", f"{row['peer']:.0f}", f"{row['ratio']:.2f}"]
+        for row in figures["rows"]
+    ]
+    note = f"{figures['threads']} threads of {measured(figures)}; ratios of interleaved pairs."
+    return f"{grid(('620M, bf16', 'tokens/s', 'llama.cpp', 'ratio'), rows)}\n\n{note}"
+
+
+TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
+    "demo": (f"{RESULTS}/demo.json", demo_table),
+    "accuracy": (REASONER, accuracy_table),
+    "budgets": (REASONER, budget_table),
+    "decode-620m": (f"{RESULTS}/decode-620m.json", decode_table),
+    "peer-620m": (f"{RESULTS}/peer-620m.json", peer_table),
+}
+
+
+def table(name: str, root: Path = ROOT) -> str:
+    """One table, or the statement that there is none yet.
+
+    Raises: ValueError for a block that no measurement belongs to, or a file that lacks a figure.
+    """
+    if name not in TABLES:
+        raise ValueError(f"readme: a table must be one of {', '.join(TABLES)}, got {name!r}")
+    file, make = TABLES[name]
+    path = root / file
+    if not path.is_file():
+        return f"*Not measured yet: `{file}` does not exist.*"
+    try:
+        return make(json.loads(path.read_text(encoding="utf-8")))
+    except KeyError as error:
+        raise ValueError(f"readme: {file} must hold {error} for the table {name!r}") from error
+
+
+def fill(text: str, root: Path = ROOT) -> str:
+    """A document with every block made anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}{table(m[2], root)}\n{m[3]}", text)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare, do not write")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = fill(old)
+    if check and new != old:
+        sys.exit("README.md: tables must be those of the committed measurements; run "
+                 "`python bench/readme.py`")  # fmt: skip
+    path.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

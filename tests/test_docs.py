@@ -1,0 +1,256 @@
+"""The documentation says what is so: commands run, names exist, tables are those of the files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from elastic_infer import demo_model
+from elastic_infer.cli import app, demo_table
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")
+
+
+def page(name: str) -> str:
+    """The text of a page."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.S | re.M)
+
+
+def script(path: str):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Code ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
+def test_python_of_the_readme_runs(number, capsys):
+    code = blocks("README.md", "python")[number]
+    exec(compile(code, f"README.md block {number}", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_ten_lines_are_ten():
+    assert len([line for line in blocks("README.md", "python")[0].splitlines() if line]) <= 11
+
+
+def test_ten_lines_show_both_widths(capsys):
+    exec(blocks("README.md", "python")[0], {})
+    text = capsys.readouterr().out
+    assert "['S', 'M', 'L']" in text and re.search(r"^S '<think>'", text, re.M)
+    assert re.search(r"^L '\d' answer$", text, re.M)
+
+
+def test_commands_of_the_readme_run(tmp_path, monkeypatch):
+    """In a folder that looks like the checkout: the first as a process of its own, the others in
+    this one, which saves the seconds that importing torch takes."""
+    (tmp_path / "elastic_infer" / "models").mkdir(parents=True)
+    (tmp_path / "elastic_infer" / "models" / "reasoner").symlink_to(demo_model())
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
+    assert len(lines) >= 6
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    alone = [sys.executable, "-m", "elastic_infer.cli", *shlex.split(lines[0])[1:]]
+    done = subprocess.run(
+        alone, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0 and "It is 166." in done.stdout, done.stderr
+    for line in lines[1:]:
+        before, _, after = line.rpartition(" | ")
+        given = subprocess.run(["bash", "-c", before], capture_output=True, text=True, check=True)
+        name, *arguments = shlex.split(after)
+        assert name == "elastic-infer"
+        result = CliRunner().invoke(app, arguments, input=given.stdout)
+        assert result.exit_code == 0 and result.stdout.strip(), (line, result.output)
+
+
+def console_lines() -> list[str]:
+    """Command lines of the README that need weights which are not here."""
+    lines = [line for block in blocks("README.md", "console") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("elastic-infer ")]
+
+
+@pytest.mark.parametrize("line", console_lines())
+def test_commands_that_cannot_run_here_parse(line):
+    _, name, *arguments = shlex.split(line)
+    group = typer.main.get_command(app)
+    context = group.commands[name].make_context(name, arguments)
+    assert context.params
+
+
+def test_examples_in_the_help_parse():
+    """Every example that --help shows is one that the command takes."""
+    group = typer.main.get_command(app)
+    seen = 0
+    for name, command in group.commands.items():
+        for line in (command.epilog or "").split("\n\n")[1:]:
+            line = line.replace("\\[", "[").split("|")[-1]
+            words = shlex.split(re.split(r"[<>] ", line)[0])
+            assert words[:2] == ["elastic-infer", name], line
+            assert command.make_context(name, words[2:]).params
+            seen += 1
+    assert seen >= 12
+
+
+def test_make_targets_that_pages_name_exist():
+    makefiles = page("Makefile") + page("bench/peer.mk")
+    heads = re.findall(r"^([a-z][\w/ -]*):(?!=)", makefiles, re.M)
+    targets = {target for head in heads for target in head.split()}
+    for name in PAGES:
+        for target in re.findall(r"(?:`|^    )make ([a-z][\w-]*)", page(name), re.M):
+            assert target in targets, (name, target)
+
+
+# Names --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_files(name):
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page(name)):
+        assert (folder / target).exists(), target
+
+
+def test_the_map_of_the_design_is_complete():
+    text = page("DESIGN.md").split("## 13. Map")[1]
+    named = set(re.findall(r"`([\w./]+)`", text))
+    package = ROOT / "elastic_infer"
+    modules = {p.name for p in package.glob("*.py")}
+    modules |= {f"{p.name}/" for p in package.iterdir() if (p / "__init__.py").exists()}
+    assert modules - named == set()
+    for entry in named:
+        found = [package / entry, ROOT / "csrc" / "core" / entry, package / "elastify" / entry,
+                 package / "cli" / entry, ROOT / entry]  # fmt: skip
+        assert any(p.exists() for p in found) or "*" in entry, entry
+
+
+def test_ops_that_the_design_names_are_those_there_are():
+    from elastic_infer.ops import registry
+
+    text = " ".join(page("DESIGN.md").split("edits no list. The ops:")[1].split("\n\n")[0].split())
+    named = {word for word in re.findall(r"\b[a-z_]+\b", text) if "_" in word or word in registry()}
+    missing = set(registry()) - named
+    assert missing == set()
+
+
+def test_dependencies_are_those_of_pyproject():
+    text = page("pyproject.toml")
+    lists = re.findall(
+        r"^(?:dependencies|requires|torch|server|test|dev) = \[(.*?)\]$", text, re.S | re.M
+    )
+    wanted = dict(re.findall(r'"([a-zA-Z][\w-]*)([<>=][^"]*)?"', " ".join(lists)))
+    section = page("CONTRIBUTING.md").split("## Dependencies")[1]
+    table = dict(re.findall(r"^\| ([\w-]+) \| ([^|]+) \|", section, re.M))
+    assert table.pop("package").strip() == "range"
+    assert {n: r or "any" for n, r in wanted.items()} == {n: r.strip() for n, r in table.items()}
+
+
+# Tables and picture -------------------------------------------------------------------------------
+
+
+def test_tables_of_the_readme_are_those_of_the_measurements():
+    readme = script("bench/readme.py")
+    assert readme.fill(page("README.md")) == page("README.md"), "run `python bench/readme.py`"
+    named = set(re.findall(r"<!-- table: ([\w-]+) -->", page("README.md")))
+    assert named == set(readme.TABLES)
+
+
+def test_the_picture_is_what_its_script_draws():
+    picture = script("docs/picture.py")
+    assert picture.draw() == picture.PICTURE.read_text(encoding="utf-8")
+
+
+SCORE = {"accuracy": 0.955, "low": 0.917, "high": 0.976, "solved": 191, "count": 200}
+ROW = {
+    **SCORE, "name": "S->L carry", "tokens_per_second_1": 1000.4, "tokens_per_second_64": 5000.0,
+    "tokens": {"S": 30, "L": 10}, "rebuilt_tokens_per_problem": 0.0,
+    "weight_bytes_per_token": 595000, "ms_620m": 5.54,
+}  # fmt: skip
+MACHINE = {"processor": "P", "cpus": 2, "load": 0.1}
+EVALUATED = {**SCORE, "by_operations": {str(n): SCORE for n in range(1, 6)}}
+SAMPLES = {
+    "demo": (
+        {"rows": [ROW], "bench": {"file": "f.json", "machine": MACHINE, "threads": 2, "date": "d"},
+         "problems": 200, "threads": 2, "machine": MACHINE, "date": "2026-01-02"},
+        ["| `S->L carry` | 95.5% (91.7–97.6) | 1000 | 5000 | 595 kB | 0 | ~5.5 |", "`f.json`, P"],
+    ),
+    "accuracy": (
+        {"widths": {"S": EVALUATED}, "plans": {"S->L carry": EVALUATED},
+         "five_operations": {"S": SCORE}, "machine": MACHINE, "date": "d"},
+        ["| `S` | 95.5% (91.7–97.6) | 96% |", "| `S->L carry` |", "n = 200"],
+    ),
+    "budgets": (
+        {"budgets": {"L": {"0": SCORE, "none": SCORE}}},
+        ["| thinking tokens allowed | 0 | none |", "| `L` | 95.5%"],
+    ),
+    "decode-620m": (
+        {"rows": [{"width": "S", "ms_per_token": 4.0}, {"width": "L", "ms_per_token": 10.0}],
+         "threads": 2, "machine": MACHINE, "date": "d"},
+        ["| `S` | 4.00 | 250 | 2.50x |", "| `L` | 10.00 | 100 | 1.00x |"],
+    ),
+    "peer-620m": (
+        {"rows": [{"case": "decode", "ours": 100.0, "peer": 80.0, "ratio": 1.25}], "threads": 2,
+         "machine": MACHINE, "date": "d"},
+        ["| decode | 100 | 80 | 1.25 |"],
+    ),
+}  # fmt: skip
+
+
+def test_the_decode_benchmark_makes_the_file_that_demo_and_readme_read(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    figures = script("bench/decode.py").run("tiny", tmp_path / "tiny", 4, 2, threads=1)
+    assert [row["width"] for row in figures["rows"]] == ["S", "M", "L"]
+    assert all(len(row["rounds_ms"]) == 2 for row in figures["rows"])
+    path = tmp_path / "decode-620m.json"
+    path.write_text(json.dumps(figures))
+    bench = demo_table.read_bench(path)
+    assert bench["ms_per_token"] == {r["width"]: r["ms_per_token"] for r in figures["rows"]}
+    assert bench["threads"] == 1
+    assert "| `L` | " in script("bench/readme.py").decode_table(figures)
+
+
+def test_every_table_has_a_sample():
+    assert set(SAMPLES) == set(script("bench/readme.py").TABLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_tables_show_what_the_files_hold(tmp_path, name):
+    readme, (figures, expected) = script("bench/readme.py"), SAMPLES[name]
+    old = f"before\n<!-- table: {name} -->\nold\n<!-- /table -->\nafter\n"
+    assert "Not measured yet" in readme.fill(old, tmp_path)
+    path = tmp_path / readme.TABLES[name][0]
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(figures))
+    text = readme.fill(old, tmp_path)
+    assert text.startswith("before\n") and text.endswith("<!-- /table -->\nafter\n")
+    assert "old" not in text
+    for line in expected:
+        assert line in text
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="must hold"):
+        readme.fill(old, tmp_path)
+
+
+def test_a_table_that_nothing_measures_is_refused():
+    with pytest.raises(ValueError, match="a table must be one of demo"):
+        script("bench/readme.py").fill("<!-- table: nothing -->\n<!-- /table -->")
