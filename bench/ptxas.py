@@ -1,6 +1,6 @@
 """What the assembler says of every CUDA kernel: registers, shared memory, spills, per architecture.
 
-    python bench/ptxas.py [--jobs 2] [--out bench/results/ptxas.json] [--arch 80 --arch 90a ...]
+    python bench/ptxas.py [--jobs 2] [--out bench/results/ptxas.json] [--arch 80 ...] [--op matmul ...]
 
 Needs nvcc and no GPU. Ends with an error if a kernel spills registers or keeps local memory, or if
 the compiler warns.
@@ -73,13 +73,13 @@ def assemble(nvcc: str, source: Path, arch: str) -> list[dict]:
     return rows
 
 
-def report(architectures=ARCHITECTURES, jobs: int = 2) -> dict:
-    """All rows, with the compiler's version."""
+def report(architectures=ARCHITECTURES, jobs: int = 2, ops: list[str] | None = None) -> dict:
+    """All rows (of some ops only, if given), with the compiler's version."""
     nvcc = shutil.which("nvcc")
     if not nvcc:
         raise RuntimeError("nvcc was not found")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
-    work = [(s, a) for s in sources() for a in architectures]
+    work = [(s, a) for s in sources() if not ops or s.stem in ops for a in architectures]
     with ThreadPoolExecutor(jobs) as pool:
         rows = [row for part in pool.map(lambda w: assemble(nvcc, *w), work) for row in part]
     release = re.search(r"release .*", version.stdout)[0]
@@ -100,9 +100,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ptxas.json")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--op", action="append", help="only these; other rows of the file stay")
     parser.add_argument("--arch", action="append", help="80, 90a, 100f, 120f; all by default")
     options = parser.parse_args()
-    result = report(options.arch or ARCHITECTURES, options.jobs)
+    result = report(options.arch or ARCHITECTURES, options.jobs, options.op)
+    if options.op and options.out.exists():
+        kept = json.loads(options.out.read_text())["kernels"]
+        kept = [k for k in kept if k["op"] not in options.op]
+        result["kernels"] = sorted(kept + result["kernels"], key=lambda k: (k["op"], k["arch"]))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for k in result["kernels"]:

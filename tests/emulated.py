@@ -1,6 +1,7 @@
 """The module that runs the CUDA kernels on an emulated GPU (`make emu` builds it)."""
 
 import importlib.util
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from test_ops import assert_close, copy, make, run, same_bits, small_cases, wide
 import elastic_infer.ops  # noqa: F401  (the tensor conversion registers with it)
 from elastic_infer.ops import registry
 
-BUILD = Path(__file__).parents[1] / "build" / "emu"
+BUILD = Path(__file__).parents[1] / os.environ.get("EMU_BUILD", "build/emu")
 # Of threads within a block, and of blocks. A missing barrier shows in at least one of them.
 ORDERS = [
     ("ascending", "ascending"),

@@ -8,14 +8,15 @@ namespace ei::cuda {
 constexpr int kSsmRows = 4;        // state rows of one warp
 constexpr int kSsmMaxState = 256;  // largest N
 
+EI_DEVICE float softplus(float z) { return z > 20.0f ? z : log1pf(expf(z)); }
+
 // The time step of one head at one token, and how much of the state it leaves.
 struct TimeStep {
   float dt, decay;
 };
 template <class D>
 EI_DEVICE TimeStep time_step(const SsmArgs& a, int64_t token, int head) {
-  const float z = to_float(row<D>(a.dt, token)[head]) + a.dt_bias.ptr<float>()[head];
-  const float dt = z > 20.0f ? z : log1pf(expf(z));
+  const float dt = softplus(to_float(row<D>(a.dt, token)[head]) + a.dt_bias.ptr<float>()[head]);
   return {dt, expf(-expf(a.A_log.ptr<float>()[head]) * dt)};
 }
 
