@@ -1,9 +1,9 @@
-"""Fills the tables of README.md from committed measurements.
+"""Fills the tables of README.md and of the model card from committed measurements.
 
     python bench/readme.py            # writes them
-    python bench/readme.py --check    # fails if README.md holds other ones
+    python bench/readme.py --check    # fails if a page holds other ones
 
-A block of README.md between ``<!-- table: NAME -->`` and ``<!-- /table -->`` is made from the file
+A block of a page between ``<!-- table: NAME -->`` and ``<!-- /table -->`` is made from the file
 that `TABLES` names; without that file the block says that it was not measured yet. Tables are never
 typed by hand.
 """
@@ -20,7 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/results"
-REASONER = "elastic_infer/models/reasoner/evaluation.json"
+CARD = "elastic_infer/models/reasoner"
+REASONER = f"{CARD}/evaluation.json"
+PAGES = ("README.md", f"{CARD}/README.md")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 Figures = dict[str, Any]
 
@@ -116,10 +118,36 @@ def peer_table(figures: Figures) -> str:
     return f"{grid(('620M, bf16', 'tokens/s', 'llama.cpp', 'ratio'), rows)}\n\n{note}"
 
 
+def sizes_table(config: Figures) -> str:
+    """The widths of an elastic checkpoint, from its config.json."""
+    rows = []
+    for name, width in config["elastic"]["widths"].items():
+        size = {**config, **width}
+        rows.append([
+            f"`{name}`", *(str(size[key]) for key in (
+                "hidden_size", "mamba_num_heads", "num_attention_heads", "n_routed_experts",
+                "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+            )),
+        ])  # fmt: skip
+    head = ("width", "hidden", "Mamba heads", "query heads", "experts", "expert width",
+            "shared expert width")  # fmt: skip
+    return grid(head, rows)
+
+
+def training_table(figures: Figures) -> str:
+    """What was spent on the shipped reasoner."""
+    head = ("parameters", "training", "steps", "tokens")
+    row = (f"{figures['parameters']:,}", f"{figures['minutes']:.0f} minutes of one CPU core",
+           f"{figures['steps']:,}", f"{figures['tokens'] / 1e6:.1f} million")  # fmt: skip
+    return grid(head, [row])
+
+
 TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "demo": (f"{RESULTS}/demo.json", demo_table),
     "accuracy": (REASONER, accuracy_table),
     "budgets": (REASONER, budget_table),
+    "reasoner-sizes": (f"{CARD}/config.json", sizes_table),
+    "reasoner-training": (f"{CARD}/training.json", training_table),
     "decode-620m": (f"{RESULTS}/decode-620m.json", decode_table),
     "peer-620m": (f"{RESULTS}/peer-620m.json", peer_table),
 }
@@ -152,13 +180,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, do not write")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = fill(old)
-    if check and new != old:
-        sys.exit("README.md: tables must be those of the committed measurements; run "
-                 "`python bench/readme.py`")  # fmt: skip
-    path.write_text(new, encoding="utf-8")
+    for page in PAGES:
+        path = ROOT / page
+        old = path.read_text(encoding="utf-8")
+        new = fill(old)
+        if check and new != old:
+            sys.exit(f"{page}: tables must be those of the committed measurements; run "
+                     "`python bench/readme.py`")  # fmt: skip
+        path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ class Engine:
         Raises: InvalidRequest, WidthError, OutOfCapacity; for a single prompt also its own failure.
         """
         if is_one_prompt(prompt):
-            return self.submit(prompt, params, plan, width=width).result()
+            return _wait(self.submit(prompt, params, plan, width=width))
         prompts = list(prompt)
         columns = [one_per_prompt(n, v, len(prompts)) for n, v in
                    (("params", params), ("plan", plan), ("width", width))]  # fmt: skip
@@ -188,7 +188,12 @@ class Engine:
             self._intake.request(p, *options) for p, options in zip(prompts, zip(*columns))
         ]
         self._submit(requests)
-        return [r.wait() for r in requests]
+        try:
+            return [r.wait() for r in requests]
+        except BaseException:  # the caller was interrupted: nobody waits for these any more
+            for request in requests:
+                request.cancel()
+            raise
 
     def stream(
         self,
@@ -226,9 +231,8 @@ class Engine:
 
         chat_template_kwargs: variables for the template, such as {"enable_thinking": True}.
         """
-        return self.submit(
-            self.chat_prompt(messages, tools, chat_template_kwargs), params, plan, width=width
-        ).result()
+        prompt = self.chat_prompt(messages, tools, chat_template_kwargs)
+        return _wait(self.submit(prompt, params, plan, width=width))
 
     def chat_prompt(
         self,
@@ -343,6 +347,15 @@ class Engine:
     def _open_slot(self, track: bool) -> Sequence:
         self._scheduler.claim_slots()
         return self._model.cache.open(track)
+
+
+def _wait(request: Request) -> Output:
+    """The request's result; a caller that is interrupted cancels it."""
+    try:
+        return request.result()
+    finally:
+        if not request.done:
+            request.cancel()
 
 
 def _check_limit(name: str, value: object) -> None:

@@ -33,3 +33,7 @@ class RequestCancelled(ElasticError, RuntimeError):
 
 class NonFiniteLogits(ElasticError, RuntimeError):
     """The model returned NaN or infinite logits for this request."""
+
+
+class NonFiniteLoss(ElasticError, RuntimeError):
+    """A training step had a NaN or infinite loss; says which, and what was kept."""

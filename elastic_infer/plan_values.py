@@ -36,7 +36,8 @@ class Policy:
     """What happens to the cache when the width changes.
 
     kind: "carry" keeps it, "exact" rebuilds it from the tokens, "window" rebuilds its last part.
-    n: tokens between two snapshots for "window" (n to 2n tokens are rebuilt), None otherwise.
+    n: tokens between two snapshots for "window" (n to 2n tokens are rebuilt, soon after a prompt up
+        to 63 more because prompts are cut on a grid of 64), None otherwise.
     """
 
     kind: str
@@ -163,6 +164,7 @@ class PhaseTracker:
 
 
 def tag_id(tag: Tag, tokenizer: Tokenizer | None) -> int | None:
+    """The id of a think tag given as text or id; None if it is no single token."""
     if isinstance(tag, int):
         return tag
     return None if tokenizer is None else tokenizer.token_id(tag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -156,6 +157,14 @@ def draw(count: int, seed: int = 0, vocabulary: int = 130) -> list[int]:
     """Random token ids that are no special ones of `base_config`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+
+
+def hold(engine: Engine) -> threading.Event:
+    """Stops the engine's thread between two passes until the event is set."""
+    reached, go = threading.Event(), threading.Event()
+    engine._worker.post(lambda: (reached.set(), go.wait(60)))
+    assert reached.wait(60)
+    return go
 
 
 def assert_all_free(engine: Engine) -> None:

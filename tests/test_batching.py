@@ -118,6 +118,23 @@ def test_never_gives_prompts_their_turn():
     assert batch == {1: 50}
 
 
+@pytest.mark.parametrize("mixing", ["auto", "always", "never"])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_prompt_gets_a_row_of_a_full_pass(mixing, rows):
+    """More sequences than rows: everybody has a turn, prompts among them."""
+    limits, waited = Limits(rows + 64, rows, 4), [0] * (rows + 2)
+    longest = [0] * (rows + 2)
+    for _ in range(60):
+        cs = [Candidate(i, i % 3, 1, "step", waited=waited[i]) for i in range(rows + 1)]
+        cs.append(Candidate(rows + 1, 1, 900, "prefill", waited=waited[rows + 1]))
+        batch = dict(form_batch(cs, limits, flat_cost, mixing))
+        assert 0 < len(batch) <= rows
+        for i in range(rows + 2):
+            waited[i] = 0 if i in batch else waited[i] + 1
+            longest[i] = max(longest[i], waited[i])
+    assert max(longest) <= limits.max_wait + rows + 4, longest
+
+
 def test_auto_prefers_the_cheaper_group():
     def cs(narrow, wide):
         return [Candidate(i, 0 if i < narrow else 2, 1, "step") for i in range(narrow + wide)]

@@ -168,10 +168,12 @@ def test_dependencies_are_those_of_pyproject():
 # Tables and picture -------------------------------------------------------------------------------
 
 
-def test_tables_of_the_readme_are_those_of_the_measurements():
+def test_tables_of_the_pages_are_those_of_the_measurements():
     readme = script("bench/readme.py")
-    assert readme.fill(page("README.md")) == page("README.md"), "run `python bench/readme.py`"
-    named = set(re.findall(r"<!-- table: ([\w-]+) -->", page("README.md")))
+    named = set()
+    for name in readme.PAGES:
+        assert readme.fill(page(name)) == page(name), "run `python bench/readme.py`"
+        named |= set(re.findall(r"<!-- table: ([\w-]+) -->", page(name)))
     assert named == set(readme.TABLES)
 
 

@@ -11,6 +11,7 @@ from engines import (
     assert_all_free,
     base_engine,
     draw,
+    hold,
     open_engine,
     script,
     sized_engine,
@@ -109,6 +110,8 @@ def test_sequences_take_places_and_requests_wait_for_them(engine):
     with pytest.raises(TimeoutError):
         request.result(timeout=0.05)
     assert engine.stats()["waiting"] == 1 and not request.done
+    with pytest.raises(OutOfCapacity, match="needed 1, free 0"):
+        engine.open(draw(3))  # a request that waits gives nothing back either
     assert held[0].step().id >= 0, "sequences go on meanwhile"
     held.pop().close()
     assert len(request.result(timeout=30).token_ids) == 4
@@ -215,10 +218,11 @@ def test_capacity_of_every_budget_holds_a_whole_sequence():
 # -- preemption -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["carry", "window(16)"])
-def test_preempted_requests_go_on_bit_equal(tmp_path, policy):
+@pytest.mark.parametrize(("policy", "n"), [("carry", 1), ("carry", 2), ("window(16)", 2)])
+def test_preempted_requests_go_on_bit_equal(tmp_path, policy, n):
+    """Choices share the pages of their prompt until they write; each can be moved out alone."""
     plan = Plan.schedule([(0, "S"), (90, "L")], policy=policy)
-    params = free(150, logprobs=0)
+    params = free(150, logprobs=0, n=n)
     with base_engine(tmp_path / "roomy", max_num_seqs=4) as engine:
         expected = engine.generate([draw(60, i) for i in range(4)], params, plan=plan)
         assert engine.stats()["preemptions"] == 0
@@ -227,7 +231,7 @@ def test_preempted_requests_go_on_bit_equal(tmp_path, policy):
         assert engine.stats()["preemptions"] > 0
         assert sum(o.preemptions for o in got) == engine.stats()["preemptions"]
         for a, b in zip(got, expected):
-            assert a.token_ids == b.token_ids and a.logprobs == b.logprobs
+            assert a.choices == b.choices
         assert_all_free(engine)
 
 
@@ -283,10 +287,9 @@ def test_cancel_during_prefill(tmp_path):
             return forward(segments)
 
         engine._model.forward = slow
-        ready = threading.Event()
-        engine._worker.post(lambda: ready.wait(30))
+        go = hold(engine)
         request = engine.submit(draw(400), free(5))
-        ready.set()
+        go.set()
         out = request.result()
         assert out.finish_reason == "cancelled" and out.token_ids == [] and len(passes) == 1
         assert list(request) == []
@@ -308,6 +311,30 @@ def test_cancel_while_waiting_and_while_generating(engine):
     assert [len(r.result().token_ids) for r in more[:2]] == [5, 5]
     running.cancel()  # too late, and harmless
     assert running.result().finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_an_interrupted_caller_cancels(engine, monkeypatch, many):
+    """Control-C while waiting: the requests do not go on for nobody."""
+    gate, submitted = Gate(at=1), []
+    submit = engine._worker.submit
+
+    def interrupted(self, timeout=None):
+        assert gate.reached.wait(30)
+        raise KeyboardInterrupt
+
+    def remember(requests):
+        submitted.extend(requests)
+        submit(requests)
+
+    monkeypatch.setattr("elastic_infer.request.Request.wait", interrupted)
+    monkeypatch.setattr(engine._worker, "submit", remember)
+    prompt = [draw(5), draw(6)] if many else draw(5)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompt, free(400, logits_processors=[gate]))
+    monkeypatch.undo()
+    gate.opened.set()
+    assert {r.wait(30).finish_reason for r in submitted} == {"cancelled"}
 
 
 def test_close_while_running(tmp_path):
@@ -392,11 +419,10 @@ def test_a_pass_that_fails_leaks_nothing(engine, after):
             raise RuntimeError("broken pass")
         return forward(segments)
 
-    gate = threading.Event()
-    engine._worker.post(lambda: gate.wait(30))
+    go = hold(engine)
     requests = [engine.submit(draw(70, i), free(8)) for i in range(4)]
     engine._model.forward = failing
-    gate.set()
+    go.set()
     outs = [r.wait() for r in requests]
     engine._model.forward = forward
     assert [o.finish_reason for o in outs].count("error") in (1, 2)

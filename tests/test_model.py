@@ -62,19 +62,30 @@ def test_mixed_batch_equals_alone(tmp_path, seed, dtype):
                 assert torch.equal(state[s.slot], state[together[i].slot])
 
 
-def test_tracking_updates_every_head(tmp_path):
-    """A narrow sequence that tracks leaves all served Mamba heads with a state."""
-    with tiny_engine(tmp_path, 0) as engine:
-        model, name = engine._model, next(iter(engine.widths))
+@pytest.mark.parametrize("kind", ["prefill", "step"])
+@pytest.mark.parametrize("name", ["S", "M"])
+def test_tracking_updates_every_head(tmp_path, name, kind):
+    """A narrow sequence that tracks leaves all served Mamba heads with a state; one that does not
+    leaves the others as they were, and both say the same."""
+    with base_engine(tmp_path) as engine:
+        model, width = engine._model, engine.widths[name]
         tracked, plain = model.cache.open(track=True), model.cache.open(track=False)
-        for sequence in (tracked, plain):
-            run_read(model, sequence, Read([5, 6, 7], name, "prefill"))
-        for layer, ssm in zip(engine.config.layers_of("M"), model.cache.ssm):
-            kept = engine.widths[name].mamba_num_heads[layer]
+        rows = [
+            run_read(model, sequence, Read([5, 6, 7, 8], name, kind), "all")
+            for sequence in (tracked, plain)
+        ]
+        assert torch.equal(*rows)
+        layers = engine.config.layers_of("M")
+        for layer, ssm, conv in zip(layers, model.cache.ssm, model.cache.conv):
+            kept = width.mamba_num_heads[layer]
+            assert 0 < kept < ssm.shape[1]
             assert torch.equal(ssm[tracked.slot, :kept], ssm[plain.slot, :kept])
             assert not ssm[plain.slot, kept:].any()
-            if kept < ssm.shape[1]:
-                assert ssm[tracked.slot, kept:].abs().amax((1, 2)).min() > 0
+            assert ssm[tracked.slot, kept:].abs().amax((1, 2)).min() > 0
+            served = ssm.shape[1] * engine.config.mamba_head_dim
+            own = kept * engine.config.mamba_head_dim
+            assert conv[tracked.slot, own:served].abs().amax(1).min() > 0
+            assert not conv[plain.slot, own:served].any()
 
 
 def poison(engine):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from engines import assert_all_free, base_engine, draw, sized_engine, text_engine
+from engines import assert_all_free, base_engine, draw, hold, sized_engine, text_engine
 
 from elastic_infer import NonFiniteLogits, Plan, RequestCancelled, SamplingParams
 from elastic_infer.batching import GRID
@@ -64,12 +64,15 @@ def expected(tmp_path_factory):
         {"max_num_seqs": 3, "max_num_batched_tokens": 70},
         {"threads": 1},
         {"isa": "portable", "threads": 3},
+        {"dtype": torch.bfloat16, "max_num_batched_tokens": 80, "max_num_seqs": 5},
     ],
     ids=str,
 )
 def test_limits_change_no_bit(tmp_path, expected, limits):
-    if "isa" in limits:  # other instructions, other bits: compared with themselves alone
-        with base_engine(tmp_path, isa="portable", max_num_batched_tokens=512) as engine:
+    # Other instructions and dtypes have other bits: they are compared with themselves alone.
+    own = {key: limits[key] for key in ("isa", "dtype") if key in limits}
+    if own:
+        with base_engine(tmp_path, max_num_batched_tokens=512, **own) as engine:
             expected = [summary(engine.generate(p, a, plan=plan)) for p, a, plan in work()]
     with base_engine(tmp_path, **limits) as engine:
         requests = [engine.submit(*job) for job in work()]
@@ -138,6 +141,20 @@ def test_prompts_are_cut_on_the_grid_only(tmp_path):
         lengths = {300, 150, 70}
         assert all((at + n) % GRID == 0 or at + n in lengths for at, n in cuts)
         assert len(cuts) > 6
+
+
+@pytest.mark.parametrize("tokens", [70, 100, 300])
+def test_snapshots_lie_where_the_prompt_says_not_where_passes_end(tmp_path, tokens):
+    """What `window` rebuilds, and so every later bit, is the same however the prompt was cut."""
+    plan = Plan.schedule([(0, "S"), (45, "L"), (60, "M")], policy="window(60)")
+    params = SamplingParams(max_tokens=64, temperature=0, logprobs=0, ignore_eos=True)
+    with base_engine(tmp_path, max_num_batched_tokens=512) as engine:
+        want = summary(engine.generate(draw(184), params, plan=plan))
+    with base_engine(tmp_path, max_num_batched_tokens=tokens + 16) as engine:
+        requests = [engine.submit(draw(n, n), params, plan) for n in (70, 130)]
+        assert summary(engine.generate(draw(184), params, plan=plan)) == want
+        [r.result() for r in requests]
+    assert want[-1] > 0
 
 
 def test_long_prompts_do_not_stall_running_requests(tmp_path):
@@ -222,16 +239,12 @@ class Passes:
 
     def __init__(self, engine):
         self.segments, self._forward = [], engine._model.forward
-        self._go = threading.Event()
-        engine._worker.post(lambda: self._go.wait(30))
+        self.begin = hold(engine).set
         engine._model.forward = self._watch
 
     def _watch(self, segments):
         self.segments.append(sorted((s.kind, len(s.tokens)) for s in segments))
         return self._forward(segments)
-
-    def begin(self):
-        self._go.set()
 
 
 def test_steps_and_scores_of_many_threads_share_passes(tmp_path):

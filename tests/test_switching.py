@@ -1,4 +1,4 @@
-"""Law 9: what a switch, fork, rollback, snapshot, preemption and a file leave in the cache."""
+"""Law 9: what switches, forks, rollbacks, snapshots, preemptions and files leave in the cache."""
 
 import pytest
 import torch
@@ -133,6 +133,150 @@ def test_rollback_replays_bit_equal(engine, with_snapshot):
         assert a.token_ids == ids[:75] and torch.equal(a.logits(), b.logits())
         same_cache(engine, a, b)
         assert torch.equal(advance(a, [11]), advance(b, [11]))
+
+
+def test_rollback_to_a_snapshot_itself(engine):
+    """Nothing is read again, and the logits there are those that were kept with it."""
+    ids = prompt(40)
+    with engine.open(ids, width="M") as a:
+        row = a.logits()
+        assert a.snapshot() == 40
+        advance(a, [4, 5, 6])
+        read = engine.stats()["tokens_read"]
+        a.rollback(40)
+        assert torch.equal(a.logits(), row) and a.token_ids == ids
+        assert engine.stats()["tokens_read"] == read
+        advance(a, [4])
+        a.rollback(40)
+        assert torch.equal(a.logits(), row), "the snapshot stays"
+
+
+def test_rollback_over_every_kind_of_run(engine):
+    """Steps, prompts, switches by all policies and widths: going back to any length gives the
+    bits that a sequence had when it was that long."""
+    ids = prompt(64, 3)
+    with engine.open(ids[:30], width="S") as a:
+        rows = {30: a.logits()}
+
+        def go_on(tokens):
+            for token in tokens:
+                row = advance(a, [token])
+                rows[len(a.token_ids)] = row
+
+        go_on(ids[30:36])
+        a.width = "L"
+        go_on(ids[36:40])
+        a.snapshot()
+        a.width = "M"
+        go_on(ids[40:50])
+        runs = a.runs
+        for length in (50, 49, 41, 40, 38, 36, 33, 30):
+            a.rollback(length)
+            assert torch.equal(a.logits(), rows[length]), length
+        assert sum(r.count for r in a.runs) == 30 and runs[0].kind == "prefill"
+        a.width = "L"
+        advance(a, ids[:5])
+        assert a.switch("S", "window(2)") >= 2
+        row = advance(a, [9])
+        advance(a, [8, 7])
+        a.rollback(36)
+        assert torch.equal(a.logits(), row)
+
+
+def test_exact_includes_the_token_not_read_yet(engine):
+    """A sampled token that nobody has read is part of the new prompt, not a step after it."""
+    ids = prompt(20)
+    with engine.open(ids, width="S", track=False) as a:
+        token = a.step().id
+        assert a.switch("L", "exact") == 20, "one of them had not been read before"
+        assert [(r.width, r.kind, r.count) for r in a.runs] == [("L", "prefill", 21)]
+        with engine.open([*ids, token], width="L") as b:
+            assert torch.equal(a.logits(), b.logits())
+            same_cache(engine, a, b)
+
+
+def test_width_before_anything_is_read(engine):
+    with engine.open(prompt(9), width="S", track=False) as a, engine.open(prompt(9)) as b:
+        a.width = "L"  # nothing was read narrow, so nothing is missing
+        assert torch.equal(a.logits(), b.logits())
+
+
+def test_unread_tokens_take_the_width_that_reads_them(engine):
+    ids = prompt(12)
+    with engine.open(ids, width="L") as a, engine.open(ids, width="L") as b:
+        a.logits(), b.logits()
+        a.append([5])
+        a.width = "S"
+        a.logits()
+        assert [(r.width, r.count) for r in a.runs] == [("L", 12), ("S", 1)]
+        assert not torch.equal(a.logits(), advance(b, [5]))
+
+
+def test_twins_share_pages_until_they_write(engine):
+    ids = prompt(100)
+    with engine.open(ids) as a:
+        a.logits()
+        assert engine.stats()["pages_used"] == 2
+        twins = [a.fork() for _ in range(4)]
+        assert engine.stats()["pages_used"] == 2
+        rows = [advance(twin, [7]) for twin in twins]
+        assert engine.stats()["pages_used"] == 2 + 4, "a private copy of the last page each"
+        assert all(torch.equal(row, advance(a, [7])) for row in rows[:1])
+        for twin in twins:
+            twin.close()
+        assert engine.stats()["pages_used"] == 2
+
+
+def test_a_file_goes_on_in_another_engine(engine, tmp_path):
+    """Other limits, threads and page numbers: the same bits, tokens and rollbacks."""
+    ids = prompt(90)
+    with engine.open(ids, width="S") as a:
+        advance(a, [5, 6])
+        a.width = "M"
+        a.step()
+        a.save(tmp_path / "s.safetensors")
+        with base_engine(tmp_path / "other", threads=1, max_num_seqs=3) as other:
+            other.open(prompt(70)).logits()  # other pages and another slot
+            with other.load(tmp_path / "s.safetensors") as b:
+                assert [a.step().id for _ in range(8)] == [b.step().id for _ in range(8)]
+                assert torch.equal(a.logits(), b.logits())
+                a.rollback(91), b.rollback(91)
+                assert torch.equal(a.logits(), b.logits())
+
+
+def test_one_call_at_a_time(engine):
+    """A second thread on a sequence that is being read is refused, not let in between."""
+    import threading
+
+    gate, failures = threading.Event(), []
+    with engine.open(prompt(300)) as a:  # three passes
+        forward = engine._model.forward
+
+        def slow(segments):
+            assert gate.wait(30)
+            return forward(segments)
+
+        engine._model.forward = slow
+        thread = threading.Thread(target=a.logits)
+        thread.start()
+        while not engine._scheduler.readers:
+            pass
+
+        def fork():
+            try:
+                a._engine._call(a._check_settled)
+            except ValueError as error:
+                failures.append(str(error))
+
+        second = threading.Thread(target=fork)
+        second.start()
+        while not engine._worker._jobs:
+            pass
+        gate.set()
+        thread.join(30), second.join(30)
+        engine._model.forward = forward
+        assert failures == ["sequence: one call at a time must be made on it, got a second"]
+        assert a.step().id >= 0
 
 
 def test_save_and_load(engine, tmp_path):

@@ -17,6 +17,7 @@ constexpr int kTile = 64;
 constexpr int kMicroRows = 6;  // activation rows that share one pass over a tile
 constexpr int kBlocks = 8;     // such blocks that pass over a tile while it is in the first cache
 constexpr int kMaxRows = 256;  // rows of one panel
+constexpr int kCopyRows = 24;  // from this many rows on, a panel's rows are copied side by side
 constexpr int kMaxBlocks = (kMaxRows + kMicroRows - 1) / kMicroRows;
 constexpr int64_t kBf16TileBytes = kTile * kTile * 2;
 constexpr int64_t kF32TileBytes = kTile * kTile * 4;
@@ -30,6 +31,7 @@ enum class Weights { f32, widen, pairs };
 // Up to kMicroRows activation rows. Columns beyond a row's own up to `k` are zeros.
 struct RowBlock {
   const char* x[kMicroRows];
+  int64_t step;  // bytes from one K tile of a row to the next
   int rows, k;
 };
 
@@ -37,7 +39,6 @@ struct Panel {
   RowBlock block[kMaxBlocks];
   int blocks = 0, rows = 0, k = 0;  // k: widest of all
   Weights kind = Weights::f32;
-  float* widened = nullptr;  // [64 * 64] room for one widened tile
 };
 
 // How activations of type T meet weights of type w.
@@ -47,37 +48,40 @@ inline Weights kind_of(DType w) {
   return V::kPairs && sizeof(T) == 2 ? Weights::pairs : Weights::widen;
 }
 
-// Scratch bytes that add_row() and tile_row() may need for `rows` rows of K columns.
+// Scratch bytes that fill_panel() may need for `rows` rows of K columns.
 inline int64_t panel_bytes(int64_t rows, int64_t K) {
-  return tiles(K) * kTile * 4 * std::min<int64_t>(rows, kMaxRows) + kF32TileBytes;
+  return tiles(K) * kTile * 4 * std::min<int64_t>(rows, kMaxRows);
 }
 
-// Copies x[0..k) as T or float, and zeros up to n.
+// Copies columns [c, c + n) of a row of k as T or float; columns from k on are zeros.
 template <class T>
-inline void copy_row(const T* x, int k, int n, bool pairs, char* to) {
+inline void copy_columns(const T* x, int c, int n, int k, bool pairs, char* to) {
+  const int kept = std::clamp(k - c, 0, n);
   if (pairs) {
-    std::memcpy(to, x, k * 2);
-    std::memset(to + k * 2, 0, (n - k) * 2);
+    std::memcpy(to, x + c, kept * 2);
+    std::memset(to + kept * 2, 0, (n - kept) * 2);
     return;
   }
   float* f = reinterpret_cast<float*>(to);
-  for (int i = 0; i < k; i += V::kLanes) store(f + i, V::load(x + i));
-  std::memset(f + k, 0, (n - k) * 4);
+  for (int i = 0; i < kept; i += V::kLanes) store(f + i, V::load(x + c + i));
+  std::memset(f + kept, 0, (n - kept) * 4);
 }
 
 // Builds a panel of rows [0, rows): row(i) gives the i-th row's first element, k(i) how many of its
-// columns count, a multiple of 16. Rows are copied into `scratch` only where their type is not the
-// one that is multiplied, or where rows of one block differ in k.
-template <class T, class Row, class Size>
-inline void fill_panel(Panel& p, DType w, int rows, char* scratch, Row row, Size k) {
+// columns count, a multiple of 16. Rows are copied into `scratch` ([block][K tile][row][64]) where
+// their type is not the one that is multiplied, where rows of one block differ in k, and where
+// there are many. share(n, f) calls f(b, ...) for b in [0, n).
+template <class T, class Row, class Size, class Share>
+inline void fill_panel(Panel& p, DType w, int rows, char* scratch, Row row, Size k, Share share) {
   p.kind = kind_of<T>(w);
   p.rows = rows;
   p.blocks = (rows + kMicroRows - 1) / kMicroRows;
   p.k = 0;
-  p.widened = reinterpret_cast<float*>(scratch);
-  scratch += kF32TileBytes;
   const bool pairs = p.kind == Weights::pairs;
-  const bool usable = pairs || sizeof(T) == 4;
+  const bool as_they_lie = (pairs || sizeof(T) == 4) && rows < kCopyRows;
+  const int row_bytes = kTile * (pairs ? 2 : 4);
+  char* room[kMaxBlocks];
+  bool copied = false;
   for (int b = 0; b < p.blocks; ++b) {
     RowBlock& block = p.block[b];
     const int first = b * kMicroRows;
@@ -89,16 +93,39 @@ inline void fill_panel(Panel& p, DType w, int rows, char* scratch, Row row, Size
     }
     block.k = widest;
     p.k = std::max(p.k, widest);
-    for (int i = 0; i < block.rows; ++i) {
-      const T* x = row(first + i);
-      block.x[i] = reinterpret_cast<const char*>(x);
-      if (usable && least == widest) continue;
-      copy_row(x, k(first + i), widest, pairs, scratch);
-      block.x[i] = scratch;
-      scratch += static_cast<int64_t>(widest) * (pairs ? 2 : 4);
+    if (as_they_lie && least == widest) {
+      for (int i = 0; i < block.rows; ++i)
+        block.x[i] = reinterpret_cast<const char*>(row(first + i));
+      block.step = row_bytes;
+      room[b] = nullptr;
+      continue;
     }
+    for (int i = 0; i < block.rows; ++i) block.x[i] = scratch + i * row_bytes;
+    block.step = block.rows * row_bytes;
+    room[b] = scratch;
+    copied = true;
+    scratch += tiles(widest) * block.step;
   }
+  if (!copied) return;
+  share(p.blocks, [&](int64_t b, int = 0) {
+    const RowBlock& block = p.block[b];
+    if (!room[b]) return;
+    for (int i = 0; i < block.rows; ++i) {
+      const int r = static_cast<int>(b) * kMicroRows + i;
+      char* to = room[b] + i * row_bytes;
+      for (int c = 0; c < block.k; c += kTile, to += block.step)
+        copy_columns(row(r), c, std::min(kTile, block.k - c), k(r), pairs, to);
+    }
+  });
 }
+
+// For fill_panel(): the calling thread alone.
+struct Alone {
+  template <class F>
+  void operator()(int64_t n, F f) const {
+    for (int64_t i = 0; i < n; ++i) f(i);
+  }
+};
 
 // totals[m][lanes of this column group] (+)= sum over n k's; MR rows, NR vectors of lanes.
 // x: each row's values at this K tile.
@@ -173,18 +200,12 @@ template <Weights W>
 inline void micro_any(int rows, const char* w, const char* const* x, int n, float* totals,
                       bool first) {
   switch (rows) {
-    case 1:
-      return micro_rows<1, W>(w, x, n, totals, first);
-    case 2:
-      return micro_rows<2, W>(w, x, n, totals, first);
-    case 3:
-      return micro_rows<3, W>(w, x, n, totals, first);
-    case 4:
-      return micro_rows<4, W>(w, x, n, totals, first);
-    case 5:
-      return micro_rows<5, W>(w, x, n, totals, first);
-    default:
-      return micro_rows<6, W>(w, x, n, totals, first);
+    case 1: return micro_rows<1, W>(w, x, n, totals, first);
+    case 2: return micro_rows<2, W>(w, x, n, totals, first);
+    case 3: return micro_rows<3, W>(w, x, n, totals, first);
+    case 4: return micro_rows<4, W>(w, x, n, totals, first);
+    case 5: return micro_rows<5, W>(w, x, n, totals, first);
+    default: return micro_rows<6, W>(w, x, n, totals, first);
   }
 }
 
@@ -206,37 +227,37 @@ inline void block_tile(const RowBlock& block, const char* w, int t, float* total
   const int n = std::min(kTile, block.k - t * kTile);
   if (n <= 0) return;
   const char* x[kMicroRows];
-  for (int i = 0; i < block.rows; ++i)
-    x[i] = block.x[i] + t * kTile * (W == Weights::pairs ? 2 : 4);
+  for (int i = 0; i < block.rows; ++i) x[i] = block.x[i] + t * block.step;
   micro_any<W>(block.rows, w, x, n, totals, t == 0);
 }
 
+// Room for the sums of kBlocks blocks, and for one widened tile.
+struct Totals {
+  alignas(64) float sum[kBlocks * kMicroRows * kTile];
+  alignas(64) float widened[kTile * kTile];
+};
+
 template <Weights W>
-inline void tile_row_as(const Panel& p, int first, int end, const char* image_row, float* totals) {
+inline void tile_row_as(const Panel& p, int first, int end, const char* image_row, Totals& totals) {
   constexpr int64_t bytes = W == Weights::f32 ? kF32TileBytes : kBf16TileBytes;
+  constexpr int sums = kMicroRows * kTile;
   int k = 0;
   for (int b = first; b < end; ++b) k = std::max(k, p.block[b].k);
   const bool widen = W == Weights::widen && end - first > 1;
   for (int t = 0; t * kTile < k; ++t) {
     const char* w = image_row + t * bytes;
-    if (widen) widen_tile(w, std::min(kTile, k - t * kTile), p.widened);
+    if (widen) widen_tile(w, std::min(kTile, k - t * kTile), totals.widened);
     for (int b = first; b < end; ++b) {
-      float* out = totals + (b - first) * kMicroRows * kTile;
+      float* out = totals.sum + (b - first) * sums;
       if (widen)
-        block_tile<Weights::f32>(p.block[b], reinterpret_cast<const char*>(p.widened), t, out);
+        block_tile<Weights::f32>(p.block[b], reinterpret_cast<const char*>(totals.widened), t, out);
       else
         block_tile<W>(p.block[b], w, t, out);
     }
   }
   for (int b = first; b < end; ++b)
-    if (p.block[b].k == 0)
-      std::memset(totals + (b - first) * kMicroRows * kTile, 0, kMicroRows * kTile * 4);
+    if (p.block[b].k == 0) std::memset(totals.sum + (b - first) * sums, 0, sums * 4);
 }
-
-// Room for the sums of kBlocks blocks.
-struct Totals {
-  alignas(64) float sum[kBlocks * kMicroRows * kTile];
-};
 
 // Calls out(row, sums) for every row of the panel with its 64 sums over one row of weight tiles.
 template <class Out>
@@ -244,14 +265,9 @@ inline void tile_row(const Panel& p, const char* image_row, Totals& totals, Out 
   for (int first = 0; first < p.blocks; first += kBlocks) {
     const int end = std::min(first + kBlocks, p.blocks);
     switch (p.kind) {
-      case Weights::f32:
-        tile_row_as<Weights::f32>(p, first, end, image_row, totals.sum);
-        break;
-      case Weights::widen:
-        tile_row_as<Weights::widen>(p, first, end, image_row, totals.sum);
-        break;
-      default:
-        tile_row_as<Weights::pairs>(p, first, end, image_row, totals.sum);
+      case Weights::f32: tile_row_as<Weights::f32>(p, first, end, image_row, totals); break;
+      case Weights::widen: tile_row_as<Weights::widen>(p, first, end, image_row, totals); break;
+      default: tile_row_as<Weights::pairs>(p, first, end, image_row, totals);
     }
     const int rows = std::min(p.rows, end * kMicroRows);
     for (int r = first * kMicroRows; r < rows; ++r)

@@ -4,9 +4,6 @@
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
 
 namespace ei {
 namespace {
@@ -15,7 +12,7 @@ constexpr auto kSpin = std::chrono::microseconds(60);
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
-  _mm_pause();
+  __builtin_ia32_pause();
 #else
   std::this_thread::yield();
 #endif

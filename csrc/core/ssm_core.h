@@ -18,8 +18,8 @@ inline const float* as_floats(const bf16* row, int n, float* room) {
   return room;
 }
 
-// h = decay * h + drive[p] * B for kSsmTile rows of state, and y[p] = h . C: lanes over N ascending,
-// then pairwise.
+// h = decay * h + drive[p] * B for kSsmTile rows of state, and y[p] = h . C: lanes over N
+// ascending, then pairwise.
 inline void ssm_tile(float* h, const float* B, const float* C, int N, float decay,
                      const float* drive, float* y) {
   const V a = V::set(decay);

@@ -70,8 +70,6 @@ inline V exp(V x) {
 }
 
 // x * sigmoid(x).
-inline V silu(V x) {
-  return div(x, add(V::set(1.0f), exp(sub(V::set(0.0f), x))));
-}
+inline V silu(V x) { return div(x, add(V::set(1.0f), exp(sub(V::set(0.0f), x)))); }
 
 }  // namespace ei::EI_ISA

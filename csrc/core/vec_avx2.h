@@ -44,8 +44,8 @@ inline void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16* p, V a) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_srli_epi32(
-      _mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i r =
+      _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
   r = _mm256_blendv_epi8(r, quiet, nan);
@@ -66,15 +66,16 @@ inline float max_lane(V a) {
 inline void load_pairs(const uint32_t* p, V& even, V& odd) {
   const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   even.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
-  odd.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  odd.v =
+      _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline V dot_pairs(V acc, const uint32_t* w, uint32_t x) {
   V we, wo;
   load_pairs(w, we, wo);
   const __m256i xv = _mm256_set1_epi32(static_cast<int>(x));
   const V xe{_mm256_castsi256_ps(_mm256_slli_epi32(xv, 16))};
-  const V xo{_mm256_castsi256_ps(
-      _mm256_and_si256(xv, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  const V xo{
+      _mm256_castsi256_ps(_mm256_and_si256(xv, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
   return fma(wo, xo, fma(we, xe, acc));
 }
 

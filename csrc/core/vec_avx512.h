@@ -38,8 +38,8 @@ inline void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, V a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(
-      _mm512_add_epi32(u, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))), 16);
+  __m512i r =
+      _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
   r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), quiet);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
@@ -49,8 +49,8 @@ inline float max_lane(V a) { return _mm512_reduce_max_ps(a.v); }
 inline void load_pairs(const uint32_t* p, V& even, V& odd) {
   const __m512i u = _mm512_loadu_si512(p);
   even.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
-  odd.v = _mm512_castsi512_ps(
-      _mm512_and_si512(u, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  odd.v =
+      _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline V dot_pairs(V acc, const uint32_t* w, uint32_t x) {
   const __m512i wv = _mm512_loadu_si512(w);

@@ -35,15 +35,29 @@ inline V map(V a, V b, F f) {
   for (int i = 0; i < 8; ++i) r.v[i] = f(a.v[i], b.v[i]);
   return r;
 }
-inline V add(V a, V b) { return map(a, b, [](float x, float y) { return x + y; }); }
-inline V sub(V a, V b) { return map(a, b, [](float x, float y) { return x - y; }); }
-inline V mul(V a, V b) { return map(a, b, [](float x, float y) { return x * y; }); }
-inline V div(V a, V b) { return map(a, b, [](float x, float y) { return x / y; }); }
+inline V add(V a, V b) {
+  return map(a, b, [](float x, float y) { return x + y; });
+}
+inline V sub(V a, V b) {
+  return map(a, b, [](float x, float y) { return x - y; });
+}
+inline V mul(V a, V b) {
+  return map(a, b, [](float x, float y) { return x * y; });
+}
+inline V div(V a, V b) {
+  return map(a, b, [](float x, float y) { return x / y; });
+}
 // As the hardware instructions: the second operand when either is NaN.
-inline V max(V a, V b) { return map(a, b, [](float x, float y) { return x > y ? x : y; }); }
-inline V min(V a, V b) { return map(a, b, [](float x, float y) { return x < y ? x : y; }); }
+inline V max(V a, V b) {
+  return map(a, b, [](float x, float y) { return x > y ? x : y; });
+}
+inline V min(V a, V b) {
+  return map(a, b, [](float x, float y) { return x < y ? x : y; });
+}
 inline V fma(V a, V b, V c) { return add(mul(a, b), c); }
-inline V round(V a) { return map(a, a, [](float x, float) { return std::nearbyint(x); }); }
+inline V round(V a) {
+  return map(a, a, [](float x, float) { return std::nearbyint(x); });
+}
 inline V scale_by_power_of_two(V p, V n) {
   return map(p, n, [](float x, float e) { return std::ldexp(x, static_cast<int>(e)); });
 }

@@ -1,3 +1,5 @@
+"""`python -m elastic_infer.cli` is `elastic-infer`."""
+
 from . import main
 
 main()

@@ -12,6 +12,7 @@ from rich.markup import escape
 from elastic_infer.errors import InvalidRequest
 
 from . import common as c
+from . import elastify as budgets
 
 SLICE_HELP = (
     "Write one width as a checkpoint of its own, which other software loads. A width with "
@@ -25,12 +26,15 @@ WIDTHS_HELP = (
     "Derive the width table of a full checkpoint from slices that were extracted from it. Where "
     "a slice has weights, every tensor is compared with the prefix of the full one. The table is "
     "written to elastic_widths.json beside the full checkpoint's config.json; for one in a "
-    "download cache, to your own config folder."
+    "download cache, to your own config folder. With --budget or --memory: the width that the "
+    "router of an elastified checkpoint gives for it, added to its table."
 )
 WIDTHS_EXAMPLES = c.examples(
     "elastic-infer widths full-30B --slice 23B=slice-23B --slice 12B=slice-12B --full-name 30B",
     "elastic-infer widths full-30B --slice-config 12B=slice-12B/config.json --out table.json",
     "elastic-infer widths full-30B --slice-config 12B=config.json --out -",
+    "elastic-infer widths elastic-30B --budget 18B",
+    "elastic-infer widths elastic-30B --memory 16GB --bits 4.5 --context 32768 --name laptop",
 )
 
 
@@ -77,11 +81,26 @@ def derive(
     ] = None,
     full_name: Annotated[str, typer.Option(help="Name of the full width.")] = "full",
     out: Annotated[str | None, typer.Option(help="File to write instead; - prints it.")] = None,
+    budget: budgets.Budget = None,
+    memory: budgets.Memory = None,
+    active: budgets.Active = False,
+    bits: budgets.Bits = 16.0,
+    context: budgets.Context = 131072,
+    name: budgets.Name = "",
+    write: budgets.Write = True,
     revision: c.Revision = None,
     verbose: c.Verbose = False,
 ) -> None:
     """The command `widths`; its arguments are its options."""
     c.log_to_stderr(verbose)
+    if budget is not None or memory is not None:
+        if slices or slice_configs or out is not None:
+            raise InvalidRequest("--budget, --memory: must not be given together with slices")
+        budgets.answer_budget(
+            full, budget, memory, active=active, bits=bits, context=context, name=name,
+            write=write, revision=revision,
+        )  # fmt: skip
+        return
     from elastic_infer.checkpoint import resolve_folder
     from elastic_infer.derive import derive_widths, write_widths
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,118 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_infer.config import ModelConfig, Width, full_width
+from elastic_infer.elastify.torch_ops import (
+    Dispatch,
+    Permute,
+    causal_conv,
+    gated_norm,
+    heads_of,
+    in_float32,
+    rms_norm,
+    ssd_scan,
+)
 from elastic_infer.errors import CheckpointError, InvalidRequest
 
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32, cast back."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight.float() * (wide * scale)).to(x.dtype)
+# What is learnt through in place of a prefix: width key -> mask over its units (channels, heads,
+# experts) in checkpoint order, of one layer.
+LayerMasks = Mapping[str, Tensor]
 
 
-def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """RMSNorm of x * silu(gate) per group of channels, times weight: gate before norm.
-
-    Args:
-        x, gate: [..., C]; weight: [C]; groups: C is cut into this many equal groups.
-    """
-    wide = x.float() * F.silu(gate.float())
-    grouped = wide.unflatten(-1, (groups, -1))
-    grouped = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * grouped.flatten(-2).to(gate.dtype)
-
-
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise causal convolution: out[t] = bias + sum_k weight[:, k] * x[t - K + 1 + k].
-
-    Args:
-        x: [B, T, C]; weight: [C, K]; bias: [C].
-    """
-    taps = weight.shape[1]
-    length = x.shape[1]
-    padded = F.pad(x, (0, 0, taps - 1, 0))
-    out = bias + padded[:, :length] * weight[:, 0]
-    for k in range(1, taps):
-        out = torch.addcmul(out, padded[:, k : k + length], weight[:, k])
-    return out
-
-
-def ssd_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
-    """Mamba-2 scan in chunked matrix form, from a zero state.
-
-    state_t = exp(a dt_t) state_{t-1} + dt_t b_t x_t;  y_t = c_t state_t  (per head).
-
-    Args:
-        x: [B, T, G, R, P] with R heads per group; dt: [B, T, G, R], after softplus;
-        a: [G, R], negative; b, c: [B, T, G, N]; chunk: positions handled as one matrix product.
-
-    Returns:
-        y [B, T, G, R, P].
-    """
-    length = x.shape[1]
-    state = None
-    outputs = []
-    for start in range(0, length, chunk):
-        part = slice(start, min(start + chunk, length))
-        last = part.stop == length
-        xp = x[:, part].permute(0, 2, 3, 1, 4)  # B G R T P
-        dtp = dt[:, part].permute(0, 2, 3, 1)  # B G R T
-        bp, cp = b[:, part].transpose(1, 2), c[:, part].transpose(1, 2)  # B G T N
-        decay = torch.cumsum(dtp * a[..., None], -1)
-        size = decay.shape[-1]
-        future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-        weights = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf)
-        scores = torch.matmul(cp, bp.transpose(-1, -2))[:, :, None]  # B G 1 T S
-        inputs = xp * dtp[..., None]
-        y = torch.matmul(weights.exp() * scores, inputs)
-        if state is not None:
-            y = y + torch.matmul(cp[:, :, None], state) * decay.exp()[..., None]
-        if not last:
-            keep = (decay[..., -1:] - decay).exp()
-            new = torch.matmul(bp[:, :, None].transpose(-1, -2), inputs * keep[..., None])
-            if state is not None:
-                new = new + state * decay[..., -1].exp()[..., None, None]
-            state = new  # B G R N P
-        outputs.append(y.permute(0, 3, 1, 2, 4))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-
-
-class _Dispatch(torch.autograd.Function):
-    """rows[i] = x[order[i] // J]; its gradient is a gather instead of a scatter."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, per_token: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.per_token = per_token
-        return x[order // per_token]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.per_token)).sum(1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """rows[inverse]; its gradient is grad[order]."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return rows[inverse]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (order,) = ctx.saved_tensors
-        return grad[order], None, None
-
-
-def _heads(weight: Tensor, groups: int, total: int, kept: int, size: int) -> Tensor:
-    """First kept/groups heads of every group of rows [total*size, ...], or all of them."""
-    if kept == total:
-        return weight
-    split = weight.unflatten(0, (groups, total // groups, size))
-    return split[:, : kept // groups].flatten(0, 2)
+@in_float32
+def _router_logits(rows: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(rows.float(), weight.float())
 
 
 class Mamba(nn.Module):
@@ -149,7 +57,7 @@ class Mamba(nn.Module):
         self.norm.weight = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, width: Width) -> Tensor:
+    def forward(self, x: Tensor, width: Width, masks: LayerMasks | None = None) -> Tensor:
         """x [B, T, wD] -> [B, T, wD]."""
         cfg = self.config
         total, size, groups = cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.n_groups
@@ -157,7 +65,7 @@ class Mamba(nn.Module):
         inner, full, state = kept * size, total * size, groups * cfg.ssm_state_size
 
         def keep(weight: Tensor, head_size: int = size) -> Tensor:
-            return _heads(weight, groups, total, kept, head_size)
+            return heads_of(weight, groups, total, kept, head_size)
 
         z_rows, x_rows, bc_rows, dt_rows = self.in_proj.weight[:, :hidden].split(
             [full, full, 2 * state, total]
@@ -176,7 +84,8 @@ class Mamba(nn.Module):
         y = ssd_scan(xs, dt.unflatten(-1, (groups, -1)), a, b, c, cfg.chunk_size)
         y = y + xs * keep(self.D, 1).float().view(groups, -1, 1)
         y = y.flatten(2).to(x.dtype)
-        y = gated_norm(y, gate, keep(self.norm.weight), groups, cfg.layer_norm_epsilon)
+        mask = None if masks is None else masks["mamba_num_heads"].repeat_interleave(size)
+        y = gated_norm(y, gate, keep(self.norm.weight), groups, cfg.layer_norm_epsilon, mask)
         columns = self.out_proj.weight[:hidden]
         if kept != total:
             split = columns.unflatten(1, (groups, total // groups, size))
@@ -197,19 +106,27 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, width: Width) -> Tensor:
-        """x [B, T, wD] -> [B, T, wD]."""
+    def heads(self, x: Tensor, width: Width) -> Tensor:
+        """x [B, T, wD] -> outputs of the kept query heads [B, wHq, T, K]."""
         cfg, hidden = self.config, width.hidden_size
         total, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         kept = width.num_attention_heads[self.layer]
-        q_rows = _heads(self.q_proj.weight[:, :hidden], groups, total, kept, size)
+        q_rows = heads_of(self.q_proj.weight[:, :hidden], groups, total, kept, size)
         q = F.linear(x, q_rows).unflatten(-1, (kept, size)).transpose(1, 2)
         k = F.linear(x, self.k_proj.weight[:, :hidden]).unflatten(-1, (groups, size))
         v = F.linear(x, self.v_proj.weight[:, :hidden]).unflatten(-1, (groups, size))
         k = k.transpose(1, 2).repeat_interleave(kept // groups, 1)
         v = v.transpose(1, 2).repeat_interleave(kept // groups, 1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        columns = self.o_proj.weight[:hidden]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def forward(self, x: Tensor, width: Width, masks: LayerMasks | None = None) -> Tensor:
+        """x [B, T, wD] -> [B, T, wD]."""
+        cfg, kept = self.config, width.num_attention_heads[self.layer]
+        total, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        out = self.heads(x, width)
+        if masks is not None:
+            out = out * masks["num_attention_heads"].to(out.dtype)[:, None, None]
+        columns = self.o_proj.weight[: width.hidden_size]
         if kept != total:
             split = columns.unflatten(1, (groups, total // groups, size))
             columns = split[:, :, : kept // groups].flatten(1)
@@ -224,9 +141,15 @@ class Mlp(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
-    def forward(self, x: Tensor, hidden: int, inner: int) -> Tensor:
-        """x [..., wD] -> [..., wD] over the first `inner` channels."""
-        inside = F.relu(F.linear(x, self.up_proj.weight[:inner, :hidden])).square()
+    def inside(self, x: Tensor, hidden: int, inner: int) -> Tensor:
+        """relu(up(x))^2: x [..., wD] -> [..., inner]."""
+        return F.relu(F.linear(x, self.up_proj.weight[:inner, :hidden])).square()
+
+    def forward(self, x: Tensor, hidden: int, inner: int, mask: Tensor | None = None) -> Tensor:
+        """x [..., wD] -> [..., wD] over the first `inner` channels, times their mask."""
+        inside = self.inside(x, hidden, inner)
+        if mask is not None:
+            inside = inside * mask.to(inside.dtype)
         return F.linear(inside, self.down_proj.weight[:hidden, :inner])
 
 
@@ -260,40 +183,53 @@ class Moe(nn.Module):
         self.shared_experts = Mlp(config.hidden_size, config.moe_shared_expert_intermediate_size)
         self.last_load: Tensor | None = None
 
-    def route(self, rows: Tensor, width: Width) -> tuple[Tensor, Tensor]:
-        """rows [T, wD] -> expert indices [T, J] and float32 weights [T, J]."""
+    def route(
+        self, rows: Tensor, width: Width, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """rows [T, wD] -> expert indices [T, J] and float32 weights [T, J].
+
+        A mask multiplies the scores, and its logarithm is added where experts are selected: an
+        expert of mask 0 is never selected.
+        """
         cfg, count = self.config, width.n_routed_experts[self.layer]
-        logits = F.linear(rows.float(), self.gate.weight[:count, : width.hidden_size].float())
-        scores = logits.sigmoid()
+        scores = _router_logits(rows, self.gate.weight[:count, : width.hidden_size]).sigmoid()
         choice = scores.detach() + self.gate.e_score_correction_bias[:count]
+        if mask is not None:
+            choice = choice + mask.detach().log()
+            scores = scores * mask
         index = choice.topk(cfg.num_experts_per_tok, dim=-1).indices
         weights = scores.gather(1, index)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return index, weights * cfg.routed_scaling_factor
 
-    def forward(self, x: Tensor, width: Width) -> Tensor:
+    def forward(self, x: Tensor, width: Width, masks: LayerMasks | None = None) -> Tensor:
         """x [B, T, wD] -> [B, T, wD]."""
         layer, hidden = self.layer, width.hidden_size
         count, inner = width.n_routed_experts[layer], width.moe_intermediate_size[layer]
         rows = x.flatten(0, -2)
-        index, weights = self.route(rows, width)
+        inside, few, beside = None, None, None
+        if masks is not None:
+            inside, few = masks["moe_intermediate_size"], masks["n_routed_experts"]
+            beside = masks["moe_shared_expert_intermediate_size"]
+        index, weights = self.route(rows, width, few)
         per_token = index.shape[1]
         order = index.flatten().argsort(stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
         load = torch.bincount(index.flatten(), minlength=count)
         self.last_load = load
-        parts = _Dispatch.apply(rows, order, inverse, per_token).split(load.tolist())
+        parts = Dispatch.apply(rows, order, inverse, per_token).split(load.tolist())
         ups = self.experts.up_proj[:count, :inner, :hidden].unbind()
         downs = self.experts.down_proj[:count, :hidden, :inner].unbind()
-        outputs = [
-            F.linear(F.relu(F.linear(part, up)).square(), down)
-            for part, up, down in zip(parts, ups, downs)
-        ]
-        mixed = _Permute.apply(torch.cat(outputs), order, inverse).unflatten(0, (-1, per_token))
+        outputs = []
+        for part, up, down in zip(parts, ups, downs):
+            active = F.relu(F.linear(part, up)).square()
+            active = active if inside is None else active * inside.to(active.dtype)
+            outputs.append(F.linear(active, down))
+        mixed = Permute.apply(torch.cat(outputs), order, inverse).unflatten(0, (-1, per_token))
         routed = (mixed * weights[..., None]).sum(1).to(x.dtype).view_as(x)
         shared = width.moe_shared_expert_intermediate_size[layer]
-        return routed + self.shared_experts(x, hidden, shared)
+        return routed + self.shared_experts(x, hidden, shared, beside)
 
 
 class DenseMlp(Mlp):
@@ -303,9 +239,12 @@ class DenseMlp(Mlp):
         super().__init__(config.hidden_size, config.intermediate_size)
         self.layer = layer
 
-    def forward(self, x: Tensor, width: Width) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, width: Width, masks: LayerMasks | None = None
+    ) -> Tensor:
         """x [B, T, wD] -> [B, T, wD]."""
-        return super().forward(x, width.hidden_size, width.intermediate_size[self.layer])
+        mask = None if masks is None else masks["intermediate_size"]
+        return super().forward(x, width.hidden_size, width.intermediate_size[self.layer], mask)
 
 
 _MIXERS = {"M": Mamba, "*": Attention, "-": DenseMlp, "E": Moe}
@@ -337,22 +276,50 @@ class ElasticNemotronH(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
-    def hidden(self, input_ids: Tensor, width: Width | None = None) -> Tensor:
-        """Token ids [B, T] -> final normalised hidden states [B, T, wD]."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        width: Width | None = None,
+        masks: Sequence[LayerMasks] | None = None,
+        skip: Collection[int] = (),
+    ) -> Tensor:
+        """Token ids [B, T] -> final normalised hidden states [B, T, wD]; see `forward`."""
         width = self.full if width is None else width
         if not width.fits_in(self.full):
             raise InvalidRequest(
                 f"torch_model: width must fit in the model, got {width.name!r}, which is larger"
             )
+        if masks is not None and not width.same_sizes(self.full):
+            raise InvalidRequest(
+                f"torch_model: width must be the full one where masks are given, got {width.name!r}"
+            )
         size, eps = width.hidden_size, self.config.layer_norm_epsilon
+        channels = None if masks is None else masks[0]["hidden_size"]
         x = F.embedding(input_ids, self.backbone.embeddings.weight[:, :size])
-        for block in self.backbone.layers:
-            x = x + block.mixer(rms_norm(x, block.norm.weight[:size], eps), width)
-        return rms_norm(x, self.backbone.norm_f.weight[:size], eps)
+        for i, block in enumerate(self.backbone.layers):
+            if i in skip:
+                continue
+            normed = rms_norm(x, block.norm.weight[:size], eps, channels)
+            x = x + block.mixer(normed, width, None if masks is None else masks[i])
+        return rms_norm(x, self.backbone.norm_f.weight[:size], eps, channels)
 
-    def forward(self, input_ids: Tensor, width: Width | None = None) -> Tensor:
-        """Token ids [B, T] -> float32 logits [B, T, V] at `width` (default: full)."""
-        hidden = self.hidden(input_ids, width)
+    def forward(
+        self,
+        input_ids: Tensor,
+        width: Width | None = None,
+        masks: Sequence[LayerMasks] | None = None,
+        skip: Collection[int] = (),
+    ) -> Tensor:
+        """Token ids [B, T] -> float32 logits [B, T, V] at `width` (default: full).
+
+        Args:
+            input_ids: [B, T] int64.
+            width: the prefix that runs.
+            masks: per layer {width key: mask} in place of a prefix, "hidden_size" in every one;
+                masks of ones and then zeros give the logits of that width, up to rounding.
+            skip: layers that are left out.
+        """
+        hidden = self.hidden(input_ids, width, masks, skip)
         return F.linear(hidden, self.lm_head.weight[:, : hidden.shape[-1]]).float()
 
     def checkpoint_state(self) -> dict[str, Tensor]:
@@ -401,7 +368,7 @@ class ElasticNemotronH(nn.Module):
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         raw = dict(self.config.raw)
         raw["dtype"] = str(dtype or self.lm_head.weight.dtype).removeprefix("torch.")
-        text = json.dumps(_encode_floats(raw), indent=2)
+        text = json.dumps(encode_floats(raw), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -410,7 +377,7 @@ class ElasticNemotronH(nn.Module):
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise CheckpointError(f"torch_model: {folder} must hold safetensors files, got none")
         state: dict[str, Tensor] = {}
@@ -456,12 +423,12 @@ def initialise(config: ModelConfig, seed: int) -> ElasticNemotronH:
     return ElasticNemotronH(config).initialise(seed)
 
 
-def _encode_floats(value):
+def encode_floats(value):
     """Writes infinities as {"__float__": "Infinity"}, so that the file is strict JSON."""
     if isinstance(value, dict):
-        return {key: _encode_floats(item) for key, item in value.items()}
+        return {key: encode_floats(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encode_floats(item) for item in value]
+        return [encode_floats(item) for item in value]
     if isinstance(value, float) and math.isinf(value):
         return {"__float__": "Infinity" if value > 0 else "-Infinity"}
     return value

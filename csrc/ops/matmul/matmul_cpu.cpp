@@ -1,9 +1,9 @@
 // Computes: matmul and matmul_pack (matmul.h).
-// Layout: weights in 64x64 tiles, lane = weight row; activations re-packed per thread as float (or
-//   bf16 pairs) in [K/64][rows][64].
-// Work split: parts are ranges of weight tile rows; all activation rows (256 at a time) pass over a
-//   tile while it is in the first-level cache, so weights are read from memory once per 256 rows.
-// Scratch: one panel per thread (panel_bytes).
+// Layout: weights in 64x64 tiles, lane = weight row; activations where they lie, or copied once per
+//   call into [block of 6 rows][K/64][row][64] (gemm.h).
+// Work split: parts are ranges of weight tile rows; 48 activation rows at a time pass over a tile
+//   while it is in the first-level cache, and weights are read from memory once per 256 rows.
+// Scratch: the panel, in that of the first thread.
 // Limits: k sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
 #include "../../core/gemm.h"
@@ -12,6 +12,9 @@
 
 namespace ei::EI_ISA {
 namespace {
+
+// Parts per thread: enough that a thread which is held up costs the others little.
+constexpr int kParts = 32;
 
 // Output columns of one tile row, and how many of them each width wants.
 struct TileRow {
@@ -48,16 +51,17 @@ void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
   const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first_row : nullptr;
   int total_tiles = 0;
   for (int s = 0; s < a.segments; ++s) total_tiles += static_cast<int>(tiles(a.rows[s]));
-  const int parts = static_cast<int>(std::min<int64_t>(total_tiles, pool.threads() * 8));
-  pool.run(parts, [&](int64_t part, int thread) {
+  Panel panel;
+  fill_panel<X>(
+      panel, a.w_dtype, rows, pool.scratch(0),
+      [&](int r) { return a.x.ptr<X>() + (first_row + r) * a.x.stride[0]; },
+      [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K); },
+      [&](int64_t n, const auto& f) { pool.run(n, f); });
+  const int parts = static_cast<int>(std::min<int64_t>(total_tiles, pool.threads() * kParts));
+  pool.run(parts, [&](int64_t part, int) {
     const int begin = static_cast<int>(part * total_tiles / parts);
     const int end = static_cast<int>((part + 1) * total_tiles / parts);
-    Panel panel;
     Totals totals;
-    fill_panel<X>(
-        panel, a.w_dtype, rows, pool.scratch(thread),
-        [&](int r) { return a.x.ptr<X>() + (first_row + r) * a.x.stride[0]; },
-        [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K); });
     for (int tile = begin; tile < end; ++tile) {
       const TileRow t = locate(a, tile);
       const auto wanted = [&](int r) {

@@ -107,7 +107,7 @@ void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int
           return up ? m.a.x.ptr<X>() + source(i) * m.a.x.stride[0]
                     : reinterpret_cast<const X*>(m.middle) + static_cast<int64_t>(at + i) * in;
         },
-        [&](int i) { return up ? m.k(source(i)) : m.f(source(i)); });
+        [&](int i) { return up ? m.k(source(i)) : m.f(source(i)); }, Alone());
     X* out = reinterpret_cast<X*>(up ? m.middle : m.result) + static_cast<int64_t>(at) * out_size;
     for (int t = first; t < end && t * kTile < widest; ++t)
       tile_row(panel, image + t * row_bytes, totals, [&](int i, const float* sums) {
@@ -122,7 +122,7 @@ template <class X, Phase P>
 void run_phase(const Moe& m, Pool& pool) {
   const int tile_rows = static_cast<int>(tiles(P == Phase::up ? m.F : m.D));
   // Enough parts to balance the threads; each packs its rows anew, so no more than that.
-  const int wanted = (pool.threads() * 8 + m.active - 1) / m.active;
+  const int wanted = (pool.threads() * 16 + m.active - 1) / m.active;
   const int splits = pool.threads() == 1 ? 1 : std::clamp(wanted, 1, tile_rows);
   pool.run(static_cast<int64_t>(m.active) * splits, [&](int64_t part, int thread) {
     const int s = static_cast<int>(part % splits);

@@ -48,7 +48,8 @@ void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, i
   fill_panel<X>(
       panel, DType::f32, rows, reinterpret_cast<char*>(select + padded),
       [&](int r) { return a.x.ptr<X>() + (first + r) * a.x.stride[0]; },
-      [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(D); });
+      [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(D); },
+      Alone());
   const V one = V::set(1.0f), zero = V::set(0.0f);
   for (int64_t t = 0; t < tiles(E); ++t) {
     const char* image_row = a.gate.ptr<char>() + t * a.gate.shape[1] * kF32TileBytes;

@@ -1,0 +1,261 @@
+"""`elastic-infer elastify`, and the answer of `widths MODEL --budget` and `--memory`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from elastic_infer.errors import InvalidRequest
+
+from . import common as c
+
+HELP = (
+    "Make a trained nemotron_h checkpoint elastic: rank all components on calibration data, sort "
+    "the weights so that every smaller model is a prefix, learn which sizes each budget gets, and "
+    "distil all widths at once from the frozen parent. A run that was stopped continues when the "
+    "same command is given again. Several GPUs: start it with torchrun."
+)
+EXAMPLES = c.examples(
+    "elastic-infer elastify PARENT --data texts --budgets 1.0,0.7,0.4 --steps 2000 --out DIR",
+    "elastic-infer elastify PARENT --data data.jsonl --budgets 1.0,0.7,0.4 --steps 2000,500 "
+    "--sequence-length 8192,49152 --probabilities 0.5,0.3,0.2 --out DIR",
+    "elastic-infer elastify PARENT --data texts --budgets 1.0,0.5 --cost memory --bits 4.5 "
+    "--context 32768 --steps 1000 --out DIR",
+    "torchrun --nproc-per-node 8 -m elastic_infer.cli elastify PARENT --data texts --steps 2000 "
+    "--out DIR",
+)
+
+# Options of `widths`.
+Budget = Annotated[
+    str | None, typer.Option(help="Parameters of a new width: 18B, or a share such as 60%.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Memory of a new width: 16GB or 16GiB, cache included.")
+]
+Active = Annotated[bool, typer.Option("--active", help="The budget counts active parameters.")]
+Bits = Annotated[float, typer.Option(help="Bits per weight, for --memory.")]
+Context = Annotated[int, typer.Option(help="Tokens of KV cache, for --memory.")]
+Name = Annotated[str, typer.Option(help="Name of the new width; default: what it costs.")]
+Write = Annotated[bool, typer.Option("--write/--dry-run", help="Add it to the table, or not.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("elastify", help=HELP, epilog=EXAMPLES)(make_elastic)
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Any] = float) -> tuple[Any, ...]:
+    """Numbers with commas between them.
+
+    Raises: InvalidRequest for anything else.
+    """
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InvalidRequest(
+            f"{option}: must be {what} with commas between them, got {text!r}"
+        ) from None
+
+
+def stages(steps: str, lengths: str, batches: str, odds: str | None) -> tuple[Any, ...]:
+    """The stages of --steps, --sequence-length and --batch-size: one value, or one per stage.
+
+    The probabilities are those of the last stage; earlier ones draw all budgets equally often.
+    """
+    from elastic_infer.elastify.settings import Stage
+
+    counts = numbers("--steps", steps, int)
+    columns = []
+    for option, text in (("--sequence-length", lengths), ("--batch-size", batches)):
+        values = numbers(option, text, int)
+        values = values * len(counts) if len(values) == 1 else values
+        if len(values) != len(counts):
+            raise InvalidRequest(
+                f"{option}: must be one number, or one for each of {len(counts)} stages of "
+                f"--steps, got {len(values)}"
+            )
+        columns.append(values)
+    last = None if odds is None else numbers("--probabilities", odds)
+    return tuple(
+        Stage(count, length, batch, last if i == len(counts) - 1 else None)
+        for i, (count, length, batch) in enumerate(zip(counts, *columns))
+    )
+
+
+@contextlib.contextmanager
+def run_progress() -> Iterator[Callable[..., None]]:
+    """A bar per stage with the newest losses, on stderr, on a terminal only."""
+    screen = c.errors()
+    if not screen.is_terminal:
+        yield lambda *_: None
+        return
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=screen) as progress:
+
+        def told(stage: str, done: int, total: int, line: Any) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, losses="")
+            losses = line.get("loss", {})
+            text = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            progress.update(tasks[stage], completed=done, losses=escape(text))
+
+        yield told
+
+
+def make_elastic(
+    parent: Annotated[str, typer.Argument(help="The trained checkpoint: folder, or owner/name.")],
+    data: Annotated[Path, typer.Option(help="Folder or file: .txt, .md, .jsonl, .json lines.")],
+    out: Annotated[Path, typer.Option(help="New folder, or that of a stopped run.")],
+    steps: Annotated[str, typer.Option(help="Updates; with commas: one number per stage.")],
+    budgets: Annotated[str, typer.Option(help="Shares of the full cost.")] = "1.0,0.7,0.4",
+    names: Annotated[str | None, typer.Option(help="Names of the widths, largest first.")] = None,
+    cost: Annotated[str, typer.Option(help="What is limited: total, active or memory.")] = "total",
+    bits: Annotated[float, typer.Option(help="Bits per weight, for memory.")] = 16.0,
+    context: Annotated[int, typer.Option(help="Tokens of KV cache, for memory.")] = 131072,
+    choices: Annotated[
+        Path | None, typer.Option(help="JSON file {axis: [allowed sizes]}; default: six an axis.")
+    ] = None,
+    per_layer: Annotated[bool, typer.Option(help="Every layer gets sizes of its own.")] = False,
+    sequence_length: Annotated[str, typer.Option(help="Tokens; or one per stage.")] = "1024",
+    batch_size: Annotated[str, typer.Option(help="Sequences of a micro-step.")] = "8",
+    accumulate: Annotated[int, typer.Option(help="Micro-steps per update.")] = 1,
+    probabilities: Annotated[
+        str | None, typer.Option(help="Of the budgets in the last stage; default: equal.")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of the weights.")] = 1e-4,
+    router_lr: Annotated[float, typer.Option(help="Learning rate of the router.")] = 1e-2,
+    router_steps: Annotated[
+        int | None, typer.Option(help="Updates after which sizes stay fixed; default: never.")
+    ] = None,
+    warmup: Annotated[int, typer.Option(help="Updates of rising learning rate.")] = 60,
+    calibration: Annotated[int, typer.Option(help="Sequences that importance reads.")] = 1024,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
+    threads: c.Threads = None,
+    verbose: c.Verbose = False,
+) -> None:
+    c.log_to_stderr(verbose)
+    import torch
+
+    from elastic_infer.elastify.costs import Cost
+    from elastic_infer.elastify.distributed import Group
+    from elastic_infer.elastify.pipeline import elastify
+    from elastic_infer.elastify.settings import Settings
+    from elastic_infer.tensor_files import read_json
+
+    if threads is not None:
+        if threads < 1:
+            raise InvalidRequest(f"--threads: must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    settings = Settings(
+        stages=stages(steps, sequence_length, batch_size, probabilities),
+        budgets=numbers("--budgets", budgets),
+        names=None if names is None else tuple(names.split(",")),
+        cost=Cost(cost, bits, context),
+        choices=None if choices is None else read_json(choices),
+        per_layer=per_layer,
+        accumulate=accumulate,
+        lr=lr,
+        router_lr=router_lr,
+        router_steps=router_steps,
+        warmup=warmup,
+        precision=precision,
+        seed=seed,
+        save_every=save_every,
+    )
+    group = Group.current(device)
+    with run_progress() as told:
+        folder = elastify(
+            parent, data, out, settings, calibration=calibration, device=device, progress=told
+        )
+    if group.first:
+        show_result(folder)
+    group.close()
+
+
+def show_result(folder: Path) -> None:
+    """The widths of a new elastic checkpoint: parameters and divergence from the parent."""
+    from elastic_infer.config import count_parameters
+    from elastic_infer.elastify.budget import LearnedSizes
+
+    checkpoint = c.open_checkpoint(str(folder))
+    learned = LearnedSizes.load(folder, checkpoint.config)
+    table = Table("width", "parameters", "active", "KL from the parent")
+    for name, width in checkpoint.widths.items():
+        counts = count_parameters(checkpoint.config, width)
+        loss = learned.losses.get(name)
+        table.add_row(
+            escape(name),
+            f"{counts.total:,}",
+            f"{counts.active:,}",
+            "-" if loss is None else f"{loss:.4f}",
+        )
+    c.console().print(table)
+    c.console().print(escape(str(folder)), soft_wrap=True)
+
+
+def answer_budget(
+    model: str,
+    budget: str | None = None,
+    memory: str | None = None,
+    *,
+    active: bool = False,
+    bits: float = 16.0,
+    context: int = 131072,
+    name: str = "",
+    write: bool = True,
+    revision: str | None = None,
+    widths: str | None = None,
+) -> None:
+    """Prints the width that a budget gets and adds it to the checkpoint's table.
+
+    model: elastic checkpoint with a router. budget, memory: exactly one, as text. active: budget
+    counts the parameters of one token. bits, context: of the memory. name: of the new width.
+    write: add it to the table. revision, widths: as of `Checkpoint.open`.
+    """
+    from elastic_infer.config import width_to_dict
+    from elastic_infer.elastify.budget import add_width, width_for_text
+
+    checkpoint = c.open_checkpoint(model, revision, widths)
+    answer = width_for_text(
+        checkpoint,
+        budget,
+        memory,
+        active=active,
+        bits_per_weight=bits,
+        context=context,
+        name=name,
+    )
+    table = Table("width", "size")
+    sizes = width_to_dict(checkpoint.config, answer.width) or {"all sizes": "full"}
+    for key, size in sizes.items():
+        table.add_row(key, escape(str(size)))
+    table.add_row("parameters", f"{answer.counts.total:,}")
+    table.add_row("active parameters", f"{answer.counts.active:,}")
+    if memory is not None:
+        table.add_row("memory", answer.cost.text(answer.value))
+    table.add_row("predicted KL from the parent", f"{answer.predicted_loss:.4f}")
+    out = c.console()
+    out.print(table)
+    if not write:
+        return
+    found, path = add_width(checkpoint, answer.width)
+    where = "in the table already" if path is None else f"written to {path}"
+    out.print(f"width {escape(found)}: {escape(where)}", soft_wrap=True)

@@ -1,0 +1,238 @@
+"""From a trained parent to an elastic checkpoint: importance, sorting, distillation, export.
+
+Every stage can be called by itself; `elastify` runs them all and continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.config import width_to_dict
+from elastic_infer.elastify.budget import LearnedSizes
+from elastic_infer.elastify.corpus import Corpus, as_data
+from elastic_infer.elastify.distill import METRICS, Distiller, Result, Settings
+from elastic_infer.elastify.distributed import Group
+from elastic_infer.elastify.importance import Importance, measure_importance
+from elastic_infer.elastify.plot import plot_metrics
+from elastic_infer.elastify.router import check_choices
+from elastic_infer.elastify.sorting import importance_order, sort_model
+from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
+from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.slicing import SHARD_BYTES, copy_side_files, expected_shapes
+from elastic_infer.tensor_files import write_safetensors
+
+__all__ = ["calibration_batches", "elastify", "export_elastic", "open_data", "parent_importance"]
+
+logger = logging.getLogger(__name__)
+
+RUN = "run"
+Progress = Callable[[str, int, int, Mapping[str, Any]], None]
+
+
+def open_data(data: Any, checkpoint: Checkpoint, longest: int, run: Path, group: Group) -> Any:
+    """Training data as `Distiller` takes it; a path is tokenised with the parent's tokenizer.
+
+    Args:
+        data: batches, a Corpus, or the path of a folder or file of text or JSON lines.
+        checkpoint: the parent. longest: longest sequence of any stage.
+        run: folder that keeps the tokens. group: the processes; the first one writes.
+    """
+    if not isinstance(data, (str, Path)):
+        return as_data(data)
+    from elastic_infer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    end = checkpoint.config.eos_token_ids
+    options = {
+        "end_token": end[0] if end and end[0] < checkpoint.config.vocab_size else None,
+        "vocab_size": checkpoint.config.vocab_size,
+        "cache": run / "tokens.int32",
+    }
+    encode = None if tokenizer is None else tokenizer.encode
+    if group.first:
+        Corpus.from_folder(data, encode, longest, **options)
+    group.barrier()
+    return Corpus.from_folder(data, encode, longest, **options)
+
+
+def calibration_batches(data: Any, settings: Settings, count: int) -> Iterator[Tensor | tuple]:
+    """The first `count` training sequences (each once), in batches of the first stage.
+
+    Raises:
+        InvalidRequest: count is not positive.
+    """
+    if count < 1:
+        raise InvalidRequest(f"calibration: must be at least 1 sequence, got {count}")
+    first = settings.stages[0]
+    count = min(count, data.sequences(first.sequence_length) or count)
+    stream = data.batches(first.batch_size, first.sequence_length, settings.seed)
+    while count > 0:
+        ids, weights = next(stream)
+        yield ids[:count] if weights is None else (ids[:count], weights[:count])
+        count -= len(ids)
+
+
+def parent_importance(
+    parent: ElasticNemotronH,
+    batches: Iterable[Any],
+    file: Path,
+    group: Group,
+    progress: Callable[[int], None] | None = None,
+) -> Importance:
+    """Importance of the parent, kept in a file; measured by the first process if it is missing."""
+    if group.first and not file.is_file():
+        found = measure_importance(parent.to(group.device), batches, progress=progress)
+        partial = file.with_suffix(".tmp")
+        found.save(partial)
+        partial.replace(file)
+    group.barrier()
+    return Importance.load(file)
+
+
+def export_elastic(
+    checkpoint: Checkpoint,
+    result: Result,
+    out: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes the elastic checkpoint: weights in the parent's dtypes, its widths in config.json.
+
+    config.json comes last, so an interrupted export does not open.
+
+    Args:
+        checkpoint: the parent. result: of the distillation. out: existing folder.
+        shard_bytes: size at which the next safetensors file is begun.
+    """
+    out, config = Path(out), checkpoint.config
+    student = ElasticNemotronH(config)
+    student.load_state_dict(result.weights)
+    state = student.checkpoint_state()
+    shapes = expected_shapes(config)
+    specs = {name: (shapes[name], checkpoint.dtype_of(name)) for name in checkpoint.names}
+    write_safetensors(out, specs, lambda name: state[name].to(specs[name][1]), shard_bytes)
+    copy_side_files(checkpoint.folder, out)
+    entries = {name: width_to_dict(config, width) for name, width in result.widths.items()}
+    raw = dict(config.raw)
+    largest = max(result.budgets, key=result.budgets.__getitem__)
+    raw["elastic"] = {"version": 1, "default_width": largest, "widths": entries}
+    text = json.dumps(encode_floats(raw), indent=2) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    return out
+
+
+def elastify(
+    parent: str | Path | Checkpoint,
+    data: Any,
+    out: str | Path,
+    settings: Settings,
+    *,
+    calibration: int = 1024,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """Makes a checkpoint elastic: ranks, sorts, and distils all widths at once.
+
+    Called again with the same arguments after it was stopped, it continues. Launched by torchrun
+    on several processes, they train together.
+
+    Args:
+        parent: a trained `nemotron_h` checkpoint: folder, Hub id, or open Checkpoint.
+        data: batches, a Corpus, or a folder or file of text or JSON lines (see `corpus`).
+        out: new folder, or that of a run that was stopped; out/run keeps the run's files.
+        settings: budgets, stages, rates.
+        calibration: sequences that importance is measured on.
+        device: "auto", "cpu" or "cuda".
+        progress: called with (stage, done, all, metrics), stage "importance" or "distil".
+
+    Returns:
+        `out`: an elastic checkpoint with its table in config.json and its router in
+        elastic_router.json.
+
+    Raises:
+        CheckpointError: the parent is no model that this library runs, or `out` holds other
+            things.
+        InvalidRequest, WidthError: settings or data that cannot be used.
+        NonFiniteLoss: training diverged; the run keeps its last checkpoint.
+    """
+    checkpoint = parent if isinstance(parent, Checkpoint) else Checkpoint.open(parent)
+    if len(checkpoint.widths) > 1:
+        raise CheckpointError(
+            f"elastify: parent must have one width, got {', '.join(checkpoint.widths)}; slice out "
+            "the one to start from"
+        )
+    if settings.choices is not None:
+        check_choices(checkpoint.config, settings.choices)
+    out = Path(out)
+    _check_out(out)
+    group = Group.current(device)
+    run = out / RUN
+    if group.first:
+        run.mkdir(parents=True, exist_ok=True)
+    group.barrier()
+    data = open_data(data, checkpoint, settings.longest, run, group)
+    model = ElasticNemotronH.load(checkpoint.folder)
+
+    if not group.first:
+        progress = None
+    batches = calibration_batches(data, settings, calibration)
+    calibrated = None if progress is None else _counter(progress, "importance", calibration)
+    importance = parent_importance(
+        model, batches, run / "importance.safetensors", group, calibrated
+    )
+    model = sort_model(model.to("cpu"), importance_order(checkpoint.config, importance))
+    distiller = Distiller(model, data, run, settings, group=group)
+
+    def step_done(step: int, steps: int, line: Mapping[str, Any]) -> None:
+        if progress is not None:
+            progress("distil", step, steps, line)
+
+    result = distiller.run(step_done)
+    if group.first:
+        learned = LearnedSizes(
+            distiller.router, settings.cost, result.widths, result.losses, result.held_out
+        )
+        learned.save(out)
+        _draw(run)
+        export_elastic(checkpoint, result, out)
+    group.barrier()
+    return out
+
+
+def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Adds up what is done of a stage, and tells the sum."""
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        progress(stage, done, total, {})
+
+    return tell
+
+
+def _check_out(out: Path) -> None:
+    if not out.exists():
+        return
+    others = [p.name for p in out.iterdir()] if out.is_dir() else [out.name]
+    if (out / "config.json").is_file() or (others and RUN not in others):
+        raise CheckpointError(
+            f"elastify: out must be a new or empty folder, or that of a stopped run, got {out} "
+            f"with {sorted(others)[0]}"
+        )
+
+
+def _draw(run: Path) -> None:
+    if not (run / METRICS).is_file():
+        return
+    try:
+        plot_metrics(run / METRICS, run / "run.png")
+    except InvalidRequest as error:  # the picture is an extra
+        logger.warning("elastify: no picture of the run: %s", error)

@@ -1,0 +1,149 @@
+"""What a distillation run is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_infer.elastify.costs import Cost
+from elastic_infer.elastify.router import check_budgets
+from elastic_infer.errors import InvalidRequest
+
+__all__ = ["Settings", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps with one sequence length.
+
+    steps: updates of the weights. sequence_length: tokens. batch_size: sequences of a micro-step,
+    over all processes. probabilities: of the budgets, largest first; None: all equal.
+    """
+
+    steps: int
+    sequence_length: int
+    batch_size: int = 8
+    probabilities: tuple[float, ...] | None = None
+
+    def check(self, budgets: int) -> None:
+        """Raises InvalidRequest unless the stage fits a number of budgets."""
+        for name in ("steps", "sequence_length", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InvalidRequest(f"stage: {name} must be a positive integer, got {value!r}")
+        odds = self.probabilities
+        if odds is None:
+            return
+        usable = len(odds) == budgets and all(p >= 0 for p in odds) and sum(odds) > 0
+        if not usable:
+            raise InvalidRequest(
+                f"stage: probabilities must be {budgets} numbers >= 0, one per budget, not all 0, "
+                f"got {list(odds)}"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a run but its data; the published values where nothing else is said.
+
+    budgets: shares of the full cost in (0, 1]. names: of their widths, largest first. cost: what
+    the budgets limit. choices: {axis: allowed sizes}, None = `router.default_choices`. per_layer:
+    whether every layer chooses its own sizes. stages: one after another (8K tokens with equal
+    probabilities, then 49K with 0.5, 0.3, 0.2 in the publication). accumulate: micro-steps per
+    update; each has a budget of its own. lr, router_lr: AdamW learning rates. warmup: updates of
+    linear rise. final_lr: share of the rates at the end of the cosine. weight_decay: of matrices.
+    clip: largest norm of the gradient. temperature, logit_scale: first and last value.
+    budget_weight: of the budget loss. router_inner: width of the router. hard_share: share of
+    micro-steps with a hard choice. router_steps: updates after which the router and the widths
+    stay fixed, None = never. precision: "float32", "bfloat16" or "auto" (bfloat16 on CUDA).
+    save_every: updates between checkpoints of the run. validation_batches: held-out batches.
+    """
+
+    stages: tuple[Stage, ...]
+    budgets: tuple[float, ...] = (1.0, 0.7, 0.4)
+    names: tuple[str, ...] | None = None
+    cost: Cost = field(default_factory=Cost)
+    choices: Mapping[str, Sequence[int]] | None = None
+    per_layer: bool = False
+    accumulate: int = 1
+    lr: float = 1e-4
+    router_lr: float = 1e-2
+    warmup: int = 60
+    final_lr: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    temperature: tuple[float, float] = (1.0, 0.05)
+    logit_scale: tuple[float, float] = (1.0, 10.0)
+    budget_weight: float = 1.0
+    router_inner: int = 128
+    hard_share: float = 0.004
+    router_steps: int | None = None
+    precision: str = "auto"
+    seed: int = 0
+    save_every: int = 100
+    validation_batches: int = 16
+
+    def __post_init__(self):
+        object.__setattr__(self, "budgets", check_budgets(self.budgets))
+        if not self.stages:
+            raise InvalidRequest("settings: stages must hold at least one stage, got none")
+        for stage in self.stages:
+            stage.check(len(self.budgets))
+        names = width_names(self.budgets) if self.names is None else tuple(self.names)
+        if len(names) != len(self.budgets) or len(set(names)) != len(names) or not all(names):
+            raise InvalidRequest(
+                f"settings: names must be {len(self.budgets)} different ones, one per budget, "
+                f"got {list(names)}"
+            )
+        object.__setattr__(self, "names", names)
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise InvalidRequest(
+                f"settings: precision must be auto, float32 or bfloat16, got {self.precision!r}"
+            )
+        for name in ("lr", "router_lr", "clip", "accumulate", "save_every", "router_inner"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InvalidRequest(f"settings: {name} must be positive, got {value!r}")
+
+    @property
+    def steps(self) -> int:
+        """Updates of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence of any stage."""
+        return max(stage.sequence_length for stage in self.stages)
+
+    def stage_of(self, step: int) -> tuple[int, int]:
+        """(stage, first step of it) of update `step`."""
+        first = 0
+        for i, stage in enumerate(self.stages):
+            if step < first + stage.steps:
+                return i, first
+            first += stage.steps
+        return len(self.stages) - 1, first - self.stages[-1].steps
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rates at update `step`: linear warm-up, then cosine."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        share = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        fall = self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+        return rise * fall
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree where a run is continued."""
+        data = dataclasses.asdict(self)
+        for name in ("save_every", "validation_batches"):
+            del data[name]
+        return data
+
+
+def width_names(budgets: Sequence[float]) -> tuple[str, ...]:
+    """Names of the widths of some budgets, largest first: L, M, S; L, S; else p70 for 0.7."""
+    if len(budgets) in (2, 3):
+        return ("L", "M", "S") if len(budgets) == 3 else ("L", "S")
+    return tuple(f"p{100 * budget:g}" for budget in budgets)

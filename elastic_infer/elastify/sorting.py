@@ -1,0 +1,287 @@
+"""Sorting a checkpoint by importance, so that every smaller model is a prefix of it.
+
+The sorted model computes the same function: all that reads or writes an axis is permuted alike.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.config import ModelConfig
+from elastic_infer.elastify.importance import Importance
+from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
+from elastic_infer.errors import CheckpointError
+from elastic_infer.slicing import EMBEDDING, SHARD_BYTES, copy_side_files, expected_shapes
+from elastic_infer.tensor_files import write_safetensors
+
+__all__ = [
+    "Order",
+    "head_order",
+    "importance_order",
+    "random_order",
+    "sort_checkpoint",
+    "sort_model",
+    "sort_state_dict",
+    "sorted_sources",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """Where a sorted tensor comes from: a name, and the old index of every new row and column."""
+
+    name: str
+    rows: Tensor | None
+    cols: Tensor | None
+
+
+@dataclass
+class Order:
+    """New order of every axis, as the old index of each new place (int64).
+
+    indices: {"hidden_size": [D], "<width key>.<layer>": [units]}, named as in `Importance`;
+        expert neurons [E, F] by *old* expert.
+    """
+
+    indices: dict[str, Tensor]
+
+    def of(self, key: str, layer: int | None = None) -> Tensor:
+        """Indices of width key `key`, of one layer (None for hidden_size)."""
+        return self.indices[key if layer is None else f"{key}.{layer}"]
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Indices of the last dimension by falling score; equal scores keep their order."""
+    return torch.argsort(-scores, dim=-1, stable=True)
+
+
+def head_order(scores: Tensor, groups: int) -> Tensor:
+    """Heads by falling score inside each of `groups` equal groups; no head leaves its group.
+
+    Args:
+        scores: [heads]; groups: divides heads.
+
+    Returns:
+        [heads] int64, old index of each new place.
+    """
+    size = len(scores) // groups
+    inside = _descending(scores.view(groups, size))
+    return (inside + torch.arange(groups)[:, None] * size).flatten()
+
+
+def importance_order(config: ModelConfig, importance: Importance) -> Order:
+    """The order that puts the most important component of every axis first.
+
+    Args:
+        config: the model; importance: its scores.
+
+    Raises:
+        CheckpointError: a score is missing, misshapen or not finite.
+    """
+    importance.check(config)
+    groups = {
+        "mamba_num_heads": config.n_groups,
+        "num_attention_heads": config.num_key_value_heads,
+    }
+    indices = {}
+    for name, scores in importance.scores.items():
+        key = name.partition(".")[0]
+        if key == "mamba_head_dim":  # no width removes head channels
+            continue
+        indices[name] = head_order(scores, groups[key]) if key in groups else _descending(scores)
+    return Order(indices)
+
+
+def random_order(config: ModelConfig, seed: int) -> Order:
+    """A random order of every axis, heads inside their groups: the control of a comparison."""
+    from elastic_infer.elastify.importance import score_shapes
+
+    generator = torch.Generator().manual_seed(seed)
+    scores = {
+        name: torch.rand(shape, generator=generator, dtype=torch.float64)
+        for name, shape in score_shapes(config).items()
+    }
+    return importance_order(config, Importance(scores))
+
+
+def _spread(heads: Tensor, size: int, start: int = 0) -> Tensor:
+    """Channels of heads, each `size` wide, from channel `start` on."""
+    return (start + heads[:, None] * size + torch.arange(size)).flatten()
+
+
+def _mamba(config: ModelConfig, order: Order, layer: int) -> dict[str, Source]:
+    heads, hidden = order.of("mamba_num_heads", layer), order.of("hidden_size")
+    size = config.mamba_head_dim
+    inner, shared = len(heads) * size, 2 * config.n_groups * config.ssm_state_size
+    channels = _spread(heads, size)
+    conv = torch.cat([channels, torch.arange(inner, inner + shared)])  # x | B, C
+    rows = torch.cat([channels, inner + conv, 2 * inner + shared + heads])  # z | x | B, C | dt
+    return {
+        "A_log": Source("A_log", heads, None),
+        "D": Source("D", heads, None),
+        "dt_bias": Source("dt_bias", heads, None),
+        "conv1d.weight": Source("conv1d.weight", conv, None),
+        "conv1d.bias": Source("conv1d.bias", conv, None),
+        "in_proj.weight": Source("in_proj.weight", rows, hidden),
+        "norm.weight": Source("norm.weight", channels, None),
+        "out_proj.weight": Source("out_proj.weight", hidden, channels),
+    }
+
+
+def _attention(config: ModelConfig, order: Order, layer: int) -> dict[str, Source]:
+    channels = _spread(order.of("num_attention_heads", layer), config.head_dim)
+    hidden = order.of("hidden_size")
+    return {
+        "q_proj.weight": Source("q_proj.weight", channels, hidden),
+        "k_proj.weight": Source("k_proj.weight", None, hidden),
+        "v_proj.weight": Source("v_proj.weight", None, hidden),
+        "o_proj.weight": Source("o_proj.weight", hidden, channels),
+    }
+
+
+def _mlp(config: ModelConfig, order: Order, layer: int) -> dict[str, Source]:
+    inner, hidden = order.of("intermediate_size", layer), order.of("hidden_size")
+    return {
+        "up_proj.weight": Source("up_proj.weight", inner, hidden),
+        "down_proj.weight": Source("down_proj.weight", hidden, inner),
+    }
+
+
+def _moe(config: ModelConfig, order: Order, layer: int) -> dict[str, Source]:
+    hidden, experts = order.of("hidden_size"), order.of("n_routed_experts", layer)
+    inner = order.of("moe_intermediate_size", layer)
+    shared = order.of("moe_shared_expert_intermediate_size", layer)
+    bias = "gate.e_score_correction_bias"
+    out = {"gate.weight": Source("gate.weight", experts, hidden), bias: Source(bias, experts, None)}
+    for new, old in enumerate(experts.tolist()):
+        up, down = (f"experts.{old}.{kind}_proj.weight" for kind in ("up", "down"))
+        out[f"experts.{new}.up_proj.weight"] = Source(up, inner[old], hidden)
+        out[f"experts.{new}.down_proj.weight"] = Source(down, hidden, inner[old])
+    for kind, rows, cols in (("up", shared, hidden), ("down", hidden, shared)):
+        name = f"shared_experts.{kind}_proj.weight"
+        out[name] = Source(name, rows, cols)
+    return out
+
+
+_MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}
+
+
+def sorted_sources(config: ModelConfig, order: Order) -> dict[str, Source]:
+    """What every tensor of the sorted checkpoint is made of, in checkpoint order.
+
+    Hidden channels are permuted everywhere alike; Mamba heads (z, x and dt rows, conv channels,
+    A_log, D, dt_bias, norm, out_proj columns), query heads, FFN neurons, experts (gate rows,
+    correction bias) and each expert's neurons per layer. B, C, K and V stay.
+
+    Args:
+        config: the checkpoint; order: of all its axes.
+
+    Returns:
+        {name in the sorted checkpoint: Source}
+    """
+    hidden = order.of("hidden_size")
+    out = {EMBEDDING: Source(EMBEDDING, None, hidden)}
+    for layer, kind in enumerate(config.layers):
+        prefix = f"backbone.layers.{layer}"
+        out[f"{prefix}.norm.weight"] = Source(f"{prefix}.norm.weight", hidden, None)
+        for name, (source, rows, cols) in _MIXERS[kind](config, order, layer).items():
+            out[f"{prefix}.mixer.{name}"] = Source(f"{prefix}.mixer.{source}", rows, cols)
+    out["backbone.norm_f.weight"] = Source("backbone.norm_f.weight", hidden, None)
+    if not config.tie_word_embeddings:
+        out["lm_head.weight"] = Source("lm_head.weight", None, hidden)
+    return out
+
+
+def _permuted(tensor: Tensor, source: Source) -> Tensor:
+    for dim, index in ((0, source.rows), (1, source.cols)):
+        if index is not None:
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor.contiguous()
+
+
+def sort_state_dict(
+    config: ModelConfig, state: Mapping[str, Tensor], order: Order
+) -> dict[str, Tensor]:
+    """The tensors of the sorted checkpoint.
+
+    Args:
+        config: the checkpoint; state: {checkpoint name: tensor}; order: of all its axes.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
+    out = {}
+    for name, source in sorted_sources(config, order).items():
+        if source.name not in state:
+            raise CheckpointError(f"sort_state_dict: state must hold {source.name}, got none")
+        out[name] = _permuted(state[source.name], source)
+    return out
+
+
+@torch.no_grad()
+def sort_model(model: ElasticNemotronH, order: Order) -> ElasticNemotronH:
+    """Sorts the weights of a model in place and returns it; its function stays the same."""
+    model.load_checkpoint_state(sort_state_dict(model.config, model.checkpoint_state(), order))
+    return model
+
+
+def sort_checkpoint(
+    checkpoint: Checkpoint,
+    order: Order,
+    out_folder: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes the sorted checkpoint, one tensor in memory at a time; config.json comes last.
+
+    A width table of the parent is left out: its prefixes would be other models now.
+
+    Args:
+        checkpoint: the open parent.
+        order: of all its axes.
+        out_folder: new or empty folder.
+        progress: called with (bytes written, bytes in all) after every tensor.
+        shard_bytes: size at which the next safetensors file is begun.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder is not empty, or is a file.
+    """
+    out = Path(out_folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(
+            f"sort: out_folder must be a new or empty folder, got {out} with something in it; "
+            "name another one"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    config = checkpoint.config
+    sources = sorted_sources(config, order)
+    shapes = expected_shapes(config)
+    specs = {name: (shapes[name], checkpoint.dtype_of(s.name)) for name, s in sources.items()}
+    write_safetensors(
+        out,
+        specs,
+        lambda name: _permuted(checkpoint.tensor(sources[name].name), sources[name]),
+        shard_bytes,
+        progress,
+    )
+    copy_side_files(checkpoint.folder, out)
+    raw = {key: value for key, value in config.raw.items() if key != "elastic"}
+    if "elastic" in config.raw:
+        logger.warning("sort: the parent's width table is left out: its widths are others now")
+    text = json.dumps(encode_floats(raw), indent=2) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    return out
