@@ -1,6 +1,6 @@
 """What the assembler says of every CUDA kernel: registers, shared memory, spills, per architecture.
 
-    python bench/ptxas.py [--jobs 2] [--out bench/results/ptxas.json] [--arch 80 ...] [--op matmul ...]
+    python bench/ptxas.py [--jobs 2] [--out FILE] [--arch 80 ...] [--op matmul ...]
 
 Needs nvcc and no GPU. Ends with an error if a kernel spills registers or keeps local memory, or if
 the compiler warns.
@@ -43,7 +43,7 @@ def readable(names: list[str]) -> list[str]:
     for line in plain.splitlines():
         line = line.removeprefix("void ").replace("(anonymous namespace)::", "")
         line = line.replace("ei::cuda::", "").replace("ei::", "")
-        short.append(line.split("(ei")[0] if "(ei" in line else line.rsplit(")", 1)[0].split("(")[0])
+        short.append(line.split("(")[0])
     return short
 
 

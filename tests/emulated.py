@@ -97,7 +97,9 @@ def _products():
 
 def _experts():
     """2 to 90 entries of an expert, and experts with more than one block of them."""
-    for R, E, J in ((4, 12, 3), (5, 12, 3), (40, 14, 2), (20, 9, 3), (40, 4, 2), (60, 3, 2), (90, 2, 2)):
+    for R, E, J in (
+        (4, 12, 3), (5, 12, 3), (40, 14, 2), (20, 9, 3), (40, 4, 2), (60, 3, 2), (90, 2, 2)
+    ):  # fmt: skip
         yield {"R": R, "E": E, "J": J, "D": 144, "F": 80, "k": (80, 144), "f": (48, 80),
                "shared": True}  # fmt: skip
 

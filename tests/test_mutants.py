@@ -1,7 +1,7 @@
 """The laws notice when a kernel is broken: every mutant below is compiled and must be caught.
 
-A mutant is one textual change to a source file; it is run in a process of its own, because some write
-where they must not.
+A mutant is one textual change to a source file; it is run in a process of its own, because some
+write where they must not.
 """
 
 import subprocess
@@ -104,7 +104,8 @@ MUTANTS = {
         "kUp ? hidden_of(a, r) : width_of(a, r)", "kUp ? hidden_of(a, r) : m.F",
     ),
     "a row is routed to experts beyond its own": (
-        "moe_route", OPS + "moe_route/moe_route.cu", "const int n = experts_of(a, r);", "const int n = E;",
+        "moe_route", OPS + "moe_route/moe_route.cu",
+        "const int n = experts_of(a, r);", "const int n = E;",
     ),
 }  # fmt: skip
 

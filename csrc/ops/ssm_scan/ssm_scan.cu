@@ -1,26 +1,29 @@
 // Computes: ssm_scan (ssm_scan.h). bfloat16: in chunks of 64 tokens on tensor cores. With a_t the
-//   logarithm of the decay, c_t its sum from the chunk's first token to t, and h the state before it,
+//   logarithm of the decay, c_t its sum from the chunk's first token to t, and h the state before
+//   it,
 //     y_i = exp(c_i) C_i h + sum over j <= i of (C_i . B_j) exp(c_i - c_j) dt_j x_j + D x_i
 //     h'  = exp(c_63) h + sum over j of (exp(c_63 - c_j) dt_j x_j) B_j^T
 //   float32, and sizes beyond the limits: token by token (ssm.cuh), equal in bits to ssm_step.
-// Layout: the state of a head stays in the registers of four warps (16 of P rows each, as accumulators of
-//   the update) from the first to the last chunk; for C h it is rounded to bfloat16 in shared memory.
-//   The update itself keeps float: dt x is split into three bfloat16 terms, B is exact. Sums c are made
-//   in double and kept as two floats, so that differences of large sums stay exact.
-// Work split: a block per (head, sequence), walking through its chunks; the next chunk arrives (cp.async)
-//   while this one is computed. The scores C B^T of a warp end at its own diagonal.
-// Order: chunks ascending from the sequence's first token here, which the runtime cuts at multiples of 64.
+// Layout: the state of a head stays in the registers of four warps (16 of P rows each, as
+//   accumulators of the update) from the first to the last chunk; for C h it is rounded to bfloat16
+//   in shared memory. The update itself keeps float: dt x is split into three bfloat16 terms, B is
+//   exact. Sums c are made in double and kept as two floats, so that differences of large sums stay
+//   exact.
+// Work split: a block per (head, sequence), walking through its chunks; the next chunk arrives
+//   (cp.async) while this one is computed. The scores C B^T of a warp end at its own diagonal.
+// Order: chunks ascending from the sequence's first token here, which the runtime cuts at multiples
+//   of 64.
 // Shared memory: 97 KiB: two chunks of x, B and C, and the rounded state.
-// Limits: chunks take P up to 64, N up to 128 and x, B, C, y whose rows start at multiples of 16 bytes;
-//   in all, P and N are multiples of 16, N at most 256, the state starts at multiples of 16 bytes.
-// Speed: not yet measured on a GPU. Floor: x, B, C, dt read and y written once. One long prompt gives
-//   as many blocks as heads.
+// Limits: chunks take P up to 64, N up to 128 and x, B, C, y whose rows start at multiples of 16
+//   bytes; in all, P and N are multiples of 16, N at most 256, the state starts at multiples of 16
+//   bytes.
+// Speed: not yet measured on a GPU. Floor: x, B, C, dt read and y written once. One long prompt
+//   gives as many blocks as heads.
 // Source: Dao and Gu, "Transformers are SSMs", section 6 (the chunked form).
-#include "ssm_scan.h"
-
 #include "../../core/attention.cuh"
 #include "../../core/launch.cuh"
 #include "../../core/ssm.cuh"
+#include "ssm_scan.h"
 
 namespace ei::cuda {
 namespace {
@@ -36,8 +39,8 @@ struct ChunkInputs {
 };
 struct ChunkShared {
   ChunkInputs inputs[2];
-  char h[kMostP * kMostN * 2];                   // [P][N], as the rows of an operand
-  float dt[kChunk], high[kChunk], low[kChunk];   // c_t = high + low
+  char h[kMostP * kMostN * 2];                  // [P][N], as the rows of an operand
+  float dt[kChunk], high[kChunk], low[kChunk];  // c_t = high + low
 };
 
 struct Head {
@@ -75,8 +78,8 @@ struct Head {
     }
   }
 
-  // dt and c of the chunk, two tokens per lane of the first warp. A token beyond the end has dt = 0: it
-  // neither fades the state nor adds to it.
+  // dt and c of the chunk, two tokens per lane of the first warp. A token beyond the end has dt =
+  // 0: it neither fades the state nor adds to it.
   template <class D>
   EI_DEVICE void time_steps(int first) const {
     const float rate = -expf(a.A_log.ptr<float>()[head]);
@@ -112,33 +115,30 @@ struct WarpState {
 
   EI_DEVICE void read(const Head& b, const float* state) {
     EI_UNROLL
-    for (int n = 0; n < kMostN / 8; ++n)
-      EI_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int p = b.warp * 16 + b.lane / 4 + j / 2 * 8, column = n * 8 + b.lane % 4 * 2 + j % 2;
-        h[n][j] = p < b.P && column < b.N ? state[p * b.N + column] : 0.0f;
-      }
+    for (int n = 0; n < kMostN / 8; ++n) EI_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int p = b.warp * 16 + b.lane / 4 + j / 2 * 8, column = n * 8 + b.lane % 4 * 2 + j % 2;
+      h[n][j] = p < b.P && column < b.N ? state[p * b.N + column] : 0.0f;
+    }
   }
   EI_DEVICE void write(const Head& b, float* state) const {
     EI_UNROLL
-    for (int n = 0; n < kMostN / 8; ++n)
-      EI_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int p = b.warp * 16 + b.lane / 4 + j / 2 * 8, column = n * 8 + b.lane % 4 * 2 + j % 2;
-        if (p < b.P && column < b.N) state[p * b.N + column] = h[n][j];
-      }
+    for (int n = 0; n < kMostN / 8; ++n) EI_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int p = b.warp * 16 + b.lane / 4 + j / 2 * 8, column = n * 8 + b.lane % 4 * 2 + j % 2;
+      if (p < b.P && column < b.N) state[p * b.N + column] = h[n][j];
+    }
   }
   // Rounded, where all warps read it.
   EI_DEVICE void share(const Head& b) const {
     EI_UNROLL
-    for (int n = 0; n < kMostN / 8; ++n)
-      EI_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int p = b.warp * 16 + b.lane / 4 + i * 8;
-        if (p < b.P && n * 8 < b.N)
-          *reinterpret_cast<uint32_t*>(b.shared.h + chunk_place<kMostN>(p, n) + b.lane % 4 * 4) =
-              pack_bf16(h[n][2 * i], h[n][2 * i + 1]);
-      }
+    for (int n = 0; n < kMostN / 8; ++n) EI_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int p = b.warp * 16 + b.lane / 4 + i * 8;
+      if (p < b.P && n * 8 < b.N)
+        *reinterpret_cast<uint32_t*>(b.shared.h + chunk_place<kMostN>(p, n) + b.lane % 4 * 4) =
+            pack_bf16(h[n][2 * i], h[n][2 * i + 1]);
+    }
   }
 
   // h' of a chunk.
@@ -237,13 +237,12 @@ struct WarpOutput {
       }
     }
     EI_UNROLL
-    for (int n = 0; n < kChunk / 8; ++n)
-      EI_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int i = token(b, j / 2), t = n * 8 + b.lane % 4 * 2 + j % 2;
-        s[n][j] = t <= i ? s[n][j] * expf(b.shared.high[i] - b.shared.high[t]) * b.shared.dt[t]
-                         : 0.0f;
-      }
+    for (int n = 0; n < kChunk / 8; ++n) EI_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int i = token(b, j / 2), t = n * 8 + b.lane % 4 * 2 + j % 2;
+      s[n][j] =
+          t <= i ? s[n][j] * expf(b.shared.high[i] - b.shared.high[t]) * b.shared.dt[t] : 0.0f;
+    }
     EI_UNROLL
     for (int k = 0; k < kChunk / 16; ++k) {
       if (k > b.warp) break;
@@ -273,8 +272,8 @@ struct WarpOutput {
       EI_UNROLL
       for (int n = 0; n < kMostP / 8; ++n) {
         if (n * 8 >= b.P) break;
-        const uint32_t x = *reinterpret_cast<const uint32_t*>(
-            in.x + chunk_place<kMostP>(t, n) + b.lane % 4 * 4);
+        const uint32_t x =
+            *reinterpret_cast<const uint32_t*>(in.x + chunk_place<kMostP>(t, n) + b.lane % 4 * 4);
         *reinterpret_cast<uint32_t*>(out + n * 8 + b.lane % 4 * 2) =
             pack_bf16(y[n][2 * i] + skip * float_from_bits(x << 16),
                       y[n][2 * i + 1] + skip * float_from_bits(x & 0xffff0000u));
@@ -297,8 +296,8 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ 
   const Head b(a, *shared, blockIdx.x, s);
   if (slot < 0 || b.begin == b.end) return;
   if (b.head >= active_size(a.seq_width, a.h_sizes, s, gridDim.x)) return;
-  float* state = a.state.ptr<float>() + slot * a.state.stride[0] +
-                 static_cast<int64_t>(b.head) * b.P * b.N;
+  float* state =
+      a.state.ptr<float>() + slot * a.state.stride[0] + static_cast<int64_t>(b.head) * b.P * b.N;
   WarpState h;
   h.read(b, state);
   b.stage(b.begin, shared->inputs[0]);
