@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_ops import assert_close, copy, make, run, same_bits, small_cases, wide
+from test_ops import assert_close, check_poison, copy, make, run, same_bits, small_cases, wide
 
 import elastic_infer.ops  # noqa: F401  (the tensor conversion registers with it)
 from elastic_infer.ops import registry
@@ -66,6 +66,26 @@ def check_orders(module, spec, case, dtype):
         first = first or got
         assert all(same_bits(got[n], first[n]) for n in spec.outputs), f"{threads} {blocks}"
     module.configure()
+
+
+def one_width(spec, case, dtype):
+    """The case's arguments with all rows at one width, for each width there is."""
+    base = make(spec, case, dtype)
+    picker = "row_width" if "row_width" in base else "seq_width"
+    if base.get(picker) is None:
+        return [base]
+    found = []
+    for w in range(max(base[picker].tolist()) + 1):
+        arguments = copy(base)
+        arguments[picker].fill_(w)
+        found.append(arguments)
+    return found
+
+
+def check_poisons(spec, case, dtype):
+    """Law 2, with rows of all widths and with all rows at each one width."""
+    for arguments in [make(spec, case, dtype), *one_width(spec, case, dtype)]:
+        check_poison(spec, arguments, None)
 
 
 def kernels(module):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulated import SHAPES, built, check_orders, installed, load
+from emulated import SHAPES, built, check_orders, check_poisons, installed, load
 
 from elastic_infer.ops import registry
 from elastic_infer.ops.causal_conv import causal_conv
@@ -31,6 +31,7 @@ def emulated():
 )
 def test_laws(op, sizes):
     check_orders(emu, registry()[op], sizes, BF16)
+    check_poisons(registry()[op], sizes, BF16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

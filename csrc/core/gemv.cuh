@@ -12,6 +12,7 @@ namespace ei::cuda {
 constexpr int kTile = 64;
 constexpr int kGemvRows = 4;  // most rows of x
 constexpr int kGemvThreads = 128;
+constexpr int kGemvBlocks = 4;  // per multiprocessor: what the compiler may spend registers for
 
 template <class W>
 struct Gemv {

@@ -22,7 +22,9 @@ EI_DEVICE void copy_row(T* to, const T* from, int n, int me, int threads) {
   const bool aligned =
       ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15) == 0;
   const int whole = aligned ? n / V * V : 0;
+  EI_UNROLL_BY(1)  // one pass or few: unrolled it spills for nothing
   for (int c = me * V; c < whole; c += threads * V) store16(to + c, load16(from + c));
+  EI_UNROLL_BY(1)
   for (int c = whole + me; c < n; c += threads) to[c] = from[c];
 }
 
@@ -31,6 +33,7 @@ template <class T>
 EI_DEVICE void clear_row(T* to, int begin, int end, int me, int threads) {
   T zero;
   from_float(0.0f, zero);
+  EI_UNROLL_BY(1)
   for (int c = begin + me; c < end; c += threads) to[c] = zero;
 }
 

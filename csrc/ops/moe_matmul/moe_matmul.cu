@@ -72,7 +72,7 @@ EI_DEVICE const W* expert_row(const Tensor& image, int e, int n) {
 // ---- few rows
 
 template <class X, class W>
-__global__ void __launch_bounds__(kGemvThreads)
+__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     up_few(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, x);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kGemvThreads)
 }
 
 template <class X, class W>
-__global__ void __launch_bounds__(kGemvThreads)
+__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     down_few(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, middle);

@@ -30,7 +30,7 @@ EI_DEVICE int experts_of(const MoeRouteArgs& a, int64_t r) {
 
 // scores[r, e] = sigmoid(x[r] . gate[e]) for R rows.
 template <int R, class X>
-__global__ void __launch_bounds__(kGemvThreads)
+__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     score(const __grid_constant__ MoeRouteArgs a, float* scores) {
   EI_DYNAMIC_SHARED(X, x);
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * R;
