@@ -145,7 +145,8 @@ def compile_mutant(folder: Path, file: str, old: str, new: str, op: str) -> Path
         str(o) for o in BUILD.glob("CMakeFiles/_emu.dir/csrc/**/*.o") if o.name != f"{op}.cu.o"
     ]
     module = folder / built().name
-    subprocess.run([*CXX, "-shared", *objects, str(made), "-o", str(module)], check=True)
+    # The mutant first: of an inline function that several objects hold, the linker takes that one.
+    subprocess.run([*CXX, "-shared", str(made), *objects, "-o", str(module)], check=True)
     return module
 
 
