@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from elastic_infer.elastify.reasoner.design import WIDTHS, reasoner_config
+
 
 class TensorSpec(NamedTuple):
     """One tensor of a checkpoint: its name, shape, stored dtype and how its values are drawn."""
@@ -110,14 +112,19 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-# The elastic axes; at width M each keeps three quarters of full, at S one half.
-NARROWED = (
-    "hidden_size",
-    "mamba_num_heads",
-    "num_attention_heads",
-    "n_routed_experts",
-    "moe_intermediate_size",
-)
+def narrowed(sizes: dict[str, Any], width: dict[str, int]) -> dict[str, int]:
+    """A width of the shipped reasoner as a width of a benchmark model: the same share of every
+    axis, rounded down to what the model's groups and the channel step allow."""
+    full = reasoner_config()
+    step = {
+        "mamba_num_heads": sizes["n_groups"],
+        "num_attention_heads": sizes["num_key_value_heads"],
+        "n_routed_experts": 1,
+    }
+    return {
+        key: sizes[key] * size // (getattr(full, key) * step.get(key, 16)) * step.get(key, 16)
+        for key, size in width.items()
+    }
 
 
 def model_config(model: str) -> dict[str, Any]:
@@ -136,11 +143,7 @@ def model_config(model: str) -> dict[str, Any]:
     if model not in MODELS:
         raise ValueError(f"model: name must be one of {sorted(MODELS)}, got {model!r}")
     sizes = MODELS[model]
-    widths: dict[str, dict[str, int]] = {
-        "L": {},
-        "M": {key: sizes[key] * 3 // 4 for key in NARROWED},
-        "S": {key: sizes[key] // 2 for key in NARROWED},
-    }
+    widths = {name: narrowed(sizes, width) for name, width in WIDTHS.items()}
     return {
         **SHARED_CONFIG,
         **sizes,

@@ -109,13 +109,27 @@ def decode_table(figures: Figures) -> str:
 
 
 def peer_table(figures: Figures) -> str:
-    """Us beside llama.cpp: {"rows": [{"case", "ours", "peer", "ratio"}]}, tokens per second."""
+    """Us beside llama.cpp on the same weights and threads: medians of interleaved pairs."""
     rows = [
-        [row["case"], f"{row['ours']:.0f}", f"{row['peer']:.0f}", f"{row['ratio']:.2f}"]
-        for row in figures["rows"]
+        [case, f"{row['tokens_s']:.0f}", f"{row['peer_tokens_s']:.0f}", f"{row['ratio']:.2f}"]
+        for case, row in figures["with_peer"].items()
     ]
-    note = f"{figures['threads']} threads of {measured(figures)}; ratios of interleaved pairs."
-    return f"{grid(('620M, bf16', 'tokens/s', 'llama.cpp', 'ratio'), rows)}\n\n{note}"
+    widths = ", ".join(
+        f"{row['width']} {row['tokens_s']:.0f} tokens/s, {row['share_of_roof']:.0%}"
+        for row in figures["widths"]
+    )
+    switch = max(row["ratio"] for row in figures["switches"].values())
+    batches = ", ".join(
+        f"{row['sequences']}: {row['tokens_s']:.0f}" for row in figures["batches"]
+    )
+    note = (
+        f"{figures['threads']} threads of {measured(figures)}; medians of interleaved pairs.\n\n"
+        "In the same run, decode by width as a share of the streaming-read rate measured in turn "
+        f"with it: {widths}. A batch of mixed widths took {figures['mixed']['ratio']:.2f} of the "
+        "time of the same batch all at the widest; the step after a `carry` switch at most "
+        f"{switch:.2f} of a steady one. Tokens/s by sequences at once: {batches}."
+    )
+    return f"{grid((figures['peer'], 'tokens/s', 'theirs', 'ratio'), rows)}\n\n{note}"
 
 
 def sizes_table(config: Figures) -> str:
@@ -142,6 +156,25 @@ def training_table(figures: Figures) -> str:
     return grid(head, [row])
 
 
+def ops_table(figures: Figures) -> str:
+    """Every op beside torch: {"rows": [{"op", "case", "us", ...}]} of `ops.py`."""
+    rows = [
+        [f"`{row['op']}`", row["case"], f"{row['us']:.1f}", f"{row['gb_s']:.1f}",
+         f"{row['gflop_s']:.1f}", f"{row['percent_of_roof']:.0f} % of {row['roof']}",
+         f"{row['ratio']:.2f}"]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    roof = figures["roof"]
+    note = (
+        f"{figures['threads']} threads ({figures['kernels']}) of {measured(figures)}. Roof of the "
+        f"same run: reading {roof['read_bytes_s'] / 1e9:.1f} GB/s, products "
+        f"{roof['fp32_flops_s'] / 1e9:.0f} GFLOP/s in float32 and "
+        f"{roof['bf16_flops_s'] / 1e9:.0f} in bfloat16. Above 100 %: found in a cache."
+    )
+    head = ("op", "case", "us", "GB/s", "GFLOP/s", "roof", "torch's time / ours")
+    return f"{grid(head, rows)}\n\n{note}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "demo": (f"{RESULTS}/demo.json", demo_table),
     "accuracy": (REASONER, accuracy_table),
@@ -149,7 +182,8 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "reasoner-sizes": (f"{CARD}/config.json", sizes_table),
     "reasoner-training": (f"{CARD}/training.json", training_table),
     "decode-620m": (f"{RESULTS}/decode-620m.json", decode_table),
-    "peer-620m": (f"{RESULTS}/peer-620m.json", peer_table),
+    "peer-620m": (f"{RESULTS}/compare-620m.json", peer_table),
+    "ops": (f"{RESULTS}/ops-cpu.json", ops_table),
 }
 
 

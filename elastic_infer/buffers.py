@@ -6,6 +6,7 @@ import torch
 
 from .cache import PAGE
 from .config import ModelConfig, Width
+from .memory import lazy_zeros
 from .ops.moe_matmul import moe_workspace_bytes
 from .weights import activation_columns
 
@@ -36,7 +37,7 @@ class Buffers:
         J = config.num_experts_per_tok
 
         def activation(columns: int) -> torch.Tensor:
-            return torch.zeros(rows, columns, dtype=dtype)
+            return lazy_zeros(rows, columns, dtype=dtype)
 
         def table(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int32)
@@ -47,9 +48,9 @@ class Buffers:
         self.conv, self.scanned = activation(conv), activation(inner)
         self.expert_ids = table(rows, J)
         self.expert_weights = torch.zeros(rows, J)
-        self.workspace = torch.zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)
-        self.gathered = torch.zeros(LOGIT_ROWS, D, dtype=dtype)
-        self.logits = torch.zeros(LOGIT_ROWS, config.vocab_size)
+        self.workspace = lazy_zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)
+        self.gathered = lazy_zeros(LOGIT_ROWS, D, dtype=dtype)
+        self.logits = lazy_zeros(LOGIT_ROWS, config.vocab_size)
 
         self.ids, self.row_mode, self.slot_mapping = table(rows), table(rows), table(rows)
         self.seq_mode, self.slots = table(segments), table(segments)

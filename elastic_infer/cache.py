@@ -13,6 +13,7 @@ import torch
 
 from .config import ModelConfig, Width
 from .errors import OutOfCapacity
+from .memory import lazy_zeros
 from .pages import IdPool
 
 PAGE = 64
@@ -126,13 +127,13 @@ class Cache:
         self.conv: list[torch.Tensor] = []
         for layer, kind in enumerate(config.layers):
             if kind == "*":
-                self.k.append(torch.zeros(kv_shape, dtype=dtype))
-                self.v.append(torch.zeros(kv_shape, dtype=dtype))
+                self.k.append(lazy_zeros(*kv_shape, dtype=dtype))
+                self.v.append(lazy_zeros(*kv_shape, dtype=dtype))
             elif kind == "M":
                 H, P = served.mamba_num_heads[layer], config.mamba_head_dim
-                self.ssm.append(torch.zeros(num_slots, H, P, config.ssm_state_size))
+                self.ssm.append(lazy_zeros(num_slots, H, P, config.ssm_state_size))
                 self.conv.append(
-                    torch.zeros(num_slots, H * P + bc, config.conv_kernel - 1, dtype=dtype)
+                    lazy_zeros(num_slots, H * P + bc, config.conv_kernel - 1, dtype=dtype)
                 )
 
     # -- opening and closing -----------------------------------------------------------------

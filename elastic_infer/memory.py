@@ -1,9 +1,10 @@
-"""Memory for weights: few large blocks, backed by large pages where the system has them."""
+"""Memory of a model: weights in few large blocks, caches and buffers that cost when used."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from . import _C
@@ -40,3 +41,15 @@ def _aligned(size: int) -> torch.Tensor:
     memory = memory[-memory.data_ptr() % HUGE_PAGE :][:size]
     _C.advise_huge_pages(memory)
     return memory
+
+
+def lazy_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros that take no memory until they are written, unlike those of `torch.zeros`.
+
+    Under another default device (sizes are computed on "meta") it is `torch.zeros`.
+    """
+    if torch.get_default_device().type != "cpu":
+        return torch.zeros(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + ALIGNMENT, np.uint8))
+    return memory[-memory.data_ptr() % ALIGNMENT :][:size].view(dtype).view(shape)

@@ -31,7 +31,7 @@ def test_same_seed_same_bytes_and_other_seed_other_bytes(tiny: Path, tmp_path: P
 
 def test_the_written_folder_is_an_elastic_checkpoint(tiny: Path) -> None:
     checkpoint = Checkpoint.open(tiny)
-    assert [width.hidden_size for width in checkpoint.widths.values()] == [64, 96, 128]
+    assert [width.hidden_size for width in checkpoint.widths.values()] == [48, 96, 128]
     gate = checkpoint.tensor("backbone.layers.1.mixer.gate.e_score_correction_bias")
     assert gate.dtype == torch.float32
 

@@ -205,15 +205,35 @@ SAMPLES = {
         {"budgets": {"L": {"0": SCORE, "none": SCORE}}},
         ["| thinking tokens allowed | 0 | none |", "| `L` | 95.5%"],
     ),
+    "reasoner-sizes": (
+        {"hidden_size": 64, "mamba_num_heads": 4, "num_attention_heads": 4, "n_routed_experts": 8,
+         "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48,
+         "elastic": {"widths": {"L": {}, "S": {"hidden_size": 32}}}},
+        ["| `L` | 64 | 4 | 4 | 8 | 32 | 48 |", "| `S` | 32 | 4 |"],
+    ),
+    "reasoner-training": (
+        {"parameters": 1074888, "minutes": 78.4, "steps": 5000, "tokens": 12_340_000},
+        ["| 1,074,888 | 78 minutes of one CPU core | 5,000 | 12.3 million |"],
+    ),
     "decode-620m": (
         {"rows": [{"width": "S", "ms_per_token": 4.0}, {"width": "L", "ms_per_token": 10.0}],
          "threads": 2, "machine": MACHINE, "date": "d"},
         ["| `S` | 4.00 | 250 | 2.50x |", "| `L` | 10.00 | 100 | 1.00x |"],
     ),
     "peer-620m": (
-        {"rows": [{"case": "decode", "ours": 100.0, "peer": 80.0, "ratio": 1.25}], "threads": 2,
-         "machine": MACHINE, "date": "d"},
-        ["| decode | 100 | 80 | 1.25 |"],
+        {"with_peer": {"decode": {"tokens_s": 100.0, "peer_tokens_s": 80.0, "ratio": 1.25}},
+         "widths": [{"width": "L", "tokens_s": 99.6, "share_of_roof": 0.9}],
+         "mixed": {"ratio": 0.91}, "switches": {"to S": {"ratio": 0.9}, "to L": {"ratio": 1.02}},
+         "batches": [{"sequences": 8, "tokens_s": 300.0}],
+         "peer": "llama.cpp bf16", "threads": 2, "machine": MACHINE, "date": "d"},
+        ["| decode | 100 | 80 | 1.25 |", "L 100 tokens/s, 90%", "took 0.91", "at most 1.02"],
+    ),
+    "ops": (
+        {"rows": [{"op": "embed", "case": "R=1 V=2", "us": 1.26, "gb_s": 3.14, "gflop_s": 0.0,
+                   "percent_of_roof": 41.8, "roof": "read", "ratio": 2.5}],
+         "threads": 2, "kernels": "avx512", "machine": MACHINE, "date": "d",
+         "roof": {"read_bytes_s": 2e10, "fp32_flops_s": 1e11, "bf16_flops_s": 2e11}},
+        ["| `embed` | R=1 V=2 | 1.3 | 3.1 | 0.0 | 42 % of read | 2.50 |", "reading 20.0 GB/s"],
     ),
 }  # fmt: skip
 

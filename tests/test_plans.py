@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from engines import (
@@ -18,7 +20,7 @@ from engines import (
     write_text_model,
 )
 
-from elastic_infer import InvalidRequest, Plan, Policy, SamplingParams, WidthError
+from elastic_infer import InvalidRequest, Plan, Policy, SamplingParams, WidthError, switching
 
 NEWLINE = ord("\n")
 POLICIES = ["carry", "exact", "window(8)"]
@@ -91,6 +93,35 @@ def test_window_rebuilds_n_to_2n_tokens(engine, length, at):
     else:
         slack = 63 if at - 1 < n else 0  # right after a prompt its cut on the grid is further away
         assert n <= out.rebuilt_tokens <= 2 * n + slack or out.rebuilt_tokens == read < 2 * n
+
+
+def many_switches(seed):
+    """(n, length of the prompt, tokens at which the width changes)."""
+    rng = random.Random(seed)
+    starts = sorted({rng.randrange(1, 200) for _ in range(12)})
+    return rng.choice([4, 20, 40]), rng.randrange(1, 250), starts
+
+
+# In the first, the second switch comes late after the first, whose rebuilt part held a grid point.
+@pytest.mark.parametrize("case", [(100, 300, [90, 180]), *map(many_switches, range(6))], ids=str)
+def test_every_one_of_many_window_switches_is_bounded(engine, monkeypatch, case):
+    n, length, starts = case
+    counts = []
+
+    def watch(cache, sequence, *rest):
+        length = len(sequence.tokens)
+        reads, again = switching.switch(cache, sequence, *rest)
+        counts.append((length, again))
+        return reads, again
+
+    monkeypatch.setattr("elastic_infer.scheduler.switch", watch)
+    steps = [(start, "SLM"[i % 3]) for i, start in enumerate([0, *starts])]
+    plan = Plan.schedule(steps, policy=f"window({n})")
+    out = engine.generate(draw(length), greedy(starts[-1] + 3), plan=plan)
+    assert len(counts) == len(steps) - 1 and out.rebuilt_tokens == sum(a for _, a in counts)
+    for length, again in counts:
+        assert again <= 2 * n + 63, (n, counts)
+        assert again >= min(n, length), (n, counts)
 
 
 def test_window_equals_carry_at_its_snapshot(engine):

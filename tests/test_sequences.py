@@ -240,7 +240,7 @@ def test_random_sequences(engine):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=15, stateful_step_count=25, deadline=None, derandomize=True,
+            max_examples=12, stateful_step_count=20, deadline=None, derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip

@@ -61,9 +61,7 @@ def random_model(seed: int) -> ElasticNemotronH:
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith(("norm.weight", "norm_f.weight", ".D")):
-                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
-            elif name.endswith(("bias",)):
+            if name.endswith(("norm.weight", "norm_f.weight", ".D", "bias")):
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
     return model
 
@@ -170,10 +168,10 @@ def test_wrong_tensors_are_refused_by_name():
     model = random_model(6)
     state = model.checkpoint_state()
     missing = {k: v for k, v in state.items() if k != "backbone.norm_f.weight"}
-    with pytest.raises(CheckpointError, match="backbone.norm_f.weight must be present"):
+    with pytest.raises(CheckpointError, match=r"backbone\.norm_f\.weight must be present"):
         model.load_checkpoint_state(missing)
     wrong = {**state, "lm_head.weight": torch.zeros(3, 4)}
-    with pytest.raises(CheckpointError, match=r"lm_head.weight must be \[48, 64\], got \[3, 4\]"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight must be \[48, 64\], got \[3, 4\]"):
         model.load_checkpoint_state(wrong)
     with pytest.raises(CheckpointError, match="must be known, got extra"):
         model.load_checkpoint_state({**state, "extra": torch.zeros(1)})
@@ -184,3 +182,29 @@ def test_a_larger_width_is_refused():
     larger = ModelConfig.from_dict({**BASE, "hidden_size": 128})
     with pytest.raises(InvalidRequest, match="must fit in the model"):
         model(torch.zeros(1, 4, dtype=torch.long), parse_widths(larger)["full"])
+
+
+@pytest.mark.parametrize("at", [3, 20, 40])
+def test_engine_carries_the_cache_as_the_two_streams_do(tmp_path, at):
+    """A narrow width's cache, tracked, under a wider one: the engine against the plain model."""
+    from elastic_infer import Engine
+
+    model = random_model(4)
+    model.config.raw["elastic"] = {"version": 1, "default_width": "full", "widths": TABLE}
+    model.save(tmp_path)
+    del model.config.raw["elastic"]
+    widths = parse_widths(model.config, TABLE)
+    ids = torch.randint(0, 48, (1, 57), generator=torch.Generator().manual_seed(at))
+    with Engine.from_pretrained(tmp_path, threads=1, kv_cache_memory_bytes=1 << 24) as engine:
+        for writer, reader in (("narrow", "full"), ("full", "narrow"), ("mamba", "experts")):
+            with torch.no_grad():
+                place = torch.tensor([at])
+                want = model.switched(ids, widths[writer], widths[reader], place)[0]
+                alone = model(ids, widths[reader])[0]
+            with engine.open(ids[0, :at].tolist(), width=writer, track=True) as sequence:
+                sequence.logits()
+                sequence.switch(reader, "carry")
+                for t in range(at, ids.shape[1]):
+                    sequence.append([int(ids[0, t])])
+                    assert_close(sequence.logits(), want[t])
+            assert (want[at:] - alone[at:]).abs().max() > 1e-2, "the switch must matter"

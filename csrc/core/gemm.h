@@ -15,7 +15,7 @@ namespace ei::EI_ISA {
 
 constexpr int kTile = 64;
 constexpr int kMicroRows = 6;  // activation rows that share one pass over a tile
-constexpr int kBlocks = 8;     // such blocks that pass over a tile while it is in the first cache
+constexpr int kBlocks = 4;     // such blocks that pass over a tile while it is in the first cache
 constexpr int kMaxRows = 256;  // rows of one panel
 constexpr int kCopyRows = 24;  // from this many rows on, a panel's rows are copied side by side
 constexpr int kMaxBlocks = (kMaxRows + kMicroRows - 1) / kMicroRows;

@@ -50,6 +50,48 @@ inline float rounded(float x) {  // what x becomes when stored as T
   return to_float(t);
 }
 
+// kLanes groups of S values that lie side by side, one vector per place in the group; and back.
+template <int S, class T>
+inline void load_groups(const T* p, V* out) {
+  alignas(64) float place[S][V::kLanes];
+  for (int i = 0; i < V::kLanes; ++i)
+    for (int k = 0; k < S; ++k) place[k][i] = to_float(p[i * S + k]);
+  for (int k = 0; k < S; ++k) out[k] = V::load(place[k]);
+}
+template <int S, class T>
+inline void store_groups(T* p, const V* in) {
+  alignas(64) float place[S][V::kLanes];
+  for (int k = 0; k < S; ++k) store(place[k], in[k]);
+  for (int i = 0; i < V::kLanes; ++i)
+    for (int k = 0; k < S; ++k) from_float(place[k][i], p[i * S + k]);
+}
+#if defined(EI_ISA_avx512)
+template <>
+inline void load_groups<3>(const bf16* p, V* out) {
+  load_threes(V::load(p), V::load(p + 16), V::load(p + 32), out);
+}
+template <>
+inline void load_groups<3>(const float* p, V* out) {
+  load_threes(V::load(p), V::load(p + 16), V::load(p + 32), out);
+}
+template <>
+inline void load_groups<4>(const float* p, V* out) {
+  load_fours(p, out);
+}
+template <>
+inline void store_groups<3>(bf16* p, const V* in) {
+  V side[3];
+  store_threes(in, side);
+  for (int i = 0; i < 3; ++i) store(p + i * 16, side[i]);
+}
+template <>
+inline void store_groups<3>(float* p, const V* in) {
+  V side[3];
+  store_threes(in, side);
+  for (int i = 0; i < 3; ++i) store(p + i * 16, side[i]);
+}
+#endif
+
 // exp(x) for finite and infinite x, within 2 ulp: 2^n times a degree-6 polynomial on
 // [-ln2/2, ln2/2]; overflows to +inf and underflows to 0.
 inline V exp(V x) {

@@ -58,4 +58,51 @@ inline V dot_pairs(V acc, const uint32_t* w, uint32_t x) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)wv, (__m512bh)xv)};
 }
 
+// How to pick 16 of 48 values in three vectors: from the first two, then from the third.
+struct Pick {
+  alignas(64) int low[16];
+  alignas(64) int high[16];
+  unsigned short from_third;
+};
+// Every third value from k on; or, `back`, the k-th 16 values of three vectors put side by side.
+constexpr Pick pick_of_three(int k, bool back) {
+  Pick p{};
+  for (int i = 0; i < 16; ++i) {
+    const int at = 16 * k + i, index = back ? at / 3 + 16 * (at % 3) : 3 * i + k;
+    p.low[i] = index & 31;
+    p.high[i] = index & 15;
+    if (index >= 32) p.from_third = static_cast<unsigned short>(p.from_third | 1 << i);
+  }
+  return p;
+}
+template <int K, bool Back>
+inline V pick(V a, V b, V c) {
+  static constexpr Pick p = pick_of_three(K, Back);
+  const __m512 ab = _mm512_permutex2var_ps(a.v, _mm512_load_si512(p.low), b.v);
+  return {_mm512_mask_permutexvar_ps(ab, p.from_third, _mm512_load_si512(p.high), c.v)};
+}
+inline void load_threes(V a, V b, V c, V* out) {
+  out[0] = pick<0, false>(a, b, c);
+  out[1] = pick<1, false>(a, b, c);
+  out[2] = pick<2, false>(a, b, c);
+}
+inline void store_threes(const V* in, V* out) {
+  out[0] = pick<0, true>(in[0], in[1], in[2]);
+  out[1] = pick<1, true>(in[0], in[1], in[2]);
+  out[2] = pick<2, true>(in[0], in[1], in[2]);
+}
+// Every fourth value of 64, from the first to the fourth on.
+inline void load_fours(const float* p, V* out) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
+  const __m512 c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
+  const __m512 e0 = _mm512_permutex2var_ps(a, even, b), e1 = _mm512_permutex2var_ps(c, even, d);
+  const __m512 o0 = _mm512_permutex2var_ps(a, odd, b), o1 = _mm512_permutex2var_ps(c, odd, d);
+  out[0].v = _mm512_permutex2var_ps(e0, even, e1);
+  out[1].v = _mm512_permutex2var_ps(o0, even, o1);
+  out[2].v = _mm512_permutex2var_ps(e0, odd, e1);
+  out[3].v = _mm512_permutex2var_ps(o0, odd, o1);
+}
+
 }  // namespace ei::EI_ISA

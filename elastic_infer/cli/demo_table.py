@@ -2,7 +2,7 @@
 
 The shipped model is so small that it stays in the processor's cache, where a narrower width saves
 little time. What narrowing saves when weights come from memory is told by a second model of 620 M
-parameters with nearly the same ratios of width. That one is not measured here: its weights take
+parameters with the same ratios of width. That one is not measured here: its weights take
 longer to make and load than everything else the demo does. Its figures are read from the committed
 file of `bench/`, which is named beside them with its machine and date; without that file the column
 stays empty. What is not measured is not shown.
@@ -227,7 +227,7 @@ def notes(figures: dict[str, Any]) -> Text:
         lines.append(f"620M: not measured ({BENCH_FILE} is not there; see bench/README.md).")
     else:
         lines.append(
-            f"620M: a random model of nearly the same ratios of width, from {bench['file']} "
+            f"620M: a random model with the same ratios of width, from {bench['file']} "
             f"({bench['machine']['processor']}, {bench['threads']} threads, {bench['date']}), not "
             "measured now; ~ is mixed from it by the plan's tokens, rebuilding left out."
         )

@@ -20,7 +20,8 @@ HELP = (
     "Make a trained nemotron_h checkpoint elastic: rank all components on calibration data, sort "
     "the weights so that every smaller model is a prefix, learn which sizes each budget gets, and "
     "distil all widths at once from the frozen parent. A run that was stopped continues when the "
-    "same command is given again. Several GPUs: start it with torchrun."
+    "same command is given again. Several GPUs: "
+    "torchrun --nproc-per-node 8 -m elastic_infer.cli elastify and the same arguments."
 )
 EXAMPLES = c.examples(
     "elastic-infer elastify PARENT --data texts --budgets 1.0,0.7,0.4 --steps 2000 --out DIR",
@@ -28,8 +29,6 @@ EXAMPLES = c.examples(
     "--sequence-length 8192,49152 --probabilities 0.5,0.3,0.2 --out DIR",
     "elastic-infer elastify PARENT --data texts --budgets 1.0,0.5 --cost memory --bits 4.5 "
     "--context 32768 --steps 1000 --out DIR",
-    "torchrun --nproc-per-node 8 -m elastic_infer.cli elastify PARENT --data texts --steps 2000 "
-    "--out DIR",
 )
 
 # Options of `widths`.
@@ -151,6 +150,7 @@ def make_elastic(
     threads: c.Threads = None,
     verbose: c.Verbose = False,
 ) -> None:
+    """Checks the options, then runs every stage that is not done yet."""
     c.log_to_stderr(verbose)
     import torch
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from elastic_infer.config import ModelConfig, Width, full_width
 from elastic_infer.elastify.torch_ops import (
+    Carried,
     Dispatch,
     Permute,
     causal_conv,
@@ -57,7 +58,25 @@ class Mamba(nn.Module):
         self.norm.weight = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, width: Width, masks: LayerMasks | None = None) -> Tensor:
+    def cached(self, x: Tensor, width: Width, kept: int) -> tuple[Tensor, Tensor]:
+        """What `kept` heads take of x [B, T, wD]: convolution inputs [B, T, C], time steps."""
+        cfg = self.config
+        total, size, groups = cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.n_groups
+        full, state = total * size, groups * cfg.ssm_state_size
+        _, x_rows, bc_rows, dt_rows = self.in_proj.weight[:, : width.hidden_size].split(
+            [full, full, 2 * state, total]
+        )
+        heads = heads_of(x_rows, groups, total, kept, size)
+        steps = heads_of(dt_rows, groups, total, kept, 1)
+        return F.linear(x, torch.cat([heads, bc_rows])), F.linear(x, steps)
+
+    def forward(
+        self,
+        x: Tensor,
+        width: Width,
+        masks: LayerMasks | None = None,
+        carried: Carried | None = None,
+    ) -> Tensor:
         """x [B, T, wD] -> [B, T, wD]."""
         cfg = self.config
         total, size, groups = cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.n_groups
@@ -72,6 +91,11 @@ class Mamba(nn.Module):
         )
         rows = torch.cat([keep(z_rows), keep(x_rows), bc_rows, keep(dt_rows, 1)])
         gate, xbc, dt = F.linear(x, rows).split([inner, inner + 2 * state, kept], -1)
+        if carried is not None and carried.reading:
+            xbc, dt = carried.pass_on(self.layer, (xbc, dt))
+        elif carried is not None:
+            heads = carried.reader.mamba_num_heads[self.layer]
+            carried.layers[self.layer] = self.cached(x, width, heads)
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         taps = torch.cat([keep(taps[:full]), taps[full:]])
         bias = torch.cat([keep(bias[:full]), bias[full:]])
@@ -106,7 +130,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def heads(self, x: Tensor, width: Width) -> Tensor:
+    def heads(self, x: Tensor, width: Width, carried: Carried | None = None) -> Tensor:
         """x [B, T, wD] -> outputs of the kept query heads [B, wHq, T, K]."""
         cfg, hidden = self.config, width.hidden_size
         total, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
@@ -115,15 +139,25 @@ class Attention(nn.Module):
         q = F.linear(x, q_rows).unflatten(-1, (kept, size)).transpose(1, 2)
         k = F.linear(x, self.k_proj.weight[:, :hidden]).unflatten(-1, (groups, size))
         v = F.linear(x, self.v_proj.weight[:, :hidden]).unflatten(-1, (groups, size))
+        if carried is not None and carried.reading:
+            k, v = carried.pass_on(self.layer, (k, v))
+        elif carried is not None:
+            carried.layers[self.layer] = (k, v)
         k = k.transpose(1, 2).repeat_interleave(kept // groups, 1)
         v = v.transpose(1, 2).repeat_interleave(kept // groups, 1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def forward(self, x: Tensor, width: Width, masks: LayerMasks | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        width: Width,
+        masks: LayerMasks | None = None,
+        carried: Carried | None = None,
+    ) -> Tensor:
         """x [B, T, wD] -> [B, T, wD]."""
         cfg, kept = self.config, width.num_attention_heads[self.layer]
         total, groups, size = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-        out = self.heads(x, width)
+        out = self.heads(x, width, carried)
         if masks is not None:
             out = out * masks["num_attention_heads"].to(out.dtype)[:, None, None]
         columns = self.o_proj.weight[: width.hidden_size]
@@ -282,6 +316,7 @@ class ElasticNemotronH(nn.Module):
         width: Width | None = None,
         masks: Sequence[LayerMasks] | None = None,
         skip: Collection[int] = (),
+        carried: Carried | None = None,
     ) -> Tensor:
         """Token ids [B, T] -> final normalised hidden states [B, T, wD]; see `forward`."""
         width = self.full if width is None else width
@@ -300,7 +335,11 @@ class ElasticNemotronH(nn.Module):
             if i in skip:
                 continue
             normed = rms_norm(x, block.norm.weight[:size], eps, channels)
-            x = x + block.mixer(normed, width, None if masks is None else masks[i])
+            layer_masks = None if masks is None else masks[i]
+            if isinstance(block.mixer, (Mamba, Attention)):
+                x = x + block.mixer(normed, width, layer_masks, carried)
+            else:  # no cache, nothing to carry
+                x = x + block.mixer(normed, width, layer_masks)
         return rms_norm(x, self.backbone.norm_f.weight[:size], eps, channels)
 
     def forward(
@@ -320,6 +359,22 @@ class ElasticNemotronH(nn.Module):
             skip: layers that are left out.
         """
         hidden = self.hidden(input_ids, width, masks, skip)
+        return F.linear(hidden, self.lm_head.weight[:, : hidden.shape[-1]]).float()
+
+    def switched(self, input_ids: Tensor, writer: Width, reader: Width, at: Tensor) -> Tensor:
+        """Float32 logits [B, T, V] of `reader` after a switch by "carry": row b's tokens before
+        at[b] were read by `writer`, and the logits count from at[b] on.
+
+        Args:
+            input_ids: [B, T] int64.
+            writer, reader: widths; the writer tracks the Mamba heads of the reader.
+            at: [B] int64, first position that the reader reads.
+        """
+        before = torch.arange(input_ids.shape[1], device=at.device)[None] < at[:, None]
+        carried = Carried(reader, before)
+        self.hidden(input_ids, writer, carried=carried)
+        carried.reading = True
+        hidden = self.hidden(input_ids, reader, carried=carried)
         return F.linear(hidden, self.lm_head.weight[:, : hidden.shape[-1]]).float()
 
     def checkpoint_state(self) -> dict[str, Tensor]:

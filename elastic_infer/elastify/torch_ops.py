@@ -7,10 +7,15 @@ values in between are what the sizes are learnt through.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from elastic_infer.config import Width
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
@@ -153,3 +158,26 @@ def heads_of(weight: Tensor, groups: int, total: int, kept: int, size: int) -> T
         return weight
     split = weight.unflatten(0, (groups, total // groups, size))
     return split[:, : kept // groups].flatten(0, 2)
+
+
+@dataclass
+class Carried:
+    """What one width leaves in the cache for another: keys and values, raw convolution inputs and
+    time steps of all heads of the reader (a narrow writer tracks those beyond its own).
+
+    reader: the width that goes on. positions: [B, T] bool, true where the writer read the token.
+    layers: what the writer left, by layer. reading: false while the writer runs.
+    """
+
+    reader: Width
+    positions: Tensor
+    layers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    reading: bool = False
+
+    def pass_on(self, layer: int, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the reader finds: the writer's tensors [B, T, ...] at its positions, or its own."""
+        at = self.positions
+        return tuple(
+            torch.where(at.view(*at.shape, *[1] * (mine.ndim - 2)), left, mine)
+            for left, mine in zip(self.layers[layer], own)
+        )

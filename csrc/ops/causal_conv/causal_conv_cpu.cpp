@@ -33,6 +33,27 @@ void load_block(const CausalConvArgs& a, const T* state, int64_t first, int n, B
   }
 }
 
+// The channels [first, first + n) of one sequence of one token: history and weights are used from
+// where they lie.
+template <class T, class W>
+void step_block(const CausalConvArgs& a, int64_t token, int64_t slot, int64_t first, int n) {
+  T* state = a.state.ptr<T>() + slot * a.state.stride[0] + first * kHistory;
+  const W* weight = a.weight.ptr<W>() + first * kTaps;
+  const W* bias = a.bias.ptr<W>() + first;
+  const T* x = a.x.ptr<T>() + token * a.x.stride[0] + first;
+  T* out = a.out.ptr<T>() + token * a.out.stride[0] + first;
+  for (int c = 0; c < n; c += V::kLanes) {
+    V w[kTaps], past[kTaps];
+    load_groups<kTaps>(weight + c * kTaps, w);
+    load_groups<kHistory>(state + c * kHistory, past);
+    past[kHistory] = V::load(x + c);
+    V sum = V::load(bias + c);
+    for (int k = 0; k < kTaps; ++k) sum = fma(w[k], past[k], sum);
+    store(out + c, silu(sum));
+    store_groups<kHistory>(state + c * kHistory, past + 1);
+  }
+}
+
 // The channels [first, first + n) of one sequence of `tokens` tokens; n <= kBlock.
 template <class T, class W>
 void run_block(const CausalConvArgs& a, int64_t token, int64_t tokens, int64_t slot, int64_t first,
@@ -78,7 +99,9 @@ void run_all(const CausalConvArgs& a, Pool& pool) {
       end = a.x_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[s]];
     }
     const int n = static_cast<int>(std::min<int64_t>(kBlock, end - first));
-    if (n > 0) run_block<T, W>(a, start[0], start[1] - start[0], slot, first, n);
+    if (n <= 0) return;
+    if (start[1] - start[0] == 1) return step_block<T, W>(a, start[0], slot, first, n);
+    run_block<T, W>(a, start[0], start[1] - start[0], slot, first, n);
   });
 }
 

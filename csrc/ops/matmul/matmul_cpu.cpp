@@ -1,7 +1,7 @@
 // Computes: matmul and matmul_pack (matmul.h).
 // Layout: weights in 64x64 tiles, lane = weight row; activations where they lie, or copied once per
 //   call into [block of 6 rows][K/64][row][64] (gemm.h).
-// Work split: parts are ranges of weight tile rows; 48 activation rows at a time pass over a tile
+// Work split: parts are ranges of weight tile rows; 24 activation rows at a time pass over a tile
 //   while it is in the first-level cache, and weights are read from memory once per 256 rows.
 // Scratch: the panel, in that of the first thread.
 // Limits: k sizes are multiples of 16.

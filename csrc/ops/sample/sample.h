@@ -30,8 +30,8 @@ struct SampleArgs {
   Tensor position;     // [R] i64
 };
 
-// What a row needs: its z, filled up to blocks of 64, and a sortable copy.
-inline int64_t sample_scratch_bytes(int64_t V) { return (V + 63) / 64 * 64 * (4 + 8); }
+// What a row needs: its z, filled up to blocks of 64, a sortable copy, and the blocks' maxima.
+inline int64_t sample_scratch_bytes(int64_t V) { return (V + 63) / 64 * (64 * (4 + 8) + 4); }
 
 EI_CPU_KERNEL(sample, SampleArgs)
 

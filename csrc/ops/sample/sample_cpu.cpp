@@ -73,10 +73,8 @@ double mass(const uint64_t* keys, int64_t n) {
   return total;
 }
 
-// The last key, by descending order, before which less than `share` of all mass lies. Reorders
-// keys.
-uint64_t top_p_cut(uint64_t* keys, int64_t n, float share) {
-  const double target = mass(keys, n) * share;
+// The last key, by descending order, before which less than `target` of mass lies. Reorders keys.
+uint64_t top_p_cut(uint64_t* keys, int64_t n, double target) {
   const auto descending = std::greater<uint64_t>();
   int64_t low = 0, high = n;  // the cut is in [low, high)
   double above = 0;           // mass before low
@@ -96,34 +94,95 @@ uint64_t top_p_cut(uint64_t* keys, int64_t n, float share) {
   return keys[low];
 }
 
-// z := -inf for every token that min_p, top_k and top_p drop.
-void truncate(float* z, int64_t n, float min_p, int64_t top_k, float top_p, uint64_t* keys) {
-  if (min_p > 0)
-    for (int64_t v = 0; v < n; v += V::kLanes) {
-      const V x = V::load(z + v);
-      store(z + v, select_less(exp(x), V::set(min_p), V::set(kNone), x));
+// What remains of a row while it is cut.
+struct Row {
+  float* z;        // [n], n a multiple of kBlock; -inf where dropped
+  float* maxima;   // [n / kBlock] largest z of each block
+  uint64_t* keys;  // [n] scratch
+  int64_t n;
+
+  void find_maxima() const {
+    for (int64_t first = 0; first < n; first += kBlock) {
+      V top = V::set(kNone);
+      for (int i = 0; i < kBlock; i += V::kLanes) top = max(V::load(z + first + i), top);
+      maxima[first / kBlock] = max_lane(top);
     }
-  const bool by_rank = top_k > 0 && top_k < n, by_mass = top_p < 1;
-  if (!by_rank && !by_mass) return;
-  int64_t kept = 0;
-  for (int64_t v = 0; v < n; ++v)
-    if (z[v] > kNone) keys[kept++] = key_of(z[v], static_cast<int32_t>(v));
-  uint64_t cut = 0;
-  if (by_rank && top_k < kept) {
-    std::nth_element(keys, keys + top_k - 1, keys + kept, std::greater<uint64_t>());
-    cut = key_of(key_z(keys[top_k - 1]), INT32_MAX);
-    kept = std::partition(keys + top_k, keys + kept, [&](uint64_t k) { return k >= cut; }) - keys;
   }
-  if (by_mass && kept > 0) cut = top_p_cut(keys, kept, top_p);
-  for (int64_t v = 0; v < n; ++v)
-    if (key_of(z[v], static_cast<int32_t>(v)) < cut) z[v] = kNone;
+  // Keys of all tokens with z >= bound that are not dropped; returns how many.
+  int64_t gather(float bound) const {
+    int64_t kept = 0;
+    for (int64_t first = 0; first < n; first += kBlock) {
+      if (maxima[first / kBlock] < bound) continue;
+      for (int64_t v = first; v < first + kBlock; ++v)
+        if (z[v] >= bound && z[v] > kNone) keys[kept++] = key_of(z[v], static_cast<int32_t>(v));
+    }
+    return kept;
+  }
+  // A number that at least k tokens reach: the k-th largest of the blocks' maxima.
+  float rank_bound(int64_t k) const {
+    const int64_t blocks = n / kBlock;
+    if (k > blocks) return kNone;
+    float* sorted = reinterpret_cast<float*>(keys);
+    std::copy(maxima, maxima + blocks, sorted);
+    std::nth_element(sorted, sorted + k - 1, sorted + blocks, std::greater<float>());
+    return sorted[k - 1];
+  }
+  double total_mass() const {
+    double total = 0;
+    for (int64_t first = 0; first < n; first += kBlock) total += block_mass(z + first);
+    return total;
+  }
+  void drop_below(uint64_t cut) const {
+    if (cut == 0) return;
+    for (int64_t first = 0; first < n; first += kBlock)
+      if (maxima[first / kBlock] < key_z(cut))
+        std::fill(z + first, z + first + kBlock, kNone);
+      else
+        for (int64_t v = first; v < first + kBlock; ++v)
+          if (key_of(z[v], static_cast<int32_t>(v)) < cut) z[v] = kNone;
+  }
+};
+
+// z := -inf for every token that min_p, top_k and top_p drop.
+void truncate(const Row& row, float min_p, int64_t top_k, float top_p) {
+  if (min_p > 0)
+    for (int64_t v = 0; v < row.n; v += V::kLanes) {
+      const V x = V::load(row.z + v);
+      store(row.z + v, select_less(exp(x), V::set(min_p), V::set(kNone), x));
+    }
+  const bool by_rank = top_k > 0 && top_k < row.n, by_mass = top_p < 1;
+  if (!by_rank && !by_mass) return;
+  row.find_maxima();
+  uint64_t* keys = row.keys;
+  int64_t kept = 0;
+  uint64_t cut = 0;
+  if (by_rank) {
+    kept = row.gather(row.rank_bound(top_k));
+    if (top_k <= kept) {
+      std::nth_element(keys, keys + top_k - 1, keys + kept, std::greater<uint64_t>());
+      cut = key_of(key_z(keys[top_k - 1]), INT32_MAX);  // equal ones stay
+      kept = std::partition(keys + top_k, keys + kept, [&](uint64_t k) { return k >= cut; }) - keys;
+    }
+  }
+  if (by_mass) {
+    const double target = (by_rank ? mass(keys, kept) : row.total_mass()) * top_p;
+    // Most rows need only their likeliest tokens sorted out.
+    if (!by_rank)
+      for (float bound : {-3.0f, -6.0f, -12.0f, kNone}) {
+        kept = row.gather(bound);
+        if (mass(keys, kept) >= target) break;
+      }
+    if (kept > 0) cut = top_p_cut(keys, kept, target);
+  }
+  row.drop_below(cut);
 }
 
 // Random words of tokens first .. first + 63: Philox4x32-10 (Salmon et al., "Parallel random
 // numbers: as easy as 1, 2, 3", 2011), 16 counters side by side.
 void random_words(uint64_t seed, uint64_t position, int64_t first, uint32_t* out) {
   constexpr int L = kBlock / 4;
-  uint32_t a[L], b[L], c[L], d[L];
+  constexpr uint64_t kLow = 0xffffffffu;
+  uint64_t a[L], b[L], c[L], d[L];  // 32 bits each: the compiler multiplies such lanes at once
   for (int i = 0; i < L; ++i) {
     a[i] = static_cast<uint32_t>(first / 4 + i);
     b[i] = static_cast<uint32_t>(position);
@@ -133,20 +192,20 @@ void random_words(uint64_t seed, uint64_t position, int64_t first, uint32_t* out
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     for (int i = 0; i < L; ++i) {
-      const uint64_t p = 0xd2511f53ull * a[i], q = 0xcd9e8d57ull * c[i];
-      a[i] = static_cast<uint32_t>(q >> 32) ^ b[i] ^ k0;
-      b[i] = static_cast<uint32_t>(q);
-      c[i] = static_cast<uint32_t>(p >> 32) ^ d[i] ^ k1;
-      d[i] = static_cast<uint32_t>(p);
+      const uint64_t p = 0xd2511f53ull * (a[i] & kLow), q = 0xcd9e8d57ull * (c[i] & kLow);
+      a[i] = (q >> 32) ^ b[i] ^ k0;
+      b[i] = q & kLow;
+      c[i] = (p >> 32) ^ d[i] ^ k1;
+      d[i] = p & kLow;
     }
     k0 += 0x9e3779b9u;
     k1 += 0xbb67ae85u;
   }
   for (int i = 0; i < L; ++i) {
-    out[4 * i] = a[i];
-    out[4 * i + 1] = b[i];
-    out[4 * i + 2] = c[i];
-    out[4 * i + 3] = d[i];
+    out[4 * i] = static_cast<uint32_t>(a[i]);
+    out[4 * i + 1] = static_cast<uint32_t>(b[i]);
+    out[4 * i + 2] = static_cast<uint32_t>(c[i]);
+    out[4 * i + 3] = static_cast<uint32_t>(d[i]);
   }
 }
 
@@ -204,8 +263,9 @@ void sample(const SampleArgs& a, Pool& pool) {
     }
     for (int64_t v = 0; v < padded; v += V::kLanes)
       store(z + v, div(sub(V::load(z + v), V::set(top)), V::set(temperature)));
-    truncate(z, padded, a.min_p.ptr<float>()[r], a.top_k.ptr<int32_t>()[r], a.top_p.ptr<float>()[r],
-             reinterpret_cast<uint64_t*>(z + padded));
+    auto* keys = reinterpret_cast<uint64_t*>(z + padded);
+    truncate({z, reinterpret_cast<float*>(keys + padded), keys, padded}, a.min_p.ptr<float>()[r],
+             a.top_k.ptr<int32_t>()[r], a.top_p.ptr<float>()[r]);
     id = static_cast<int32_t>(draw(z, padded, first_top,
                                    static_cast<uint64_t>(a.seed.ptr<int64_t>()[r]),
                                    static_cast<uint64_t>(a.position.ptr<int64_t>()[r])));

@@ -36,11 +36,11 @@ def draw_sample(generator: random.Random, operations: int) -> tuple[list[int], l
     learn = [0] * len(ids)
     if generator.random() < CUT_SHARE:
         thinking = encode(THINK + cut_thinking(generator, problem))
-        answer = encode(str(problem.answer)) + [EOS]
+        answer = [*encode(str(problem.answer)), EOS]
         ids += thinking + encode(END_THINK) + answer
         learn += [1] * len(thinking) + [0] + [1] * len(answer)
     else:
-        completion = encode(problem.completion) + [EOS]
+        completion = [*encode(problem.completion), EOS]
         ids += completion
         learn += [1] * len(completion)
     return ids, learn

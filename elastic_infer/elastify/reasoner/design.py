@@ -22,12 +22,12 @@ WIDTHS: dict[str, dict[str, int]] = {
         "moe_shared_expert_intermediate_size": 96,
     },
     "S": {
-        "hidden_size": 64,
+        "hidden_size": 48,
         "mamba_num_heads": 4,
         "num_attention_heads": 2,
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 32,
-        "moe_shared_expert_intermediate_size": 48,
+        "n_routed_experts": 3,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 32,
     },
 }
 

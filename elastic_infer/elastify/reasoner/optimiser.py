@@ -78,11 +78,12 @@ class MuonAdam(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(state["momentum"], group["momentum"])
-            by_shape[p.shape[-2:]].append((p, update.flatten(0, -3) if p.ndim > 2 else update[None]))
+            stacked = update.flatten(0, -3) if p.ndim > 2 else update[None]
+            by_shape[p.shape[-2:]].append((p, stacked))
         for (rows, columns), items in by_shape.items():
             updates = orthogonalise(torch.cat([update for _, update in items]))
             scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-            for (p, own), update in zip(items, updates.split([len(u) for _, u in items])):
+            for (p, _), update in zip(items, updates.split([len(u) for _, u in items])):
                 p.mul_(1 - group["lr"] * group["decay"])
                 p.add_(update.view_as(p), alpha=-scale)
 

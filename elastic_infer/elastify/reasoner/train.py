@@ -28,7 +28,7 @@ from elastic_infer.errors import ElasticError
 from .data import Batch, batches, pack
 from .design import reasoner_config
 from .task import MAX_OPERATIONS, held_out_problems
-from .vocabulary import EOS, THINK_ID, encode
+from .vocabulary import END_THINK_ID, EOS, THINK_ID, encode
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class Settings:
 
     minutes: training time, suspended time not counted. decay: last share of it, in which the
     learning rates fall linearly to zero. tokens: positions per batch. small, medium: share of
-    the steps in which S or M is trained beside L. divergence: weight of KL(teacher | student).
+    the steps in which S or M is trained beside L. carry: share of the steps in which one width
+    goes on from what another has left in the cache. divergence: weight of KL(teacher | student).
     """
 
     minutes: float = 60.0
@@ -51,6 +52,7 @@ class Settings:
     tokens: int = 3072
     small: float = 0.35
     medium: float = 0.35
+    carry: float = 0.35
     divergence: float = 1.0
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
@@ -152,6 +154,10 @@ class Trainer:
             loss = self.student_loss(batch, self.widths[student], keep, targets, logits.detach())
             loss.backward()
             losses[student] = loss.item()
+        if self.random.random() < self.settings.carry:
+            loss = self.carry_loss(batch)
+            loss.backward()
+            losses["carry"] = loss.item()
         self.optimiser.set_scale(self.scale())
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -175,6 +181,23 @@ class Trainer:
             logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
         )
         return F.cross_entropy(logits, targets) + self.settings.divergence * divergence
+
+    def carry_loss(self, batch: Batch) -> Tensor:
+        """Cross entropy of a width that goes on from another's cache: half of the samples switch
+        where thinking ends, the others anywhere in what is to be learnt."""
+        writer, reader = self.random.choices((("S", "L"), ("M", "L"), ("S", "M")), (3, 1, 1))[0]
+        rows, length = batch.inputs.shape
+        place = torch.arange(length)[None]
+        ends = torch.where(batch.inputs == END_THINK_ID, place, length).amin(1)
+        learnt = torch.where(batch.weights > 0, place, length)
+        first, last = learnt.amin(1), torch.where(batch.weights > 0, place, 0).amax(1)
+        drawn = first + (torch.rand(rows) * (last - first + 1)).long()
+        at = torch.where(torch.rand(rows) < 0.5, ends.clamp(max=length), drawn)
+        logits = self.model.switched(
+            batch.inputs, self.widths[writer], self.widths[reader], torch.minimum(at, last)
+        )
+        keep = (batch.weights > 0) & (place >= torch.minimum(at, last)[:, None])
+        return F.cross_entropy(logits[keep], batch.targets[keep])
 
     def advance_level(self) -> None:
         """Longer chains once the shorter ones are mostly learnt, or their time is over."""
