@@ -5,7 +5,8 @@ FORMATTERS = 'ruff==0.17.*' 'clang-format==23.*'
 PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-slow test-all test-asan lint format bench wheel clean
+EMU = $(dir $(PY))cmake --build build/emu --target _emu -j2
+.PHONY: help env build demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format bench wheel clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -18,16 +19,36 @@ build: env ## the same as env
 demo: env ## watch one checkpoint think at a small width and answer at a large one
 	@$(PY) -m elastic_infer.cli demo $(DEMO_ARGS)
 
-test: env ## the tests: at most 10 minutes on 2 cores
+emu: env ## the CUDA kernels on an emulated GPU, for the tests
+	@$(dir $(PY))cmake -S . -B build/emu -DELASTIC_EMULATE=ON -DPython_EXECUTABLE=$(PY) \
+	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) >/dev/null
+	@$(EMU)
+
+test: env emu ## the tests: at most 10 minutes on 2 cores
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
-test-slow: env ## the tests that take minutes each
+test-emu: env emu ## only the tests of the CUDA kernels, emulated
+	$(PYTEST) tests/test_emulator.py tests/test_cuda_ops.py tests/test_cuda_shapes.py \
+	  tests/test_ptxas.py -m "not slow" $(TEST_ARGS)
+
+test-emu-asan: env ## the same under AddressSanitizer and UBSan
+	@$(dir $(PY))cmake -S . -B build/emu-asan -DELASTIC_EMULATE=ON -DELASTIC_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(PY) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) >/dev/null
+	@$(subst build/emu,build/emu-asan,$(EMU))
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 EMU_BUILD=build/emu-asan \
+	  $(PYTEST) tests/test_emulator.py tests/test_cuda_ops.py tests/test_cuda_shapes.py $(TEST_ARGS)
+
+test-slow: env emu ## the tests that take minutes each
 	$(PYTEST) -m slow $(TEST_ARGS)
 
 test-all: test test-slow ## all tests
 
 test-asan: env ## the ops under AddressSanitizer and UBSan
 	PYTHON=$(PY) bash tests/sanitize.sh
+
+ptxas: env ## registers and spills of every CUDA kernel, for all architectures (needs nvcc, no GPU)
+	$(PY) bench/ptxas.py
 
 lint: env ## style of Python and C++, without changing anything
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PY) -m pip install -q $(FORMATTERS)
@@ -45,6 +66,6 @@ wheel: env ## a wheel in dist/
 	$(PY) -m pip wheel --no-deps --no-build-isolation -w dist .
 
 clean: ## forget what was built, keep .venv
-	rm -rf build/cmake build/env build/temp.* build/lib.* dist *.egg-info elastic_infer/_C*.so
+	rm -rf build/cmake build/emu build/emu-asan build/env build/temp.* build/lib.* dist *.egg-info elastic_infer/_C*.so
 
 include bench/peer.mk

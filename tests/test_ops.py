@@ -98,7 +98,11 @@ def test_reference(spec, case, dtype, isa):
 @pytest.mark.parametrize("spec, case, dtype", cells("poison"))
 def test_poison(spec, case, dtype, isa):
     """Law 2: what must not be read is NaN, what must not be written is a sentinel."""
-    clean = make(spec, case, dtype)
+    check_poison(spec, make(spec, case, dtype), Pool(2, isa))
+
+
+def check_poison(spec, clean, runner):
+    """Law 2 for one set of arguments."""
     dirty = copy(clean)
     spec.poison(dirty)
     frames = {}
@@ -111,7 +115,6 @@ def test_poison(spec, case, dtype, isa):
         inner = flat[guard : guard + value.numel()].view(value.shape)
         inner.copy_(value)
         dirty[name], frames[name] = inner, (flat, guard)
-    runner = Pool(2, isa)
     spec.call(dirty, runner)
     want = run(spec, clean, runner)
     exact = spec.reference(wide(spec, copy(clean)))

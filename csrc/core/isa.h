@@ -24,7 +24,11 @@ struct CpuKernel {
   void (*variant[kIsaCount])(const Args&, Pool&);
 };
 
-#if defined(__x86_64__)
+#if defined(ELASTIC_EMULATE)
+// The emulator's module (csrc/emu) needs the names alone.
+#define EI_CPU_KERNEL(op, Args) \
+  inline constexpr CpuKernel<Args> op##_cpu{#op, {nullptr, nullptr, nullptr}};
+#elif defined(__x86_64__)
 #define EI_CPU_KERNEL(op, Args) \
   namespace portable {          \
   void op(const Args&, Pool&);  \

@@ -6,17 +6,6 @@
 
 namespace py = pybind11;
 
-namespace ei {
-
-static std::vector<Binder>& binders() {
-  static std::vector<Binder> list;
-  return list;
-}
-
-RegisterOp::RegisterOp(Binder binder) { binders().push_back(binder); }
-
-}  // namespace ei
-
 PYBIND11_MODULE(_C, m) {
   using namespace ei;
   m.doc() = "Native kernels and host objects of elastic_infer.";

@@ -30,6 +30,13 @@ std::vector<std::string> Step::names() const {
   return names;
 }
 
+static std::vector<Binder>& binder_list() {
+  static std::vector<Binder> list;
+  return list;
+}
+RegisterOp::RegisterOp(Binder binder) { binder_list().push_back(binder); }
+const std::vector<Binder>& binders() { return binder_list(); }
+
 Runner runner_from(const pybind11::object& run) {
   Runner r;
   if (run.is_none()) {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "caster.h"
+#include "cuda.h"
 #include "isa.h"
 #include "pool.h"
 
@@ -75,6 +76,11 @@ Runner runner_from(const pybind11::object& run);
 template <class Args>
 void submit(const Runner& runner, const CpuKernel<Args>& kernel, const Args& args,
             std::initializer_list<const TensorArg*> tensors, int64_t scratch_bytes = 0) {
+#if defined(ELASTIC_EMULATE)
+  static_cast<void>(runner), static_cast<void>(tensors), static_cast<void>(scratch_bytes);
+  pybind11::gil_scoped_release unlocked;
+  run_emulated(kernel.name, &args, sizeof(Args));
+#else
   Pool& pool = runner.step ? runner.step->pool() : *runner.pool;
   auto* fn = kernel.variant[static_cast<int>(pool.isa())];
   if (runner.step) {
@@ -86,6 +92,7 @@ void submit(const Runner& runner, const CpuKernel<Args>& kernel, const Args& arg
   if (runner.step) return;
   fn(args, pool);
   pool.check_failure();
+#endif
 }
 
 // Registration of an op's binding: a static object in `<op>.cpp`, so that no list is edited.
@@ -93,5 +100,6 @@ using Binder = void (*)(pybind11::module_&);
 struct RegisterOp {
   explicit RegisterOp(Binder binder);
 };
+const std::vector<Binder>& binders();
 
 }  // namespace ei

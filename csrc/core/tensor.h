@@ -3,6 +3,12 @@
 #include <cstdint>
 #include <string>
 
+#if defined(__CUDACC__)
+#define EI_HOST_DEVICE __host__ __device__
+#else
+#define EI_HOST_DEVICE
+#endif
+
 namespace ei {
 
 // The first six are what ops take; the others exist so that errors can name what was given.
@@ -67,9 +73,9 @@ struct Tensor {
   int32_t device_id = 0;
   bool given = false;  // false for an optional argument that was None
 
-  explicit operator bool() const { return given; }
+  EI_HOST_DEVICE explicit operator bool() const { return given; }
   template <class T>
-  T* ptr() const {
+  EI_HOST_DEVICE T* ptr() const {
     return static_cast<T*>(data);
   }
   int64_t numel() const {

@@ -1,0 +1,179 @@
+// Products of many rows with a tiled bfloat16 weight on tensor cores (mma.m16n8k16), weight rows as
+// the 16 rows of the matrix instruction and rows of x ("tokens") as its 8 columns: with few tokens
+// nothing is wasted on the weight's side, which is read once.
+//
+// A block multiplies kM weight rows with kN tokens. K tiles of 64 columns arrive in shared memory
+// through a ring of stages (cp.async), 128 bytes per row, the 16-byte chunk c of row r at place
+// c ^ (r % 8), so that ldmatrix reads eight rows from eight different banks. Warps split the block
+// along weight rows, tokens, and (with few tokens) the four 16-column steps of each K tile:
+//
+//            tokens: kWarpsN parts
+//          +---------+---------+
+//   weight |  warp   |  warp   |   each warp: 16 kM16 rows x 8 kN8 tokens
+//   rows   +---------+---------+   and kWarpsK such layers, whose sums are added in order at the
+//   end
+#pragma once
+#include "rows.cuh"
+
+namespace ei::cuda {
+
+constexpr int kTileRows = 64;  // of the weight image, and columns
+constexpr int kTileValues = kTileRows * 64;
+
+template <int kM16_, int kWarpsM_, int kWarpsN_, int kWarpsK_, int kN_, int kStages_>
+struct TileShape {
+  static constexpr int kM16 = kM16_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_;
+  static constexpr int kN = kN_, kStages = kStages_;
+  static constexpr int kM = 16 * kM16 * kWarpsM;
+  static constexpr int kN8 = kN / kWarpsN / 8;
+  static constexpr int kThreads = kWarp * kWarpsM * kWarpsN * kWarpsK;
+  static constexpr int kStageBytes = (kM + kN) * 128;
+  static constexpr int kPitch = kM + 4;  // floats of one token's sums
+  static constexpr int kSumBytes = kWarpsK * kN * kPitch * 4;
+  static constexpr int kShared =
+      kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+  static_assert(kN8 == 1 || kN8 % 2 == 0, "ldmatrix brings two groups of 8 tokens");
+  static_assert(4 % kWarpsK == 0, "warps share the four steps of a K tile");
+};
+
+// The tokens of a block. x[i] is read up to columns[i] (a multiple of 16) and is zero beyond; a
+// token that does not exist has no columns. wanted[i]: how many weight rows it takes.
+template <int N>
+struct Tokens {
+  const bf16* x[N];
+  int columns[N], wanted[N];
+
+  // The largest of each, after a barrier.
+  EI_DEVICE int most_columns() const { return most(columns); }
+  EI_DEVICE int most_wanted() const { return most(wanted); }
+
+ private:
+  static EI_DEVICE int most(const int (&v)[N]) {
+    int top = 0;
+    for (int i = 0; i < N; ++i) top = max(top, v[i]);
+    return top;
+  }
+};
+
+// The weight rows of a block: row m of K tile t is at first + (m / 64) * tile_row + t *
+// kTileValues.
+struct WeightRows {
+  const bf16* first;  // row 0 of the block, in K tile 0
+  int64_t tile_row;   // values from one row of tiles to the next
+  int rows;           // rows that the image holds from there on
+};
+
+template <class Shape>
+class TileProduct {
+ public:
+  EI_DEVICE TileProduct(char* shared, const WeightRows& w, const Tokens<Shape::kN>& tokens)
+      : shared_(shared), w_(w), tokens_(tokens), lane_(threadIdx.x % kWarp) {
+    const int warp = threadIdx.x / kWarp;
+    warp_m_ = warp % Shape::kWarpsM;
+    warp_n_ = warp / Shape::kWarpsM % Shape::kWarpsN;
+    warp_k_ = warp / Shape::kWarpsM / Shape::kWarpsN;
+  }
+
+  // sum(token, m) for all of the block, over the first `columns` columns. Ends with a barrier.
+  EI_DEVICE void run(int columns) {
+    const int tiles = (columns + 63) / 64;
+    for (int t = 0; t < Shape::kStages - 1; ++t) {
+      if (t < tiles) stage(t);
+      commit_copies();
+    }
+    for (int t = 0; t < tiles; ++t) {
+      wait_copies<Shape::kStages - 2>();
+      __syncthreads();  // tile t is there for all, and all have left tile t - 1
+      if (t + Shape::kStages - 1 < tiles) stage(t + Shape::kStages - 1);
+      commit_copies();
+      multiply(t, columns);
+    }
+    wait_copies<0>();
+    __syncthreads();  // the ring becomes the room for sums
+    write_sums();
+    __syncthreads();
+  }
+
+  EI_DEVICE float sum(int token, int m) const {
+    const float* at = reinterpret_cast<const float*>(shared_) + token * Shape::kPitch + m;
+    float total = at[0];
+    for (int k = 1; k < Shape::kWarpsK; ++k) total += at[k * Shape::kN * Shape::kPitch];
+    return total;
+  }
+
+ private:
+  static EI_DEVICE int place(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
+  EI_DEVICE char* buffer(int t) const { return shared_ + t % Shape::kStages * Shape::kStageBytes; }
+
+  EI_DEVICE void stage(int t) const {
+    char* weights = buffer(t);
+    char* x = weights + Shape::kM * 128;
+    for (int i = threadIdx.x; i < Shape::kM * 8; i += Shape::kThreads) {
+      const int m = i / 8, chunk = i % 8;
+      const bf16* from = w_.first + m / kTileRows * w_.tile_row + t * int64_t{kTileValues} +
+                         m % kTileRows * 64 + chunk * 8;
+      copy16_async(weights + place(m, chunk), from, m < w_.rows);
+    }
+    for (int i = threadIdx.x; i < Shape::kN * 8; i += Shape::kThreads) {
+      const int token = i / 8, chunk = i % 8, column = t * 64 + chunk * 8;
+      const bool there = column < tokens_.columns[token];
+      copy16_async(x + place(token, chunk), tokens_.x[token] + (there ? column : 0), there);
+    }
+  }
+
+  EI_DEVICE void multiply(int t, int columns) {
+    const char* weights = buffer(t);
+    const char* x = weights + Shape::kM * 128;
+    const int steps = min(4, (columns - t * 64) / 16);  // nothing beyond is touched: it may be NaN
+    EI_UNROLL
+    for (int i = 0; i < 4 / Shape::kWarpsK; ++i) {
+      const int step = i * Shape::kWarpsK + warp_k_;
+      if (step >= steps) break;
+      uint32_t a[Shape::kM16][4], b[Shape::kN8][2];
+      EI_UNROLL
+      for (int m = 0; m < Shape::kM16; ++m) {
+        const int row = (warp_m_ * Shape::kM16 + m) * 16 + lane_ % 16;
+        load_matrices(a[m], weights + place(row, step * 2 + lane_ / 16));
+      }
+      EI_UNROLL
+      for (int n = 0; n < Shape::kN8; n += 2) {
+        const int second = Shape::kN8 == 1 ? 0 : lane_ / 16 * 8;
+        const int token = (warp_n_ * Shape::kN8 + n) * 8 + second + lane_ % 8;
+        uint32_t two[4];
+        load_matrices(two, x + place(token, step * 2 + lane_ / 8 % 2));
+        b[n][0] = two[0], b[n][1] = two[1];
+        if constexpr (Shape::kN8 > 1) b[n + 1][0] = two[2], b[n + 1][1] = two[3];
+      }
+      EI_UNROLL
+      for (int m = 0; m < Shape::kM16; ++m) EI_UNROLL
+      for (int n = 0; n < Shape::kN8; ++n) multiply_add(sums_[m][n], a[m], b[n][0], b[n][1]);
+    }
+  }
+
+  EI_DEVICE void write_sums() const {
+    float* layer = reinterpret_cast<float*>(shared_) + warp_k_ * Shape::kN * Shape::kPitch;
+    EI_UNROLL
+    for (int m = 0; m < Shape::kM16; ++m) EI_UNROLL
+    for (int n = 0; n < Shape::kN8; ++n) EI_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int row = (warp_m_ * Shape::kM16 + m) * 16 + lane_ / 4 + j / 2 * 8;
+      const int token = (warp_n_ * Shape::kN8 + n) * 8 + lane_ % 4 * 2 + j % 2;
+      layer[token * Shape::kPitch + row] = sums_[m][n][j];
+    }
+  }
+
+  char* shared_;
+  const WeightRows w_;
+  const Tokens<Shape::kN>& tokens_;
+  int lane_, warp_m_, warp_n_, warp_k_;
+  float sums_[Shape::kM16][Shape::kN8][4] = {};
+};
+
+// The block shapes: rows of the weight x tokens, ways to split, stages of the ring.
+using Tokens8 = TileShape<1, 1, 1, 4, 8, 6>;      // 16 x 8: as many blocks as a narrow layer allows
+using Tokens16 = TileShape<1, 1, 1, 4, 16, 6>;    // 16 x 16
+using Tokens32 = TileShape<1, 2, 1, 2, 32, 4>;    // 32 x 32
+using Tokens64 = TileShape<1, 2, 1, 2, 64, 4>;    // 32 x 64
+using Tokens128 = TileShape<4, 2, 2, 1, 128, 3>;  // 128 x 128, warps 64 x 64: bound by the products
+
+}  // namespace ei::cuda

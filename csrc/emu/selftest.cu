@@ -1,0 +1,219 @@
+// The emulator's own test kernels: each is right, or wrong in one way that the emulator must show.
+#include <map>
+#include <vector>
+
+#include "../core/launch.cuh"
+#include "selftest.h"
+
+namespace ei::cuda {
+namespace {
+
+struct Row {
+  float value[64];
+};
+
+// Every thread writes its place and reads its neighbour's.
+template <bool kBarrier>
+__global__ void neighbour(float* out) {
+  EI_SHARED(Row, row);
+  row.value[threadIdx.x] = static_cast<float>(threadIdx.x);
+  if constexpr (kBarrier) __syncthreads();
+  out[threadIdx.x] = row.value[(threadIdx.x + 1) % 64];
+}
+
+__global__ void half_a_barrier() {
+  if (threadIdx.x < 40) __syncthreads();
+}
+__global__ void half_a_warp(float* out) {
+  if (threadIdx.x % 2) out[threadIdx.x] = sum_lanes(1.0f);
+}
+__global__ void two_operations(float* out) {
+  out[threadIdx.x] = threadIdx.x % 2 ? shuffle_xor<1>(1.0f) : shuffle(1.0f, 0);
+}
+
+// Copies 16 bytes per thread through shared memory; the first half of the threads copy zeros.
+template <bool kWait>
+__global__ void copy_through(const float* in, float* out) {
+  EI_DYNAMIC_SHARED(float, room);
+  const int at = 4 * threadIdx.x;
+  copy16_async(room + at, in + at, threadIdx.x >= 16);
+  commit_copies();
+  if constexpr (kWait) wait_copies<0>();
+  for (int i = 0; i < 4; ++i) out[at + i] = room[at + i];
+}
+
+__global__ void misaligned(const float* in, float* out) {
+  float v[4];
+  load(in + 1, v);
+  out[threadIdx.x] = v[0];
+}
+
+// Shared memory that nobody wrote, in every block.
+__global__ void unwritten(float* out) {
+  EI_SHARED(Row, row);
+  EI_DYNAMIC_SHARED(float, room);
+  const float seen = row.value[0] + room[0];
+  __syncthreads();
+  row.value[threadIdx.x] = room[threadIdx.x] = 1.0f;
+  out[blockIdx.x] = seen;
+}
+
+__global__ void beyond_shared(float* out) {
+  EI_DYNAMIC_SHARED(float, room);
+  out[threadIdx.x] = room[threadIdx.x];  // the launch gives half of it
+}
+
+// d = a b for a [16, 16] and b [16, 8], both row-major.
+__global__ void multiply(const bf16* a, const bf16* b, float* d) {
+  struct Tiles {
+    bf16 a[16][16], b[16][8];
+  };
+  EI_SHARED(Tiles, tile);
+  for (int i = threadIdx.x; i < 256; i += kWarp) tile.a[i / 16][i % 16] = a[i];
+  for (int i = threadIdx.x; i < 128; i += kWarp) tile.b[i / 8][i % 8] = b[i];
+  __syncthreads();
+  const int lane = threadIdx.x;
+  uint32_t fa[4], fb[4];
+  load_matrices(fa, &tile.a[lane % 16][lane / 16 * 8]);
+  load_matrices<true>(fb, &tile.b[lane % 16][0]);  // the upper lanes' matrices go unused
+  float total[4] = {};
+  multiply_add(total, fa, fb[0], fb[1]);
+  for (int j = 0; j < 4; ++j) d[(lane / 4 + j / 2 * 8) * 8 + lane % 4 * 2 + j % 2] = total[j];
+}
+
+__global__ void votes(uint32_t* out) { out[threadIdx.x] = ballot(threadIdx.x % 3 == 0); }
+
+// Which thread, and which block, ran how many others after the first.
+struct Clock {
+  int* ticks;
+};
+__global__ void order_of(Clock clock, int* out) {
+  out[blockIdx.x * 64 + threadIdx.x] = clock.ticks[0]++;
+}
+
+std::string compare(const std::vector<float>& got, const std::vector<float>& want) {
+  for (size_t i = 0; i < want.size(); ++i)
+    if (!(got[i] == want[i]))
+      return "at " + std::to_string(i) + ": " + std::to_string(got[i]) + " instead of " +
+             std::to_string(want[i]);
+  return "ok";
+}
+
+template <bool kBarrier>
+std::string run_neighbour() {
+  std::vector<float> out(64), want(64);
+  for (int i = 0; i < 64; ++i) want[i] = static_cast<float>((i + 1) % 64);
+  launch({}, neighbour<kBarrier>, dim3(1), 64, 0, out.data());
+  return compare(out, want);
+}
+
+template <bool kWait>
+std::string run_copy() {
+  std::vector<Bytes16> in(32);
+  std::vector<float> out(128), want(128);
+  float* values = reinterpret_cast<float*>(in.data());
+  for (int i = 0; i < 128; ++i) values[i] = i + 1.0f, want[i] = i < 64 ? 0.0f : i + 1.0f;
+  launch({}, copy_through<kWait>, dim3(1), 32, 512, static_cast<const float*>(values), out.data());
+  return compare(out, want);
+}
+
+std::string run_multiply() {
+  std::vector<bf16> a(256), b(128);
+  std::vector<float> d(128), want(128);
+  for (int i = 0; i < 256; ++i) from_float(static_cast<float>(i % 13 - 6), a[i]);
+  for (int i = 0; i < 128; ++i) from_float(static_cast<float>(i % 7 - 3), b[i]);
+  for (int i = 0; i < 128; ++i)
+    for (int k = 0; k < 16; ++k)
+      want[i] += to_float(a[i / 8 * 16 + k]) * to_float(b[k * 8 + i % 8]);
+  launch({}, multiply, dim3(1), 32, 0, static_cast<const bf16*>(a.data()),
+         static_cast<const bf16*>(b.data()), d.data());
+  return compare(d, want);
+}
+
+std::string run_votes() {
+  std::vector<uint32_t> out(64);
+  launch({}, votes, dim3(1), 64, 0, out.data());
+  for (int i = 0; i < 64; ++i) {
+    uint32_t want = 0;
+    for (int l = 0; l < 32; ++l) want |= static_cast<uint32_t>((i / 32 * 32 + l) % 3 == 0) << l;
+    if (out[i] != want) return "wrong vote in thread " + std::to_string(i);
+  }
+  return "ok";
+}
+
+// The tick of thread 0 of block 0 and of thread 63 of block 2, out of 3 blocks of 64.
+std::string run_order() {
+  int ticks = 0;
+  std::vector<int> out(192);
+  const int workers = emu::settings().workers;
+  emu::settings().workers = 1;
+  launch({}, order_of, dim3(3), 64, 0, Clock{&ticks}, out.data());
+  emu::settings().workers = workers;
+  return std::to_string(out[0]) + " " + std::to_string(out[191]);
+}
+
+std::string run_unwritten() {
+  std::vector<float> out(3);
+  launch({}, unwritten, dim3(3), 64, 256, out.data());
+  for (float v : out)
+    if (v == v) return "a block saw " + std::to_string(v) + " in memory that it never wrote";
+  return "ok";
+}
+
+std::string run_beyond() {
+  std::vector<float> out(64);
+  launch({}, beyond_shared, dim3(1), 64, 128, out.data());
+  return "ok";
+}
+
+template <void (*kKernel)()>
+std::string run_plain() {
+  launch({}, kKernel, dim3(1), 64, 0);
+  return "ok";
+}
+template <void (*kKernel)(float*)>
+std::string run_output() {
+  std::vector<float> out(64);
+  launch({}, kKernel, dim3(1), 64, 0, out.data());
+  return "ok";
+}
+std::string run_misaligned() {
+  std::vector<Bytes16> in(4);
+  std::vector<float> out(32);
+  launch({}, misaligned, dim3(1), 32, 0, reinterpret_cast<const float*>(in.data()), out.data());
+  return "ok";
+}
+std::string run_half_block() {
+  launch({}, half_a_barrier, dim3(1), 48, 0);
+  return "ok";
+}
+
+}  // namespace
+}  // namespace ei::cuda
+
+namespace ei::emu {
+
+std::string selftest(const std::string& name) {
+  using namespace ei::cuda;
+  static const std::map<std::string, std::string (*)()> tests = {
+      {"barrier", run_neighbour<true>},
+      {"missing_barrier", run_neighbour<false>},
+      {"divergent_barrier", run_plain<half_a_barrier>},
+      {"divergent_warp", run_output<half_a_warp>},
+      {"two_operations", run_output<two_operations>},
+      {"copy", run_copy<true>},
+      {"missing_wait", run_copy<false>},
+      {"misaligned", run_misaligned},
+      {"unwritten_shared", run_unwritten},
+      {"beyond_shared", run_beyond},
+      {"multiply", run_multiply},
+      {"votes", run_votes},
+      {"order", run_order},
+      {"partial_warp", run_half_block},
+  };
+  const auto found = tests.find(name);
+  if (found == tests.end()) throw std::invalid_argument("no emulator test named " + name);
+  return found->second();
+}
+
+}  // namespace ei::emu

@@ -1,0 +1,280 @@
+// Computes: attention_decode (attention_decode.h).
+// Layout: the query heads of one KV head are the 16 rows of a matrix instruction (more: further
+//   groups of 16), so the arithmetic stays far below the time of reading the cache.
+// Work split: blocks are (split of the keys, KV head and 16 query heads, sequence). Splits are
+// whole
+//   pages; their number follows from the shapes of q and page_table alone, never from lengths, so
+//   one captured launch serves all of them; splits beyond a length leave at once. In a block each
+//   of four warps takes every fourth run of 16 keys, copies it into its own part of shared memory a
+//   few runs ahead, and keeps its own softmax: no barrier until the warps are joined at the end.
+//   With more than one split a second kernel joins their results.
+// Order: keys of a warp ascending; warps, then splits, ascending.
+// Shared memory: 96 KiB of runs (K = 128), then the warps' results in the same place.
+// Workspace: o, m and l of every split in float.
+// Limits: head sizes are multiples of 16 up to 256; bfloat16 beyond 128 and float32 take the plain
+//   kernel below. q starts its rows at multiples of 16 bytes.
+// Speed: not yet measured on a GPU. Floor: keys and values of the sequences' own lengths read once.
+// Source: Dao et al., "Flash-Decoding for long-context inference".
+#include "../../core/attention.cuh"
+#include "../../core/launch.cuh"
+#include "attention_decode.h"
+
+namespace ei::cuda {
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16, kRun = 16;
+
+// How the work is divided, from the shapes alone.
+struct Plan {
+  int Hkv, K, group, tiles;  // tiles: groups of 16 query heads of one KV head
+  int pages, splits;         // pages of one split
+  float* partial;            // [S][Hq][splits][K + 2]: o, then m and l; null with one split
+
+  int64_t floats(int64_t S) const { return splits > 1 ? S * Hkv * group * splits * (K + 2) : 0; }
+};
+
+Plan make_plan(const AttentionDecodeArgs& a) {
+  constexpr int64_t kWantedBlocks = 512;  // some per multiprocessor
+  Plan p{};
+  p.Hkv = static_cast<int>(a.k_pages.shape[1]);
+  p.K = static_cast<int>(a.k_pages.shape[3]);
+  p.group = static_cast<int>(a.q.shape[1] / p.K / p.Hkv);
+  p.tiles = static_cast<int>(ceil_div(p.group, kRows));
+  const int64_t table = std::max<int64_t>(a.page_table.shape[1], 1);
+  const int64_t wanted = table * a.q.shape[0] * p.Hkv * p.tiles / kWantedBlocks;
+  p.pages = 1;
+  while (p.pages < wanted && p.pages < table) p.pages *= 2;
+  p.splits = static_cast<int>(ceil_div(table, p.pages));
+  return p;
+}
+
+// What a block needs of its sequence.
+struct Sequence {
+  int length, first, end;  // keys of this split
+  int active;              // query heads of the KV head that the width has
+  const int32_t* pages;
+};
+EI_DEVICE Sequence sequence_of(const AttentionDecodeArgs& a, const Plan& p, int64_t s, int h) {
+  Sequence q;
+  q.length = a.lengths.ptr<int32_t>()[s];
+  q.first = min(static_cast<int>(blockIdx.x) * p.pages * kPage, q.length);
+  q.end = min(q.first + p.pages * kPage, q.length);
+  const int heads = active_size(a.seq_width, a.q_sizes, s, p.Hkv * p.group);
+  q.active = heads > h ? (heads - h + p.Hkv - 1) / p.Hkv : 0;
+  q.pages = row<int32_t>(a.page_table, s);
+  return q;
+}
+
+// The result of one query head over a split: written out, or kept for the join. o(c) is the
+// unnormalised output of channel c, for the threads c of `step`.
+template <class T, class Output>
+EI_DEVICE void finish(const AttentionDecodeArgs& a, const Plan& p, int64_t s, int n, float m,
+                      float l, int c, int step, const Output& o) {
+  if (p.partial) {
+    float* to = p.partial + ((s * p.Hkv * p.group + n) * p.splits + blockIdx.x) * (p.K + 2);
+    if (c == 0) to[p.K] = m, to[p.K + 1] = l;
+    for (; c < p.K; c += step) to[c] = o(c);
+  } else {
+    T* out = row<T>(a.out, s) + n * p.K;
+    for (; c < p.K; c += step) from_float(l > 0.0f || l != l ? o(c) / l : 0.0f, out[c]);
+  }
+}
+
+// ---- bfloat16 on tensor cores
+
+template <int kHead>
+struct Ring {
+  static constexpr int kStages = 3;
+  static constexpr int kRunBytes = kRun * kHead * 2;  // keys, and as much for values
+  static constexpr int kWarpBytes = kStages * 2 * kRunBytes;
+  static constexpr int kBytes = kWarps * kWarpBytes;
+};
+
+// What the warps of a block found, in the place of the ring.
+template <int kHead>
+struct Found {
+  float o[kWarps][kRows][kHead + 2], m[kWarps][kRows], l[kWarps][kRows];
+};
+
+// Copies the run of keys from `key` on to shared memory; keys from `end` on become zero.
+template <int kHead>
+EI_DEVICE void stage(const AttentionDecodeArgs& a, const Plan& p, const Sequence& q, int h,
+                     char* keys, int key) {
+  const int64_t page = q.pages[key / kPage];
+  const int64_t at = ((page * p.Hkv + h) * kPage + key % kPage) * p.K;
+  const int chunks = p.K / 8;
+  for (int i = threadIdx.x % kWarp; i < kRun * chunks; i += kWarp) {
+    const int r = i / chunks, chunk = i % chunks, to = chunk_place<kHead>(r, chunk);
+    const bool there = key + r < q.end;
+    const int64_t from = there ? at + r * p.K + chunk * 8 : 0;
+    copy16_async(keys + to, a.k_pages.ptr<bf16>() + from, there);
+    copy16_async(keys + Ring<kHead>::kRunBytes + to, a.v_pages.ptr<bf16>() + from, there);
+  }
+}
+
+template <int kHead>
+__global__ void __launch_bounds__(kThreads)
+    attend_split(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
+  using R = Ring<kHead>;
+  EI_DYNAMIC_SHARED(char, shared);
+  const int64_t s = blockIdx.z;
+  const int h = blockIdx.y / p.tiles, first_row = blockIdx.y % p.tiles * kRows;
+  const Sequence q = sequence_of(a, p, s, h);
+  if (p.partial && q.first >= q.end) return;  // the join looks at no split beyond the length
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  char* mine = shared + warp * R::kWarpBytes;
+  const auto query = [&](int i) {
+    return first_row + i < q.active ? row<bf16>(a.q, s) + (h + (first_row + i) * p.Hkv) * p.K
+                                    : nullptr;
+  };
+  WarpRows<kHead> rows(p.K);
+  rows.set_queries(query(lane / 4), query(lane / 4 + 8));
+
+  const int end = first_row < q.active ? q.end : q.first;  // nobody to attend: no keys
+  const int from = q.first + warp * kRun, step = kWarps * kRun;
+  EI_UNROLL
+  for (int i = 0; i < R::kStages - 1; ++i) {
+    if (from + i * step < end)
+      stage<kHead>(a, p, q, h, mine + i * 2 * R::kRunBytes, from + i * step);
+    commit_copies();
+  }
+  int now = 0;
+  for (int key = from; key < end; key += step) {
+    const int ahead = key + (R::kStages - 1) * step, slot = (now + R::kStages - 1) % R::kStages;
+    if (ahead < end) stage<kHead>(a, p, q, h, mine + slot * 2 * R::kRunBytes, ahead);
+    commit_copies();
+    wait_copies<R::kStages - 1>();
+    sync_warp();  // what the other lanes copied is there too
+    const char* keys = mine + now * 2 * R::kRunBytes;
+    const int visible[2] = {first_row + lane / 4 < q.active ? end - key : 0,
+                            first_row + lane / 4 + 8 < q.active ? end - key : 0};
+    rows.template attend<kRun>(keys, keys + R::kRunBytes, a.scale * kLog2e, visible);
+    sync_warp();  // before this slot is written again
+    now = (now + 1) % R::kStages;
+  }
+  wait_copies<0>();
+  __syncthreads();
+
+  Found<kHead>& found = *reinterpret_cast<Found<kHead>*>(shared);
+  EI_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int r = lane / 4 + 8 * i;
+    if (lane % 4 == 0) found.m[warp][r] = rows.m[i], found.l[warp][r] = rows.l[i];
+    EI_UNROLL
+    for (int c = 0; c < kHead / 8; ++c)
+      for (int j = 0; j < 2; ++j) found.o[warp][r][c * 8 + lane % 4 * 2 + j] = rows.o[c][2 * i + j];
+  }
+  __syncthreads();
+  for (int i = warp; i < kRows && first_row + i < p.group; i += kWarps) {
+    float m = kNothingSeen, l = 0.0f, weight[kWarps];
+    for (int w = 0; w < kWarps; ++w) m = fmaxf(m, found.m[w][i]);
+    EI_UNROLL
+    for (int w = 0; w < kWarps; ++w) {
+      weight[w] = exp2_fast(found.m[w][i] - finite_maximum(m));
+      l += found.l[w][i] * weight[w];
+    }
+    finish<bf16>(a, p, s, h + (first_row + i) * p.Hkv, m, l, lane, kWarp, [&](int c) {
+      float o = 0.0f;
+      EI_UNROLL
+      for (int w = 0; w < kWarps; ++w) o += found.o[w][i][c] * weight[w];
+      return o;
+    });
+  }
+}
+
+// ---- float32, and large heads: a block per query head, each warp every fourth run of 32 keys
+
+struct PlainFound {
+  PlainRoom room[kWarps];
+  float o[kWarps][kMostHead], m[kWarps], l[kWarps];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    attend_plain(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
+  EI_SHARED(PlainFound, found);
+  const int64_t s = blockIdx.z;
+  const int n = blockIdx.y, h = n % p.Hkv;
+  const Sequence q = sequence_of(a, p, s, h);
+  if (p.partial && q.first >= q.end) return;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const bool active = n / p.Hkv < q.active;
+  PlainRow mine(found.room[warp], active ? row<T>(a.q, s) + n * p.K : static_cast<T*>(nullptr), p.K,
+                a.scale);
+  const auto at = [&](int j) {
+    return ((static_cast<int64_t>(q.pages[j / kPage]) * p.Hkv + h) * kPage + j % kPage) * p.K;
+  };
+  for (int key = q.first + warp * kWarp; active && key < q.end; key += kWarps * kWarp)
+    mine.attend(a.k_pages.ptr<T>(), a.v_pages.ptr<T>(), key, min(key + kWarp, q.end), at);
+  EI_UNROLL
+  for (int i = 0; i < PlainRow::kSteps; ++i) found.o[warp][lane + i * kWarp] = mine.o[i];
+  if (lane == 0) found.m[warp] = mine.m * kLog2e, found.l[warp] = mine.l;
+  __syncthreads();
+  float top = kNothingSeen, total = 0.0f, weight[kWarps];
+  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, found.m[w]);
+  EI_UNROLL
+  for (int w = 0; w < kWarps; ++w) {
+    weight[w] = exp2_fast(found.m[w] - finite_maximum(top));
+    total += found.l[w] * weight[w];
+  }
+  finish<T>(a, p, s, n, top, total, threadIdx.x, kThreads, [&](int c) {
+    float sum = 0.0f;
+    EI_UNROLL
+    for (int w = 0; w < kWarps; ++w) sum += found.o[w][c] * weight[w];
+    return sum;
+  });
+}
+
+// ---- joining the splits of one query head
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    join(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
+  const int64_t s = blockIdx.y;
+  const int n = blockIdx.x, length = a.lengths.ptr<int32_t>()[s];
+  const int splits = (length + p.pages * kPage - 1) / (p.pages * kPage);
+  const float* all = p.partial + (s * p.Hkv * p.group + n) * p.splits * (p.K + 2);
+  float m = kNothingSeen, l = 0.0f;
+  for (int i = 0; i < splits; ++i) m = fmaxf(m, all[i * (p.K + 2) + p.K]);
+  for (int i = 0; i < splits; ++i)
+    l += all[i * (p.K + 2) + p.K + 1] * exp2_fast(all[i * (p.K + 2) + p.K] - finite_maximum(m));
+  for (int c = threadIdx.x; c < p.K; c += kThreads) {
+    float o = 0.0f;
+    for (int i = 0; i < splits; ++i)
+      o += all[i * (p.K + 2) + c] * exp2_fast(all[i * (p.K + 2) + p.K] - finite_maximum(m));
+    from_float(l > 0.0f || l != l ? o / l : 0.0f, row<T>(a.out, s)[n * p.K + c]);
+  }
+}
+
+int64_t workspace_bytes(const AttentionDecodeArgs& a) {
+  return make_plan(a).floats(a.q.shape[0]) * 4;
+}
+
+void launch_attention_decode(const AttentionDecodeArgs& a, const CudaCall& call) {
+  require_aligned("attention_decode", "q", a.q);
+  Plan p = make_plan(a);
+  if (p.K > kMostHead)
+    throw std::invalid_argument(
+        "attention_decode: k_pages must have a head size of at most 256, got " +
+        a.k_pages.describe());
+  if (p.splits > 1) p.partial = reinterpret_cast<float*>(call.workspace);
+  const unsigned S = static_cast<unsigned>(a.q.shape[0]), Hq = p.Hkv * p.group;
+  const bool q16 = a.q.dtype == DType::bf16;
+  if (q16 && p.K <= 128) {
+    const dim3 grid(p.splits, p.Hkv * p.tiles, S);
+    if (p.K <= 64)
+      launch(call, attend_split<64>, grid, kThreads, Ring<64>::kBytes, a, p);
+    else
+      launch(call, attend_split<128>, grid, kThreads, Ring<128>::kBytes, a, p);
+  } else {
+    launch(call, q16 ? attend_plain<bf16> : attend_plain<float>, dim3(p.splits, Hq, S), kThreads, 0,
+           a, p);
+  }
+  if (p.splits > 1) launch(call, q16 ? join<bf16> : join<float>, dim3(Hq, S), kThreads, 0, a, p);
+}
+
+const RegisterCuda<AttentionDecodeArgs, launch_attention_decode, workspace_bytes> registered(
+    "attention_decode");
+
+}  // namespace
+}  // namespace ei::cuda

@@ -1,0 +1,176 @@
+// Computes: attention_prefill (attention_prefill.h).
+// Layout: a row of a block is one (token, query head); the query heads of a KV head are neighbours,
+// so a
+//   block of 64 rows reads keys and values once for all of them, also where a chunk is short.
+// Work split: blocks are (64 rows, KV head, sequence), four warps 16 rows each, from the last rows
+// to the
+//   first (they see the most keys and start first). The grid is sized by the packed batch; blocks
+//   beyond a sequence's own chunk leave at once. Pages of 64 keys pass through two stages of shared
+//   memory; a block ends with the page that its last row sees.
+// Order: pages ascending, at absolute positions; a page that a row does not see leaves its bits. So
+//   where a prompt is cut into chunks changes no bit.
+// Shared memory: two pages of keys and values, 64 KiB at K = 128.
+// Limits: head sizes are multiples of 16 up to 256; bfloat16 beyond 128 and float32 take the plain
+// kernel
+//   below (a warp per row). q starts its rows at multiples of 16 bytes.
+// Speed: not yet measured on a GPU. Floor: 4 K flops per row and key it sees.
+// Source: Dao, "FlashAttention-2"; pages as in Kwon et al., "PagedAttention".
+#include "../../core/attention.cuh"
+#include "../../core/launch.cuh"
+#include "attention_prefill.h"
+
+namespace ei::cuda {
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16 * kWarps, kStages = 2;
+
+// One sequence's chunk, and the query heads of one KV head in it.
+struct Chunk {
+  int first, tokens, before;  // row of q, tokens of the chunk, tokens before it
+  int group, active;          // query heads of the KV head; how many the width has
+  int h, Hkv, K;
+  const int32_t* pages;
+
+  EI_DEVICE Chunk(const AttentionPrefillArgs& a, int64_t s, int h_) : h(h_) {
+    const int32_t* cu = a.cu_seqlens.ptr<int32_t>() + s;
+    first = cu[0];
+    tokens = cu[1] - cu[0];
+    before = a.context.ptr<int32_t>()[s];
+    Hkv = static_cast<int>(a.k_pages.shape[1]);
+    K = static_cast<int>(a.k_pages.shape[3]);
+    const int Hq = static_cast<int>(a.q.shape[1]) / K;
+    group = Hq / Hkv;
+    const int heads = active_size(a.seq_width, a.q_sizes, s, Hq);
+    active = heads > h ? (heads - h + Hkv - 1) / Hkv : 0;
+    pages = row<int32_t>(a.page_table, s);
+  }
+  EI_DEVICE int rows() const { return tokens * group; }
+  // Keys that row i sees; 0 for rows beyond the chunk and for heads that the width lacks.
+  EI_DEVICE int visible(int i) const {
+    return i < rows() && i % group < active ? before + i / group + 1 : 0;
+  }
+  // Where row i is in q or out.
+  template <class T>
+  EI_DEVICE T* at(const Tensor& t, int i) const {
+    return row<T>(t, first + i / group) + (h + i % group * Hkv) * K;
+  }
+  EI_DEVICE int64_t key(int j) const {  // of the pages
+    return ((static_cast<int64_t>(pages[j / kPage]) * Hkv + h) * kPage + j % kPage) * K;
+  }
+};
+
+template <int kHead>
+struct Page {
+  static constexpr int kBytes = kPage * kHead * 2;  // keys; as much for values
+};
+
+// Copies a page of keys and values; those of tokens that are not there become zero.
+template <int kHead>
+EI_DEVICE void stage(const AttentionPrefillArgs& a, const Chunk& c, char* keys, int page) {
+  const int chunks = c.K / 8, there = c.before + c.tokens - page * kPage;
+  const int64_t base = c.key(page * kPage);
+  for (int i = threadIdx.x; i < kPage * chunks; i += kThreads) {
+    const int r = i / chunks, chunk = i % chunks, to = chunk_place<kHead>(r, chunk);
+    const int64_t from = r < there ? base + r * c.K + chunk * 8 : 0;
+    copy16_async(keys + to, a.k_pages.ptr<bf16>() + from, r < there);
+    copy16_async(keys + Page<kHead>::kBytes + to, a.v_pages.ptr<bf16>() + from, r < there);
+  }
+}
+
+template <int kHead>
+__global__ void __launch_bounds__(kThreads)
+    attend_pages(const __grid_constant__ AttentionPrefillArgs a) {
+  constexpr int kStage = 2 * Page<kHead>::kBytes;
+  EI_DYNAMIC_SHARED(char, ring);
+  const Chunk c(a, blockIdx.z, blockIdx.y);
+  const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kRows;
+  if (block >= c.rows()) return;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int mine[2] = {block + warp * 16 + lane / 4, block + warp * 16 + lane / 4 + 8};
+  const int sees[2] = {c.visible(mine[0]), c.visible(mine[1])};
+  WarpRows<kHead> rows(c.K);
+  rows.set_queries(sees[0] ? c.at<bf16>(a.q, mine[0]) : nullptr,
+                   sees[1] ? c.at<bf16>(a.q, mine[1]) : nullptr);
+
+  const int last_row = min(block + kRows, c.rows()) - 1;
+  const int pages = c.active ? (c.before + last_row / c.group + kPage) / kPage : 0;
+  EI_UNROLL
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < pages) stage<kHead>(a, c, ring + i * kStage, i);
+    commit_copies();
+  }
+  for (int page = 0; page < pages; ++page) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the page is there for all, and all have left the one before
+    const int ahead = page + kStages - 1;
+    if (ahead < pages) stage<kHead>(a, c, ring + ahead % kStages * kStage, ahead);
+    commit_copies();
+    const char* keys = ring + page % kStages * kStage;
+    const int visible[2] = {sees[0] - page * kPage, sees[1] - page * kPage};
+    rows.template attend<kPage>(keys, keys + Page<kHead>::kBytes, a.scale * kLog2e, visible);
+  }
+  EI_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    if (mine[i] >= c.rows()) continue;
+    const float scale = sees[i] ? 1.0f / rows.l[i] : 0.0f;
+    uint32_t* out = reinterpret_cast<uint32_t*>(c.at<bf16>(a.out, mine[i]));
+    EI_UNROLL
+    for (int k = 0; k < kHead / 8; ++k)
+      if (k * 8 < c.K)
+        out[k * 4 + lane % 4] = pack_bf16(rows.o[k][2 * i] * scale, rows.o[k][2 * i + 1] * scale);
+  }
+  wait_copies<0>();
+}
+
+// ---- float32, and large heads: a warp per row
+
+struct PlainRooms {
+  PlainRoom of_warp[kWarps];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    attend_plain(const __grid_constant__ AttentionPrefillArgs a) {
+  EI_SHARED(PlainRooms, rooms);
+  const Chunk c(a, blockIdx.z, blockIdx.y);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int i = blockIdx.x * kWarps + warp;
+  if (i >= c.rows()) return;
+  const int sees = c.visible(i);
+  PlainRow mine(rooms.of_warp[warp], sees ? c.at<T>(a.q, i) : static_cast<T*>(nullptr), c.K,
+                a.scale);
+  for (int key = 0; key < sees; key += kWarp)
+    mine.attend(a.k_pages.ptr<T>(), a.v_pages.ptr<T>(), key, min(key + kWarp, sees),
+                [&](int j) { return c.key(j); });
+  EI_UNROLL
+  for (int k = 0; k < PlainRow::kSteps; ++k)
+    if (lane + k * kWarp < c.K)
+      from_float(sees ? mine.o[k] / mine.l : 0.0f, c.at<T>(a.out, i)[lane + k * kWarp]);
+}
+
+void launch_attention_prefill(const AttentionPrefillArgs& a, const CudaCall& call) {
+  require_aligned("attention_prefill", "q", a.q);
+  require_aligned("attention_prefill", "out", a.out);
+  const int64_t Hkv = a.k_pages.shape[1], K = a.k_pages.shape[3];
+  if (K > kMostHead)
+    throw std::invalid_argument(
+        "attention_prefill: k_pages must have a head size of at most 256, got " +
+        a.k_pages.describe());
+  const int64_t rows = a.q.shape[0] * (a.q.shape[1] / K / Hkv);
+  const bool q16 = a.q.dtype == DType::bf16;
+  const auto grid = [&](int per_block) {
+    return dim3(static_cast<unsigned>(ceil_div(rows, per_block)), static_cast<unsigned>(Hkv),
+                static_cast<unsigned>(a.context.shape[0]));
+  };
+  if (q16 && K <= 64)
+    launch(call, attend_pages<64>, grid(kRows), kThreads, kStages * 2 * Page<64>::kBytes, a);
+  else if (q16 && K <= 128)
+    launch(call, attend_pages<128>, grid(kRows), kThreads, kStages * 2 * Page<128>::kBytes, a);
+  else
+    launch(call, q16 ? attend_plain<bf16> : attend_plain<float>, grid(kWarps), kThreads, 0, a);
+}
+
+const RegisterCuda<AttentionPrefillArgs, launch_attention_prefill> registered("attention_prefill");
+
+}  // namespace
+}  // namespace ei::cuda

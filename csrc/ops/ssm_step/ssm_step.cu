@@ -1,0 +1,53 @@
+// Computes: ssm_step (ssm_step.h).
+// Layout: state [P][N] per head in float; a warp holds 4 rows of it in registers, a lane 16 bytes
+// of
+//   each, so that all reads of the state are under way before the first is used.
+// Work split: blocks are (16 rows of state, head, sequence), a warp 4 rows: 256 blocks for one
+// sequence
+//   of 64 heads x 64. Every warp computes the head's time step itself: cheaper than a barrier.
+// Order: y sums 4 columns per lane, then lanes by butterfly. It depends on nothing but the head.
+// Shared memory: none.
+// Limits: P and N are multiples of 16, N at most 256; the state starts at multiples of 16 bytes.
+// Speed: not yet measured on a GPU. Floor: the state in and out once.
+// Source: Dao and Gu, "Transformers are SSMs"; the split of a head's rows over warps is common to
+//   public decode kernels.
+#include "../../core/launch.cuh"
+#include "../../core/ssm.cuh"
+#include "ssm_step.h"
+
+namespace ei::cuda {
+namespace {
+
+constexpr int kThreads = 128, kRows = kThreads / kWarp * kSsmRows;
+
+template <class T, class D, int kSteps>
+__global__ void __launch_bounds__(kThreads) step(const __grid_constant__ SsmArgs a) {
+  const int head = blockIdx.y;
+  const int64_t s = blockIdx.z;
+  const int32_t slot = a.slots.ptr<int32_t>()[s];
+  if (slot < 0 || head >= active_size(a.seq_width, a.h_sizes, s, gridDim.y)) return;
+  const int first = blockIdx.x * kRows + threadIdx.x / kWarp * kSsmRows;
+  run_rows<T, D, kSteps>(a, s, s + 1, slot, head, first);
+}
+
+template <class T, class D>
+void launch_dtype(const SsmArgs& a, const CudaCall& call) {
+  const dim3 grid(static_cast<unsigned>(a.state.shape[2] / kRows),
+                  static_cast<unsigned>(a.state.shape[1]), static_cast<unsigned>(a.slots.shape[0]));
+  launch(call, a.state.shape[3] > 128 ? step<T, D, 2> : step<T, D, 1>, grid, kThreads, 0, a);
+}
+
+void launch_ssm_step(const SsmArgs& a, const CudaCall& call) {
+  require_aligned("ssm_step", "state", a.state);
+  if (a.x.dtype == DType::f32)
+    launch_dtype<float, float>(a, call);
+  else if (a.dt.dtype == DType::f32)
+    launch_dtype<bf16, float>(a, call);
+  else
+    launch_dtype<bf16, bf16>(a, call);
+}
+
+const RegisterCuda<SsmArgs, launch_ssm_step> registered("ssm_step");
+
+}  // namespace
+}  // namespace ei::cuda

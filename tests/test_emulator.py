@@ -1,0 +1,61 @@
+"""The emulator runs CUDA kernels as a GPU would, and shows the mistakes it is there to find."""
+
+import pytest
+from emulated import built, load
+
+emu = load(built())
+ORDERS = ("ascending", "descending", "shuffled")
+
+
+@pytest.fixture(autouse=True)
+def default_order():
+    yield
+    emu.configure()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["barrier", "copy", "multiply", "votes", "unwritten_shared"])
+def test_right_kernels(name, order):
+    emu.configure(threads=order, blocks=order)
+    assert emu.selftest(name) == "ok"
+
+
+def test_order_of_threads_and_blocks_is_what_was_asked_for():
+    """Ticks of the first thread of the first block and the last thread of the last one."""
+    emu.configure()
+    assert emu.selftest("order") == "0 191"
+    emu.configure(threads="descending")
+    assert emu.selftest("order") == "63 128"
+    emu.configure(blocks="descending")
+    assert emu.selftest("order") == "128 63"
+    emu.configure(threads="shuffled", blocks="shuffled")
+    first = emu.selftest("order")
+    assert first not in ("0 191", "191 0") and first == emu.selftest("order")
+
+
+def test_missing_barrier_shows_in_some_order():
+    seen = set()
+    for order in ORDERS:
+        emu.configure(threads=order)
+        seen.add(emu.selftest("missing_barrier") == "ok")
+    assert False in seen
+
+
+def test_missing_wait_reads_nan():
+    assert "nan" in emu.selftest("missing_wait")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("divergent_barrier", "64 threads 40 wait at __syncthreads, 0 at a warp .* 24 have ret"),
+        ("divergent_warp", r"0 wait at __syncthreads, 32 at a warp operation \(shuffle_xor\), 32"),
+        ("two_operations", "lanes of a warp are at different operations: shuffle and shuffle_xor"),
+        ("misaligned", "16-byte read of memory that is not aligned to 16 bytes, in thread 0 of"),
+        ("partial_warp", "32 to 1024 threads in whole warps, got 48"),
+    ],
+)
+def test_mistakes_are_reported(name, message):
+    with pytest.raises(RuntimeError, match=message):
+        emu.selftest(name)
+    assert emu.selftest("barrier") == "ok"  # and the next launch is not affected

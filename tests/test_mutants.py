@@ -1,0 +1,178 @@
+"""The laws notice when a kernel is broken: every mutant below is compiled and must be caught.
+
+A mutant is one textual change to a source file; it is run in a process of its own, because some
+write where they must not.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+from emulated import BUILD, built
+
+ROOT = Path(__file__).parents[1]
+CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
+
+OPS = "csrc/ops/"
+# name: (op, file, old text, new text)
+MUTANTS = {
+    # barriers and waits
+    "sum without its barrier": (
+        "rms_norm", "csrc/core/prim.cuh",
+        "room[threadIdx.x / kWarp] = v;\n  __syncthreads();", "room[threadIdx.x / kWarp] = v;",
+    ),
+    "barrier that one thread skips": (
+        "rms_norm", "csrc/core/prim.cuh",
+        "room[threadIdx.x / kWarp] = v;\n  __syncthreads();",
+        "room[threadIdx.x / kWarp] = v;\n  if (threadIdx.x != 5) __syncthreads();",
+    ),
+    "ring without its barrier": (
+        "matmul", "csrc/core/mma_tile.cuh",
+        "__syncthreads();  // tile t is there for all", "// tile t is there for all",
+    ),
+    "ring without its wait": (
+        "matmul", "csrc/core/mma_tile.cuh", "wait_copies<Shape::kStages - 2>();", "",
+    ),
+    "run of keys that is waited for too late": (
+        "attention_decode", OPS + "attention_decode/attention_decode.cu",
+        "wait_copies<R::kStages - 1>();", "wait_copies<R::kStages>();",
+    ),
+    "tokens changed under a running product": (
+        "moe_matmul", OPS + "moe_matmul/moe_matmul.cu",
+        "__syncthreads();  // before the tokens and the ring are used again", "",
+    ),
+    # ragged ends
+    "one key too many": (
+        "attention_decode", OPS + "attention_decode/attention_decode.cu",
+        "const bool there = key + r < q.end;", "const bool there = key + r <= q.end;",
+    ),
+    "one key too few": (
+        "attention_prefill", OPS + "attention_prefill/attention_prefill.cu",
+        "before + i / group + 1 : 0", "before + i / group : 0",
+    ),
+    "a step of columns beyond the prefix": (
+        "matmul", "csrc/core/mma_tile.cuh",
+        "min(4, (columns - t * 64) / 16)", "min(4, (columns - t * 64) / 16 + 1)",
+    ),
+    "a sequence cut by a run loses its first tokens": (
+        "causal_conv", OPS + "causal_conv/causal_conv.cu",
+        "max(end, start + kHistory) : end", "end : end",
+    ),
+    # maps and slots
+    "heads of a group side by side": (
+        "ssm_step", "csrc/core/ssm.cuh",
+        "head % a.groups", "head / static_cast<int>(a.state.shape[1] / a.groups)",
+    ),
+    "padding has a state": (
+        "ssm_scan", OPS + "ssm_scan/ssm_scan.cu", "if (slot < 0 || head", "if (head",
+    ),
+    "padding has a history": (
+        "causal_conv", OPS + "causal_conv/causal_conv.cu", "if (slot < 0 || t", "if (t",
+    ),
+    "padding has a place in the pages": (
+        "kv_append", OPS + "kv_append/kv_append.cu", "if (slot < 0 || slot", "if (slot",
+    ),
+    # zeros and masks between widths
+    "norm leaves the tail": (
+        "rms_norm", OPS + "rms_norm/rms_norm.cu", "clear_row(out, n, D", "clear_row(out, D, D",
+    ),
+    "gated norm leaves the other heads": (
+        "gated_norm", OPS + "gated_norm/gated_norm.cu",
+        "c < H / G * P", "c < kept * P",
+    ),
+    "attention leaves values in absent heads": (
+        "attention_decode", OPS + "attention_decode/attention_decode.cu",
+        "first_row + lane / 4 < q.active ? end - key : 0", "end - key",
+    ),
+    "prefill attends with absent heads": (
+        "attention_prefill", OPS + "attention_prefill/attention_prefill.cu",
+        "i < rows() && i % group < active ?", "i < rows() ?",
+    ),
+    "a row reads beyond its own columns": (
+        "matmul", "csrc/core/mma_tile.cuh",
+        "column < tokens_.columns[token];", "column < tokens_.columns[token] + 16;",
+    ),
+    "a narrow row keeps wide outputs": (
+        "matmul", OPS + "matmul/matmul.cu",
+        "wanted ? activated<bf16>(a, product.sum(token, m)) : 0.0f",
+        "activated<bf16>(a, product.sum(token, m))",
+    ),
+    "a row uses expert channels beyond its own": (
+        "moe_matmul", OPS + "moe_matmul/moe_matmul.cu",
+        "kUp ? hidden_of(a, r) : width_of(a, r)", "kUp ? hidden_of(a, r) : m.F",
+    ),
+    "a row is routed to experts beyond its own": (
+        "moe_route", OPS + "moe_route/moe_route.cu",
+        "const int n = experts_of(a, r);", "const int n = E;",
+    ),
+}  # fmt: skip
+
+CHECK = """
+import sys
+import torch
+torch.use_deterministic_algorithms(True)  # new tensors are NaN, so what is left unwritten shows
+from pathlib import Path
+from emulated import SHAPES, check_orders, check_poisons, installed, load
+from test_ops import small_cases
+from elastic_infer.ops import registry
+
+spec = registry()[sys.argv[2]]
+with installed(load(Path(sys.argv[1]))) as emu:
+    for case in small_cases(spec):
+        for dtype in reversed(spec.dtypes):
+            check_orders(emu, spec, case, dtype)
+            if spec.poison:
+                check_poisons(spec, case, dtype)
+    for sizes in SHAPES.get(spec.name, []):
+        check_orders(emu, spec, sizes, torch.bfloat16)
+        check_poisons(spec, sizes, torch.bfloat16)
+"""
+
+
+def compile_mutant(folder: Path, file: str, old: str, new: str, op: str) -> Path:
+    """A `_emu` module in which `old` in `file` reads `new`, for the kernels of `op`."""
+    copytree(ROOT / "csrc", folder / "csrc")
+    text = (folder / file).read_text()
+    assert text.count(old) == 1, f"{file} must hold the text of the mutant once: {old}"
+    (folder / file).write_text(text.replace(old, new))
+    source = folder / "csrc" / "ops" / op / f"{op}.cu"
+    made = folder / "mutant.o"
+    flags = ["-DELASTIC_EMULATE=1", "-w", "-x", "c++"]
+    subprocess.run([*CXX, *flags, "-c", str(source), "-o", str(made)], check=True)
+    objects = [
+        str(o) for o in BUILD.glob("CMakeFiles/_emu.dir/csrc/**/*.o") if o.name != f"{op}.cu.o"
+    ]
+    module = folder / built().name
+    # The mutant first: of an inline function that several objects hold, the linker takes that one.
+    subprocess.run([*CXX, "-shared", str(made), *objects, "-o", str(module)], check=True)
+    return module
+
+
+def check(module: Path, op: str) -> subprocess.CompletedProcess:
+    """Runs the laws of `op` on `module`."""
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
+    return subprocess.run(
+        [sys.executable, "-c", CHECK, str(module), op],
+        capture_output=True, text=True, timeout=600, env=path, cwd=ROOT,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, tmp_path):
+    op, file, old, new = MUTANTS[name]
+    done = check(compile_mutant(tmp_path, file, old, new, op), op)
+    signs = ("AssertionError", "RuntimeError: emulated kernel")
+    crashed = done.returncode < 0
+    assert crashed or (done.returncode == 1 and any(s in done.stderr for s in signs)), (
+        f"{name}: not noticed\n{done.stderr[-2000:]}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", sorted({m[0] for m in MUTANTS.values()}))
+def test_unchanged_kernels_pass_the_same_check(op):
+    done = check(built(), op)
+    assert done.returncode == 0, done.stderr[-2000:]
