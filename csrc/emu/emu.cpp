@@ -212,8 +212,7 @@ class Worker {
     failure_ = message + ", in thread " + std::to_string(running->index) + " of block (" +
                std::to_string(h.block.x) + ", " + std::to_string(h.block.y) + ", " +
                std::to_string(h.block.z) + ")";
-    park(State::returned);  // the scheduler never comes back
-    std::abort();
+    for (;;) park(State::returned);  // the scheduler never comes back
   }
 
  private:

@@ -56,7 +56,8 @@ EI_DEVICE const W* weight_row(const MatmulArgs& a, const Place& p) {
 }
 
 template <int R, class X, class W, class O>
-__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks) few_rows(const __grid_constant__ MatmulArgs a) {
+__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
+    few_rows(const __grid_constant__ MatmulArgs a) {
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, x);
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * R;
