@@ -2,12 +2,11 @@
 // Layout: the query heads of one KV head are the 16 rows of a matrix instruction (more: further
 //   groups of 16), so the arithmetic stays far below the time of reading the cache.
 // Work split: blocks are (split of the keys, KV head and 16 query heads, sequence). Splits are
-// whole
-//   pages; their number follows from the shapes of q and page_table alone, never from lengths, so
-//   one captured launch serves all of them; splits beyond a length leave at once. In a block each
-//   of four warps takes every fourth run of 16 keys, copies it into its own part of shared memory a
-//   few runs ahead, and keeps its own softmax: no barrier until the warps are joined at the end.
-//   With more than one split a second kernel joins their results.
+//   whole pages; their number follows from the shapes of q and page_table alone, never from
+//   lengths, so one captured launch serves all of them; splits beyond a length leave at once. In a
+//   block each of four warps takes every fourth run of 16 keys, copies it into its own part of
+//   shared memory a few runs ahead, and keeps its own softmax: no barrier until the warps are
+//   joined at the end. With more than one split a second kernel joins their results.
 // Order: keys of a warp ascending; warps, then splits, ascending.
 // Shared memory: 96 KiB of runs (K = 128), then the warps' results in the same place.
 // Workspace: o, m and l of every split in float.

@@ -6,10 +6,11 @@
 // Scratch: a block, a joined result, and this thread's share of one sequence's partial results.
 // Limits: K is a multiple of 16.
 // Speed: see the op table in the README (bench/ops.py).
+#include "attention_decode.h"
+
 #include "../../core/attention.h"
 #include "../../core/attention_sizes.h"
 #include "../../core/pool.h"
-#include "attention_decode.h"
 
 namespace ei::EI_ISA {
 namespace {

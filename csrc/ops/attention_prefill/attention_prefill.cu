@@ -11,8 +11,7 @@
 //   where a prompt is cut into chunks changes no bit.
 // Shared memory: two pages of keys and values, 64 KiB at K = 128.
 // Limits: head sizes are multiples of 16 up to 256; bfloat16 beyond 128 and float32 take the plain
-// kernel
-//   below (a warp per row). q starts its rows at multiples of 16 bytes.
+//   kernel below (a warp per row). q starts its rows at multiples of 16 bytes.
 // Speed: not yet measured on a GPU. Floor: 4 K flops per row and key it sees.
 // Source: Dao, "FlashAttention-2"; pages as in Kwon et al., "PagedAttention".
 #include "../../core/attention.cuh"

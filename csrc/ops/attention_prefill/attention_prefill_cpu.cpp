@@ -7,10 +7,11 @@
 // Limits: K is a multiple of 16. A token's output is finite only if the values of the tokens that
 //   follow it in its block are (they are weighed with zero).
 // Speed: see the op table in the README (bench/ops.py).
+#include "attention_prefill.h"
+
 #include "../../core/attention.h"
 #include "../../core/attention_sizes.h"
 #include "../../core/pool.h"
-#include "attention_prefill.h"
 
 namespace ei::EI_ISA {
 namespace {

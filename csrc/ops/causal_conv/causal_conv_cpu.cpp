@@ -2,13 +2,13 @@
 // Layout: row-major tokens; weight, bias and history of a block are brought to [tap][channel] once.
 // Work split: parts are (sequence, block of channels).
 // Order: bias, then taps from the oldest to the newest, one fused multiply-add each; a token's
-// value
-//   depends on its four inputs alone, so prefill in pieces and steps give the same bits.
+//   value depends on its four inputs alone, so prefill in pieces and steps give the same bits.
 // Limits: C, x_channels and x_sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
+#include "causal_conv.h"
+
 #include "../../core/pool.h"
 #include "../../core/vec.h"
-#include "causal_conv.h"
 
 namespace ei::EI_ISA {
 namespace {

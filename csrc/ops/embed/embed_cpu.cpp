@@ -3,9 +3,10 @@
 // Work split: parts are runs of rows.
 // Limits: none.
 // Speed: see the op table in the README (bench/ops.py).
+#include "embed.h"
+
 #include "../../core/pool.h"
 #include "../../core/vec.h"
-#include "embed.h"
 
 namespace ei::EI_ISA {
 

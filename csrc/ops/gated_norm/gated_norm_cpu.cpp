@@ -1,15 +1,15 @@
 // Computes: gated_norm (gated_norm.h).
 // Layout: row-major rows; a group's heads are every groups-th one.
-// Work split: parts are (run of rows, group).
+// Work split: parts are runs of rows.
 // Scratch: the gated values of one row's group, as floats.
 // Order: squares are summed per 64 channels of a head from zero (lanes, then pairwise), tile sums
-// by
-//   ascending channel and head.
+//   by ascending channel and head.
 // Limits: head_dim is a multiple of 16.
 // Speed: see the op table in the README (bench/ops.py).
+#include "gated_norm.h"
+
 #include "../../core/pool.h"
 #include "../../core/vec.h"
-#include "gated_norm.h"
 
 namespace ei::EI_ISA {
 namespace {
@@ -54,22 +54,21 @@ void norm_group(const GatedNormArgs& a, int64_t row, int group, int kept_heads, 
 
 void gated_norm(const GatedNormArgs& a, Pool& pool) {
   const int64_t R = a.y.shape[0], channels = a.y.shape[1];
-  const int64_t rows_per_part = std::max<int64_t>(1, 4096 * a.groups / channels);
-  const int64_t runs = (R + rows_per_part - 1) / rows_per_part;
-  pool.run(runs * a.groups, [&](int64_t part, int thread) {
-    const int group = static_cast<int>(part % a.groups);
-    const int64_t first = part / a.groups * rows_per_part;
+  const int64_t rows_per_part = std::max<int64_t>(1, 4096 / channels);
+  pool.run((R + rows_per_part - 1) / rows_per_part, [&](int64_t part, int thread) {
+    const int64_t first = part * rows_per_part;
     float* gated = reinterpret_cast<float*>(pool.scratch(thread));
     for (int64_t r = first; r < std::min(R, first + rows_per_part); ++r) {
       const int kept = a.row_width ? a.h_sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r]]
                                    : static_cast<int>(channels / a.head_dim);
       const bool y16 = a.y.dtype == DType::bf16, w16 = a.weight.dtype == DType::bf16;
-      if (y16)
-        w16 ? norm_group<bf16, bf16>(a, r, group, kept, gated)
-            : norm_group<bf16, float>(a, r, group, kept, gated);
-      else
-        w16 ? norm_group<float, bf16>(a, r, group, kept, gated)
-            : norm_group<float, float>(a, r, group, kept, gated);
+      for (int group = 0; group < a.groups; ++group)
+        if (y16)
+          w16 ? norm_group<bf16, bf16>(a, r, group, kept, gated)
+              : norm_group<bf16, float>(a, r, group, kept, gated);
+        else
+          w16 ? norm_group<float, bf16>(a, r, group, kept, gated)
+              : norm_group<float, float>(a, r, group, kept, gated);
     }
   });
 }

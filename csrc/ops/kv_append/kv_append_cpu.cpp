@@ -3,9 +3,10 @@
 // Work split: parts are runs of rows; rows write disjoint places.
 // Limits: none.
 // Speed: see the op table in the README (bench/ops.py).
+#include "kv_append.h"
+
 #include "../../core/pool.h"
 #include "../../core/vec.h"
-#include "kv_append.h"
 
 namespace ei::EI_ISA {
 

@@ -9,8 +9,7 @@
 // Shared memory: 4 rows of x (gemv); 18 to 96 KiB of ring (tensor cores).
 // Limits: x starts its rows at multiples of 16 bytes; k sizes are multiples of 16.
 // Speed: not yet measured on a GPU. Floor: the weight's prefix read once (up to about 180 rows),
-// then
-//   the products.
+//   then the products.
 #include "../../core/gemv.cuh"
 #include "../../core/launch.cuh"
 #include "../../core/mma_tile.cuh"

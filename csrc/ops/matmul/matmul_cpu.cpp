@@ -6,9 +6,10 @@
 // Scratch: the panel, in that of the first thread.
 // Limits: k sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
+#include "matmul.h"
+
 #include "../../core/gemm.h"
 #include "../../core/pool.h"
-#include "matmul.h"
 
 namespace ei::EI_ISA {
 namespace {

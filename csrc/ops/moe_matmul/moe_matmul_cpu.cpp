@@ -7,9 +7,10 @@
 // Order: products as in gemm.h; the sum over a row's experts ascends by expert.
 // Limits: D, F and their prefixes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
+#include "moe_matmul.h"
+
 #include "../../core/gemm.h"
 #include "../../core/pool.h"
-#include "moe_matmul.h"
 
 namespace ei::EI_ISA {
 namespace {

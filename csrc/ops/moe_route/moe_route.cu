@@ -4,8 +4,7 @@
 // choice, a
 //   warp per row, whose lanes keep every 32nd candidate and agree on the best J times.
 // Order: logits by lane, then lanes by butterfly; the chosen scores are summed in descending order
-// of
-//   selection. Everything is float32: rounding the scores would change the choice.
+//   of selection. Everything is float32: rounding the scores would change the choice.
 // Shared memory: 4 rows of x; then the candidates of 4 rows.
 // Workspace: [R, E] scores in float.
 // Limits: x starts its rows at multiples of 16 bytes; k sizes are multiples of 16.

@@ -4,9 +4,10 @@
 // Order: logits as in gemm.h; the chosen scores are summed in descending order of selection.
 // Limits: D and k sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
+#include "moe_route.h"
+
 #include "../../core/gemm.h"
 #include "../../core/pool.h"
-#include "moe_route.h"
 
 namespace ei::EI_ISA {
 namespace {

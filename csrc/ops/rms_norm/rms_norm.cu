@@ -4,8 +4,7 @@
 // Work split: one block per row. First pass: residual += delta, rounded, and its squares; second
 //   pass: every thread re-reads what it wrote itself (from the first-level cache) and scales it.
 // Order: squares by thread, ascending; then lanes by butterfly; then warps, ascending. It depends
-// on
-//   the row's own prefix alone.
+//   on the row's own prefix alone.
 // Shared memory: one float per warp.
 // Limits: rows start at multiples of 16 bytes.
 // Speed: not yet measured on a GPU. Floor: residual and delta read, residual and out written.

@@ -4,9 +4,10 @@
 // Order: squares are summed per 64 channels from zero (lanes, then pairwise), tile sums ascending.
 // Limits: D and sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
+#include "rms_norm.h"
+
 #include "../../core/pool.h"
 #include "../../core/vec.h"
-#include "rms_norm.h"
 
 namespace ei::EI_ISA {
 namespace {

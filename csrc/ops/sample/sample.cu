@@ -1,9 +1,7 @@
 // Computes: sample (sample.h), the same ids as the CPU from the same logits: the random words are
-// the
-//   same, and whatever a choice turns on is compared exactly.
+//   the same, and whatever a choice turns on is compared exactly.
 // Layout: z = (logit - max) / temperature is computed again in every pass over the row; it stays in
-// the
-//   second-level cache. "Key": 32 bits that sort like z, then (for ties) the inverted id.
+//   the second-level cache. "Key": 32 bits that sort like z, then (for ties) the inverted id.
 // Work split: one block per row. Passes: maximum; for top_k a search of the k-th largest key, 8
 // bits at a
 //   time from a histogram of counts; for top_p the same with a histogram of probabilities, and on

@@ -8,12 +8,13 @@
 // Scratch: sample_scratch_bytes(V).
 // Limits: V < 2^31.
 // Speed: see the op table in the README (bench/ops.py).
+#include "sample.h"
+
 #include <functional>
 #include <limits>
 
 #include "../../core/pool.h"
 #include "../../core/vec.h"
-#include "sample.h"
 
 namespace ei::EI_ISA {
 namespace {

@@ -1,10 +1,9 @@
 // Computes: ssm_step (ssm_step.h).
 // Layout: state [P][N] per head in float; a warp holds 4 rows of it in registers, a lane 16 bytes
-// of
-//   each, so that all reads of the state are under way before the first is used.
+//   of each, so that all reads of the state are under way before the first is used.
 // Work split: blocks are (16 rows of state, head, sequence), a warp 4 rows: 256 blocks for one
-// sequence
-//   of 64 heads x 64. Every warp computes the head's time step itself: cheaper than a barrier.
+//   sequence of 64 heads x 64. Every warp computes the head's time step itself: cheaper than a
+//   barrier.
 // Order: y sums 4 columns per lane, then lanes by butterfly. It depends on nothing but the head.
 // Shared memory: none.
 // Limits: P and N are multiples of 16, N at most 256; the state starts at multiples of 16 bytes.
