@@ -12,11 +12,9 @@ import torch.nn.functional as F
 
 from elastic_infer.config import ModelConfig, Width
 from elastic_infer.elastify.corpus import Batch
-from elastic_infer.elastify.reasoner.data import batches, pack
+from elastic_infer.elastify.reasoner.data import batches, held_out_batches
 from elastic_infer.elastify.reasoner.evaluate import wilson
 from elastic_infer.elastify.reasoner.optimiser import MuonAdam
-from elastic_infer.elastify.reasoner.task import held_out_problems
-from elastic_infer.elastify.reasoner.vocabulary import EOS, THINK_ID, encode
 from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialise
 
 CHECK_SEED = 1234
@@ -53,15 +51,7 @@ class Problems:
 
     def checks(self, each: int) -> list[Any]:
         """`each` held-out problems of every number of operations, with their whole answers."""
-        found = []
-        for operations in range(1, self.operations + 1):
-            samples = []
-            for problem in held_out_problems(CHECK_SEED, each, operations):
-                ids = [*encode(problem.prompt + problem.completion), EOS]
-                first = ids.index(THINK_ID)
-                samples.append((ids, [int(i >= first) for i in range(len(ids))]))
-            found.append(pack(samples))
-        return found
+        return held_out_batches(CHECK_SEED, each, self.operations)
 
 
 @torch.no_grad()

@@ -233,31 +233,26 @@ class Sequences(RuleBasedStateMachine):
         assert_all_free(self.engine)
 
 
-def test_random_sequences(engine):
+def run_sequences(engine, examples, steps):
     from hypothesis.stateful import run_state_machine_as_test
 
     machine = type("Bound", (Sequences,), {"engine": engine})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=12, stateful_step_count=20, deadline=None, derandomize=True,
+            max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
+
+
+def test_random_sequences(engine):
+    run_sequences(engine, 12, 20)
 
 
 @pytest.mark.slow
 def test_many_random_sequences(engine):
-    from hypothesis.stateful import run_state_machine_as_test
-
-    machine = type("Bound", (Sequences,), {"engine": engine})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=80, stateful_step_count=30, deadline=None, derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )  # fmt: skip
+    run_sequences(engine, 80, 30)
 
 
 def test_sixteen_threads_submit_and_cancel_at_random(engine):

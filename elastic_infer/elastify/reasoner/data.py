@@ -9,8 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .task import END_THINK, THINK, cut_thinking, training_problem
-from .vocabulary import BOS, EOS, PAD, encode
+from .task import (
+    END_THINK,
+    MAX_OPERATIONS,
+    THINK,
+    cut_thinking,
+    held_out_problems,
+    training_problem,
+)
+from .vocabulary import BOS, EOS, PAD, THINK_ID, encode
 
 CUT_SHARE = 0.2
 BOS_SHARE = 0.2
@@ -78,3 +85,16 @@ def batches(seed: int, tokens: int, largest: int) -> Iterator[Batch]:
     generator.shuffle(groups)
     for group in groups:
         yield pack(group)
+
+
+def held_out_batches(seed: int, each: int, largest: int = MAX_OPERATIONS) -> list[Batch]:
+    """For 1 to `largest` operations, `each` held-out problems with their whole answers."""
+    found = []
+    for operations in range(1, largest + 1):
+        samples = []
+        for problem in held_out_problems(seed, each, operations):
+            ids = [*encode(problem.prompt + problem.completion), EOS]
+            first = ids.index(THINK_ID)
+            samples.append((ids, [int(i >= first) for i in range(len(ids))]))
+        found.append(pack(samples))
+    return found

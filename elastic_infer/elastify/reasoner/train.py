@@ -25,10 +25,10 @@ from elastic_infer.config import Width, parse_widths
 from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialise
 from elastic_infer.errors import ElasticError
 
-from .data import Batch, batches, pack
+from .data import Batch, batches, held_out_batches
 from .design import reasoner_config
-from .task import MAX_OPERATIONS, held_out_problems
-from .vocabulary import END_THINK_ID, EOS, THINK_ID, encode
+from .task import MAX_OPERATIONS
+from .vocabulary import END_THINK_ID
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Trainer:
         self.step, self.spent, self.pool, self.level = 0, 0.0, 0, 1
         self.tokens_seen, self.learnt = 0, 0.0
         self.random = random.Random(seed)
-        self.check = held_out_batches(40)
+        self.check = held_out_batches(CHECK_SEED, 40)
         self.resume()
 
     # The run's state on disk --------------------------------------------------------------------
@@ -237,19 +237,6 @@ class Trainer:
             self.advance_level()
         self.save()
         self.report(exact=teacher_forced(self.model, self.widths, self.check), finished=True)
-
-
-def held_out_batches(each: int) -> list[Batch]:
-    """For 1 to 5 operations, `each` held-out problems with their whole answers."""
-    found = []
-    for operations in range(1, MAX_OPERATIONS + 1):
-        samples = []
-        for problem in held_out_problems(CHECK_SEED, each, operations):
-            ids = [*encode(problem.prompt + problem.completion), EOS]
-            first = ids.index(THINK_ID)
-            samples.append((ids, [int(i >= first) for i in range(len(ids))]))
-        found.append(pack(samples))
-    return found
 
 
 @torch.no_grad()
