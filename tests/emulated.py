@@ -50,6 +50,7 @@ def installed(module):
         for m, c in original.items():
             m._C = c
         module.configure()
+        module.device()
 
 
 def check_orders(module, spec, case, dtype):

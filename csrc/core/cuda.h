@@ -8,15 +8,18 @@
 namespace ei {
 
 struct CudaCall {
-  void* stream = nullptr;     // cudaStream_t
-  char* workspace = nullptr;  // as many bytes as the op asked for, 256-byte aligned
+  void* stream = nullptr;        // cudaStream_t
+  char* workspace = nullptr;     // as many bytes as the op asked for, 256-byte aligned
+  int multiprocessors = 0;       // of the device; 0: unknown, then no op spreads work beyond need
+  bool batch_invariant = false;  // a row's bits depend on nothing that shares its launch
 };
 
 struct CudaKernel {
   const char* name;
   size_t args_bytes;  // guards against a wrong argument struct
   void (*launch)(const void* args, const CudaCall& call);
-  int64_t (*workspace_bytes)(const void* args);  // null: none
+  // Null: none. The call's own workspace is not there yet.
+  int64_t (*workspace_bytes)(const void* args, const CudaCall& call);
 };
 
 // The kernels registered under a name, or null.
@@ -25,7 +28,7 @@ void register_cuda_kernel(const CudaKernel& kernel);
 
 // A static object of `<op>.cu`. `Launch` and `Workspace` are functions of (const Args&, ...).
 template <class Args, void (*Launch)(const Args&, const CudaCall&),
-          int64_t (*Workspace)(const Args&) = nullptr>
+          int64_t (*Workspace)(const Args&, const CudaCall&) = nullptr>
 struct RegisterCuda {
   explicit RegisterCuda(const char* name) {
     CudaKernel kernel{name, sizeof(Args),
@@ -34,8 +37,8 @@ struct RegisterCuda {
                       },
                       nullptr};
     if constexpr (Workspace != nullptr)
-      kernel.workspace_bytes = [](const void* args) {
-        return Workspace(*static_cast<const Args*>(args));
+      kernel.workspace_bytes = [](const void* args, const CudaCall& call) {
+        return Workspace(*static_cast<const Args*>(args), call);
       };
     register_cuda_kernel(kernel);
   }

@@ -9,6 +9,11 @@ EI_DEVICE T* row(const Tensor& t, int64_t r) {
   return t.ptr<T>() + r * t.stride[0];
 }
 
+// Value i of a small tensor whose dtype, float32 or bfloat16, is not worth kernels of its own.
+EI_DEVICE float value_at(const Tensor& t, int64_t i) {
+  return t.dtype == DType::f32 ? t.ptr<float>()[i] : to_float(t.ptr<bf16>()[i]);
+}
+
 // The active size of row r: sizes[row_width[r]], or `full` where there is no table.
 EI_DEVICE int active_size(const Tensor& row_width, const Tensor& sizes, int64_t r, int64_t full) {
   return row_width ? sizes.ptr<int32_t>()[row_width.ptr<int32_t>()[r]] : static_cast<int>(full);

@@ -1,5 +1,7 @@
-// The Mamba-2 recurrence (ssm.h) for rows of one head's state, shared by ssm_step and ssm_scan.
+// The Mamba-2 recurrence (ssm.h) for rows of one head's state, shared by the ops that have it.
 #pragma once
+#include <type_traits>
+
 #include "rows.cuh"
 #include "ssm.h"
 
@@ -10,13 +12,17 @@ constexpr int kSsmMaxState = 256;  // largest N
 
 EI_DEVICE float softplus(float z) { return z > 20.0f ? z : log1pf(expf(z)); }
 
-// The time step of one head at one token, and how much of the state it leaves.
+// dt' of one head at one token.
+EI_DEVICE float time_step(const SsmArgs& a, int64_t token, int head) {
+  return softplus(value_at(a.dt, token * a.dt.stride[0] + head) + a.dt_bias.ptr<float>()[head]);
+}
+
+// dt' and how much of the state it leaves.
 struct TimeStep {
   float dt, decay;
 };
-template <class D>
-EI_DEVICE TimeStep time_step(const SsmArgs& a, int64_t token, int head) {
-  const float dt = softplus(to_float(row<D>(a.dt, token)[head]) + a.dt_bias.ptr<float>()[head]);
+EI_DEVICE TimeStep decaying_step(const SsmArgs& a, int64_t token, int head) {
+  const float dt = time_step(a, token, head);
   return {dt, expf(-expf(a.A_log.ptr<float>()[head]) * dt)};
 }
 
@@ -62,7 +68,7 @@ struct StateRows {
 };
 
 // Tokens [begin, end) of one head, state rows [first, first + kSsmRows), by one warp.
-template <class T, class D, int kSteps>
+template <class T, int kSteps>
 EI_DEVICE void run_rows(const SsmArgs& a, int64_t begin, int64_t end, int64_t slot, int head,
                         int first) {
   const int P = static_cast<int>(a.state.shape[2]), N = static_cast<int>(a.state.shape[3]);
@@ -76,13 +82,25 @@ EI_DEVICE void run_rows(const SsmArgs& a, int64_t begin, int64_t end, int64_t sl
     const T* in = row<T>(a.x, t) + head * P + first;
     float x[kSsmRows], y[kSsmRows];
     for (int p = 0; p < kSsmRows; ++p) x[p] = to_float(in[p]);
-    rows.step(row<T>(a.B, t) + group * N, row<T>(a.C, t) + group * N, time_step<D>(a, t, head), x,
+    rows.step(row<T>(a.B, t) + group * N, row<T>(a.C, t) + group * N, decaying_step(a, t, head), x,
               y);
     // One lane per row writes it.
     for (int p = 0; p < kSsmRows; ++p)
       if (rows.lane == p) from_float(y[p] + skip * x[p], row<T>(a.y, t)[head * P + first + p]);
   }
   rows.write(state);
+}
+
+// f(x, steps): a value of x's dtype, and the steps of StateRows that cover the state.
+template <class F>
+void by_kind(const SsmArgs& a, const F& f) {
+  const auto by_steps = [&](auto x) {
+    if (a.state.shape[3] > 128)
+      f(x, std::integral_constant<int, 2>());
+    else
+      f(x, std::integral_constant<int, 1>());
+  };
+  a.x.dtype == DType::f32 ? by_steps(float()) : by_steps(bf16());
 }
 
 }  // namespace ei::cuda

@@ -15,19 +15,25 @@ namespace py = pybind11;
 
 namespace ei {
 
+// What every emulated call finds in its CudaCall.
+static CudaCall& emulated_device() {
+  static CudaCall call;
+  return call;
+}
+
 void run_emulated(const char* name, const void* args, size_t args_bytes) {
   const CudaKernel* kernel = find_cuda_kernel(name);
   if (!kernel) throw std::runtime_error(std::string(name) + ": no CUDA kernel");
   if (kernel->args_bytes != args_bytes)
     throw std::logic_error(std::string(name) + ": arguments of another size");
-  const int64_t bytes = kernel->workspace_bytes ? kernel->workspace_bytes(args) : 0;
+  CudaCall call = emulated_device();
+  const int64_t bytes = kernel->workspace_bytes ? kernel->workspace_bytes(args, call) : 0;
   struct Free {
     void operator()(char* p) const { ::operator delete[](p, std::align_val_t(256)); }
   };
   const std::unique_ptr<char, Free> workspace(
       static_cast<char*>(::operator new[](bytes, std::align_val_t(256))));
   std::memset(workspace.get(), 0xff, bytes);
-  CudaCall call;
   call.workspace = workspace.get();
   kernel->launch(args, call);
 }
@@ -53,6 +59,14 @@ PYBIND11_MODULE(_emu, m) {
         emu::settings() = {order_from_name(threads), order_from_name(blocks), workers};
       },
       py::arg("threads") = "ascending", py::arg("blocks") = "ascending", py::arg("workers") = 2);
+  m.def(
+      "device",
+      [](int multiprocessors, bool batch_invariant) {
+        emulated_device().multiprocessors = multiprocessors;
+        emulated_device().batch_invariant = batch_invariant;
+      },
+      py::arg("multiprocessors") = 0, py::arg("batch_invariant") = false,
+      "What the ops are told of the device and of the wish for batch-invariant sums.");
   m.def("has_kernel",
         [](const std::string& op) { return find_cuda_kernel(op.c_str()) != nullptr; });
   m.def("selftest", emu::selftest, py::arg("name"), py::call_guard<py::gil_scoped_release>(),

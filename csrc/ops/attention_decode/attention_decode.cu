@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int64_t workspace_bytes(const AttentionDecodeArgs& a) {
+int64_t workspace_bytes(const AttentionDecodeArgs& a, const CudaCall&) {
   return make_plan(a).floats(a.q.shape[0]) * 4;
 }
 

@@ -119,7 +119,9 @@ void launch_scores(const MoeRouteArgs& a, const CudaCall& call, float* scores) {
          per_block * pitch * int64_t{sizeof(X)}, a, scores);
 }
 
-int64_t workspace_bytes(const MoeRouteArgs& a) { return a.x.shape[0] * a.bias.shape[0] * 4; }
+int64_t workspace_bytes(const MoeRouteArgs& a, const CudaCall&) {
+  return a.x.shape[0] * a.bias.shape[0] * 4;
+}
 
 void launch_moe_route(const MoeRouteArgs& a, const CudaCall& call) {
   require_aligned("moe_route", "x", a.x);

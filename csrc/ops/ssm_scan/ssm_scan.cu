@@ -80,7 +80,6 @@ struct Head {
 
   // dt and c of the chunk, two tokens per lane of the first warp. A token beyond the end has dt =
   // 0: it neither fades the state nor adds to it.
-  template <class D>
   EI_DEVICE void time_steps(int first) const {
     const float rate = -expf(a.A_log.ptr<float>()[head]);
     float dt[2];
@@ -89,7 +88,7 @@ struct Head {
     for (int i = 0; i < 2; ++i) {
       const int t = first + 2 * lane + i;
       dt[i] = 0.0f;
-      if (t < end) dt[i] = softplus(to_float(row<D>(a.dt, t)[head]) + a.dt_bias.ptr<float>()[head]);
+      if (t < end) dt[i] = time_step(a, t, head);
       sum[i] = (i ? sum[0] : 0.0) + static_cast<double>(rate * dt[i]);
     }
     double before = sum[1];  // of the lanes before this one
@@ -288,7 +287,6 @@ struct WarpOutput {
   }
 };
 
-template <class D>
 __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ SsmArgs a) {
   EI_DYNAMIC_SHARED(ChunkShared, shared);
   const int64_t s = blockIdx.y;
@@ -308,7 +306,7 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ 
     __syncthreads();  // this chunk is there for all, and all have left the one before
     if (first + kChunk < b.end) b.stage(first + kChunk, shared->inputs[now ^ 1]);
     commit_copies();
-    if (b.warp == 0) b.time_steps<D>(first);
+    if (b.warp == 0) b.time_steps(first);
     h.share(b);
     __syncthreads();
     const ChunkInputs& in = shared->inputs[now];
@@ -325,7 +323,7 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ 
 
 constexpr int kRows = kThreads / kWarp * kSsmRows;
 
-template <class T, class D, int kSteps>
+template <class T, int kSteps>
 __global__ void __launch_bounds__(kThreads) scan_tokens(const __grid_constant__ SsmArgs a) {
   const int head = blockIdx.y;
   const int64_t s = blockIdx.z;
@@ -333,20 +331,7 @@ __global__ void __launch_bounds__(kThreads) scan_tokens(const __grid_constant__ 
   const int32_t* cu = a.cu_seqlens.ptr<int32_t>() + s;
   if (slot < 0 || head >= active_size(a.seq_width, a.h_sizes, s, gridDim.y)) return;
   const int first = blockIdx.x * kRows + threadIdx.x / kWarp * kSsmRows;
-  run_rows<T, D, kSteps>(a, cu[0], cu[1], slot, head, first);
-}
-
-template <class T, class D>
-void launch_dtype(const SsmArgs& a, const CudaCall& call) {
-  const unsigned H = static_cast<unsigned>(a.state.shape[1]);
-  const unsigned S = static_cast<unsigned>(a.slots.shape[0]);
-  const int64_t P = a.state.shape[2], N = a.state.shape[3];
-  if constexpr (sizeof(T) == 2) {
-    if (P <= kMostP && N <= kMostN)
-      return launch(call, scan_chunks<D>, dim3(H, S), kThreads, sizeof(ChunkShared), a);
-  }
-  const dim3 grid(static_cast<unsigned>(P / kRows), H, S);
-  launch(call, N > 128 ? scan_tokens<T, D, 2> : scan_tokens<T, D, 1>, grid, kThreads, 0, a);
+  run_rows<T, kSteps>(a, cu[0], cu[1], slot, head, first);
 }
 
 void launch_ssm_scan(const SsmArgs& a, const CudaCall& call) {
@@ -355,12 +340,15 @@ void launch_ssm_scan(const SsmArgs& a, const CudaCall& call) {
   require_aligned("ssm_scan", "C", a.C);
   require_aligned("ssm_scan", "y", a.y);
   require_aligned("ssm_scan", "state", a.state);
-  if (a.x.dtype == DType::f32)
-    launch_dtype<float, float>(a, call);
-  else if (a.dt.dtype == DType::f32)
-    launch_dtype<bf16, float>(a, call);
-  else
-    launch_dtype<bf16, bf16>(a, call);
+  const unsigned H = static_cast<unsigned>(a.state.shape[1]);
+  const unsigned S = static_cast<unsigned>(a.slots.shape[0]);
+  const int64_t P = a.state.shape[2], N = a.state.shape[3];
+  if (a.x.dtype == DType::bf16 && P <= kMostP && N <= kMostN)
+    return launch(call, scan_chunks, dim3(H, S), kThreads, sizeof(ChunkShared), a);
+  const dim3 grid(static_cast<unsigned>(P / kRows), H, S);
+  by_kind(a, [&](auto x, auto steps) {
+    launch(call, scan_tokens<decltype(x), steps()>, grid, kThreads, 0, a);
+  });
 }
 
 const RegisterCuda<SsmArgs, launch_ssm_scan> registered("ssm_scan");

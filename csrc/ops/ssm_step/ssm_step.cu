@@ -19,31 +19,23 @@ namespace {
 
 constexpr int kThreads = 128, kRows = kThreads / kWarp * kSsmRows;
 
-template <class T, class D, int kSteps>
+template <class T, int kSteps>
 __global__ void __launch_bounds__(kThreads) step(const __grid_constant__ SsmArgs a) {
   const int head = blockIdx.y;
   const int64_t s = blockIdx.z;
   const int32_t slot = a.slots.ptr<int32_t>()[s];
   if (slot < 0 || head >= active_size(a.seq_width, a.h_sizes, s, gridDim.y)) return;
   const int first = blockIdx.x * kRows + threadIdx.x / kWarp * kSsmRows;
-  run_rows<T, D, kSteps>(a, s, s + 1, slot, head, first);
-}
-
-template <class T, class D>
-void launch_dtype(const SsmArgs& a, const CudaCall& call) {
-  const dim3 grid(static_cast<unsigned>(a.state.shape[2] / kRows),
-                  static_cast<unsigned>(a.state.shape[1]), static_cast<unsigned>(a.slots.shape[0]));
-  launch(call, a.state.shape[3] > 128 ? step<T, D, 2> : step<T, D, 1>, grid, kThreads, 0, a);
+  run_rows<T, kSteps>(a, s, s + 1, slot, head, first);
 }
 
 void launch_ssm_step(const SsmArgs& a, const CudaCall& call) {
   require_aligned("ssm_step", "state", a.state);
-  if (a.x.dtype == DType::f32)
-    launch_dtype<float, float>(a, call);
-  else if (a.dt.dtype == DType::f32)
-    launch_dtype<bf16, float>(a, call);
-  else
-    launch_dtype<bf16, bf16>(a, call);
+  const dim3 grid(static_cast<unsigned>(a.state.shape[2] / kRows),
+                  static_cast<unsigned>(a.state.shape[1]), static_cast<unsigned>(a.slots.shape[0]));
+  by_kind(a, [&](auto x, auto steps) {
+    launch(call, step<decltype(x), steps()>, grid, kThreads, 0, a);
+  });
 }
 
 const RegisterCuda<SsmArgs, launch_ssm_step> registered("ssm_step");
