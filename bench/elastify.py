@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from elastify_data import CHECK_SEED, Problems, accuracy, train_plain
+from elastify_data import CHECK_SEED, PlainTraining, Problems, accuracy
 from elastify_report import pareto, write_report
 
 from elastic_infer.checkpoint import Checkpoint
@@ -68,10 +68,10 @@ NARROW = ("M", "S")
 class Scale:
     """How much of everything: steps of the parent and of each distillation, sizes of checks."""
 
-    parent_steps: int = 6000
-    steps: int = 1500
-    tokens: int = 3072
-    operations: int = 5
+    parent_steps: int = 3600
+    steps: int = 900
+    tokens: int = 2048
+    operations: int = 3
     checks: int = 200
     calibration: int = 32
     random_orders: int = 3
@@ -148,7 +148,10 @@ class Bench:
 
     def run_parent(self) -> dict[str, Any]:
         """Trains the dense parent and measures importance."""
-        model, tokens = train_plain(self.config, self.data, self.scale.parent_steps, self.seed)
+        training = PlainTraining(
+            self.config, self.data, self.scale.parent_steps, self.seed, self.out / "train-parent"
+        )
+        model, tokens = training.run()
         model.save(self.out / "parent")
         write_tokenizer(self.out / "parent")
         found = measure_importance(model, self.calibration(), layers=True)
@@ -216,7 +219,10 @@ class Bench:
         for name in NARROW:
             raw = slice_config(self.config, self.picked[name])
             config = ModelConfig.from_dict(raw)
-            model, seen = train_plain(config, self.data, self.scale.steps, self.seed)
+            folder = self.out / f"scratch-{name}"
+            model, seen = PlainTraining(
+                config, self.data, self.scale.steps, self.seed, folder
+            ).run()
             out |= self.measured(model, {name: full_width(config, name)})
             tokens += seen
         return {"widths": out, "tokens": tokens}

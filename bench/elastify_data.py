@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import random
+import json
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,38 +89,90 @@ def balance(model: ElasticNemotronH, rate: float = 1e-3) -> None:
             module.gate.e_score_correction_bias += rate * torch.sign(load.mean() - load)
 
 
-def train_plain(
-    config: ModelConfig, data: Problems, steps: int, seed: int, decay: float = 0.35
-) -> tuple[ElasticNemotronH, int]:
-    """A model trained alone, by cross entropy, from scratch.
+class PlainTraining:
+    """Training of a dense model by cross entropy, in a folder that a killed run continues from.
 
     Args:
-        config: its sizes. data: problems. steps: updates. seed: of the first weights.
+        config: sizes of the model. data: problems. steps: updates. seed: of weights and problems.
+        folder: keeps state.pt and metrics.jsonl.
         decay: last share of the steps, in which the rates fall linearly to zero.
-
-    Returns:
-        The model and the number of tokens that it learnt from.
     """
-    model = initialise(replace(config), seed)
-    optimiser = MuonAdam(model)
-    seen = 0
-    generator = random.Random(seed)
-    level = 1
-    stream: Iterator[Any] = iter(())
-    for step in range(steps):
-        # Longer chains come in over the first fifth; then all of them.
-        level = min(data.operations, 1 + int(5 * step * data.operations / max(1, steps)))
-        batch = next(stream, None)
-        if batch is None:
-            stream = batches(generator.randrange(2**31), data.tokens, max(2, level))
-            batch = next(stream)
-        keep = batch.weights.flatten() > 0
-        logits = model(batch.inputs).flatten(0, 1)[keep]
-        loss = F.cross_entropy(logits, batch.targets.flatten()[keep])
+
+    SAVE_EVERY, REPORT_EVERY = 100, 20
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        data: Problems,
+        steps: int,
+        seed: int,
+        folder: Path,
+        decay: float = 0.35,
+    ):
+        self.data, self.steps, self.seed, self.decay = data, steps, seed, decay
+        self.model = initialise(config, seed)
+        self.optimiser = MuonAdam(self.model)
+        # Where it stands: updates, learnt tokens, the pool of problems and its batches used up.
+        self.at = {"step": 0, "tokens": 0, "pool": 0, "taken": 0, "level": 0}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.state, self.metrics = folder / "state.pt", folder / "metrics.jsonl"
+        self.identity = f"{steps} {seed} {decay} {data.tokens} {data.operations} {config.raw}"
+        if self.state.is_file():
+            kept = torch.load(self.state, weights_only=True)
+            if kept["identity"] != self.identity:
+                raise SystemExit(f"{folder} holds another training; delete it to begin again")
+            self.model.load_state_dict(kept["model"])
+            self.optimiser.load_state_dict(kept["optimiser"])
+            self.at = kept["at"]
+
+    def save(self) -> None:
+        """Writes state.pt in one piece."""
+        state = {"identity": self.identity, "model": self.model.state_dict(), "at": self.at}
+        partial = self.state.with_suffix(".tmp")
+        torch.save({**state, "optimiser": self.optimiser.state_dict()}, partial)
+        partial.replace(self.state)
+
+    def batches(self) -> Iterator[Any]:
+        """Training batches from where it stands; longer chains come in over the first fifth."""
+        at = self.at
+        while True:
+            if at["level"] == 0:
+                share = 5 * at["step"] * self.data.operations / max(1, self.steps)
+                at["level"] = max(2, min(self.data.operations, 1 + int(share)))
+            seed = 1_000_003 * (self.seed + 1) + at["pool"]
+            pool = list(batches(seed, self.data.tokens, at["level"]))
+            while at["taken"] < len(pool):
+                at["taken"] += 1
+                yield pool[at["taken"] - 1]
+            at["pool"], at["taken"], at["level"] = at["pool"] + 1, 0, 0
+
+    def update(self, batch: Any) -> dict[str, float]:
+        """One step; returns its loss and the share of tokens that were right."""
+        keep, step, steps = batch.weights.flatten() > 0, self.at["step"], self.steps
+        targets = batch.targets.flatten()[keep]
+        logits = self.model(batch.inputs).flatten(0, 1)[keep]
+        loss = F.cross_entropy(logits, targets)
         loss.backward()
-        balance(model)
-        optimiser.set_scale(min(1.0, (step + 1) / 50, (steps - step) / (steps * decay)))
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        seen += int(keep.sum())
-    return model, seen
+        balance(self.model)
+        scale = min(1.0, (step + 1) / 50, (steps - step) / (steps * self.decay))
+        self.optimiser.set_scale(scale)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.at["step"] += 1
+        self.at["tokens"] += int(keep.sum())
+        right = (logits.argmax(-1) == targets).float().mean()
+        return {"loss": round(loss.item(), 4), "right": round(right.item(), 4)}
+
+    def run(self) -> tuple[ElasticNemotronH, int]:
+        """Trains to the end; returns the model and the number of tokens that it learnt from."""
+        stream = self.batches()
+        while self.at["step"] < self.steps:
+            found = self.update(next(stream))
+            if self.at["step"] % self.REPORT_EVERY == 0:
+                line = {"step": self.at["step"], "level": self.at["level"], **found,
+                        "time": round(time.time())}  # fmt: skip
+                with open(self.metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            if self.at["step"] % self.SAVE_EVERY == 0 or self.at["step"] == self.steps:
+                self.save()
+        return self.model, self.at["tokens"]
