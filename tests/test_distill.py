@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -175,6 +176,55 @@ def test_the_router_can_be_fixed_before_the_end(tmp_path):
     assert [bool(line["share"]) for line in lines] == [True] * 3 + [False] * 3
 
 
+def test_switch_training_is_the_divergence_behind_the_switch(tmp_path, monkeypatch):
+    """Loss and gradient by their definition: one row at a time, up to the switch by one width."""
+    table = {"S": {"hidden_size": 48, "mamba_num_heads": 4}, "L": {}}
+    ids = torch.randint(0, 48, (4, 12), generator=torch.Generator().manual_seed(3))
+    at = [3, 0, 11, 7]
+    monkeypatch.setattr(distill, "_switch_places", lambda batch, seed: (
+        torch.tensor(at),
+        distill.Batch(batch.ids, (torch.arange(12) >= torch.tensor(at)[:, None]).float()),
+    ))  # fmt: skip
+    parent = random_model(3)
+    widths = parse_widths(parent.config, table)
+    run = settings(budgets=(1.0, 0.5), stages=(Stage(1, 12, 4, (1.0, 0.0)),), accumulate=1,
+                   clip=1e9, switch_probability=1.0)
+    owner = Distiller(parent, [ids], tmp_path, run, widths=widths)
+    with torch.no_grad():  # a student that differs from its teacher
+        owner.model.lm_head.weight.mul_(1.1)
+    student, seen = copy.deepcopy(owner.model), []
+    update = owner.optimiser.step
+    owner.optimiser.step = lambda: (
+        seen.extend(p.grad.clone() for p in owner.model.parameters()), update()
+    )
+    owner.run()
+    total = 0.0
+    for row, place in enumerate(at):
+        one = ids[row : row + 1]
+        given = student.switched(one, widths["S"], widths["L"], torch.tensor([place]))
+        p = owner.teacher(one)[0, place:].log_softmax(-1)
+        total = total + (p.exp() * (p - given[0, place:].log_softmax(-1))).sum()
+    want = total / sum(12 - place for place in at)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["loss"] == {"S->L": pytest.approx(float(want.detach()), rel=1e-4)}
+    assert line["tokens"] == sum(12 - place for place in at)
+    gradients = torch.autograd.grad(want, list(student.parameters()), allow_unused=True)
+    for found, gradient in zip(seen, gradients, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_switches_lie_evenly_where_positions_count():
+    weights = torch.tensor([[0.0, 1, 1, 0, 1, 0]]).repeat(3000, 1)
+    batch = distill.Batch(torch.zeros(3000, 6, dtype=torch.long), weights)
+    at, kept = distill._switch_places(batch, 1)
+    counts = torch.bincount(at, minlength=6).tolist()
+    assert counts[0] == counts[3] == counts[5] == 0
+    assert all(abs(counts[i] - 1000) < 150 for i in (1, 2, 4))
+    assert kept.weights[at == 2].unique(dim=0).tolist() == [[0, 0, 1, 0, 1, 0]]
+    every, _ = distill._switch_places(distill.Batch(batch.ids, None), 1)
+    assert every.unique().tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_hand_picked_widths_train_only_their_prefix(tmp_path):
     parent = random_model(3)
     table = {"S": {"intermediate_size": 32}, "L": {}}
@@ -274,7 +324,9 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 import torch.distributed as dist
-from test_distill import Distiller, corpus, random_model, settings
+from test_distill import Distiller, corpus, random_model, settings as all_settings
+def settings():
+    return all_settings(switch_probability={switch})
 dist.init_process_group("gloo", init_method="file://{out}/meet", rank={rank}, world_size=2)
 class Stop(Exception): pass
 def stop(step, steps, line):
@@ -294,11 +346,15 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_continue_to_what_one_gives(tmp_path):
+@pytest.mark.parametrize("switch", [0.0, 0.7])
+def test_two_processes_continue_to_what_one_gives(tmp_path, switch):
     """Sharded over two processes, stopped after a checkpoint and continued from it."""
-    want = Distiller(random_model(3), corpus(), tmp_path / "one", settings()).run()
+    run = settings(switch_probability=switch)
+    want = Distiller(random_model(3), corpus(), tmp_path / "one", run).run()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    texts = [TWO.format(tests=str(HERE), out=str(tmp_path), rank=rank) for rank in (0, 1)]
+    texts = [
+        TWO.format(tests=str(HERE), out=str(tmp_path), rank=rank, switch=switch) for rank in (0, 1)
+    ]
     started = [
         subprocess.Popen([sys.executable, "-c", text], env=env, stderr=subprocess.PIPE)
         for text in texts
@@ -352,6 +408,9 @@ def test_bad_settings_and_data_are_refused(tmp_path):
         ({"names": ("a", "a", "b")}, "3 different ones"),
         ({"precision": "fp8"}, "precision must be"),
         ({"lr": 0}, "lr must be positive"),
+        ({"switch_probability": 1.5}, "must lie in 0..1, got 1.5"),
+        ({"budgets": (1.0,), "switch_probability": 0.5, "stages": (Stage(1, 8),)},
+         "must be 0 with one budget"),
     ):
         with pytest.raises(InvalidRequest, match=match):
             settings(**changes)

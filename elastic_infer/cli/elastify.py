@@ -141,6 +141,9 @@ def make_elastic(
     router_steps: Annotated[
         int | None, typer.Option(help="Updates after which sizes stay fixed; default: never.")
     ] = None,
+    switch_probability: Annotated[
+        float, typer.Option(help="Share of micro-steps that go on from another width's cache.")
+    ] = 0.0,
     warmup: Annotated[int, typer.Option(help="Updates of rising learning rate.")] = 60,
     calibration: Annotated[int, typer.Option(help="Sequences that importance reads.")] = 1024,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -175,6 +178,7 @@ def make_elastic(
         lr=lr,
         router_lr=router_lr,
         router_steps=router_steps,
+        switch_probability=switch_probability,
         warmup=warmup,
         precision=precision,
         seed=seed,

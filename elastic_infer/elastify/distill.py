@@ -87,6 +87,17 @@ class _Divergence(torch.autograd.Function):
         return None, out, None
 
 
+def _switch_places(batch: Batch, seed: int) -> tuple[Tensor, Batch]:
+    """Draws where each row switches, evenly among the positions that count, and leaves only those
+    from there on: (at [B], batch with weights)."""
+    ids, weights = batch
+    learnt = torch.ones(ids.shape) if weights is None else (weights > 0).float().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    at = ((torch.rand(ids.shape, generator=generator) + 1) * learnt).argmax(1)
+    kept = learnt * (torch.arange(ids.shape[1])[None] >= at[:, None])
+    return at, Batch(ids, kept.to(ids.device))
+
+
 def _positions(batch: Batch) -> Tensor:
     ids, weights = batch
     count = ids.numel() if weights is None else int((weights > 0).sum())
@@ -191,8 +202,8 @@ class Distiller:
         self.model = parent.to(device)
         self.teacher = copy.deepcopy(self.model) if teacher is None else teacher.to(device)
         self.teacher.requires_grad_(False).eval()
-        for model in (self.model, self.teacher):
-            self.group.shard(model)
+        self.group.shard(self.teacher)
+        self.group.shard(self.model, stay_whole=settings.switch_probability > 0)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [
@@ -301,10 +312,15 @@ class Distiller:
         odds = settings.stages[settings.stage_of(self.step)[0]].probabilities
         place = draw.choices(range(len(settings.budgets)), weights=odds)[0]
         budget, name = settings.budgets[place], settings.names[place]
+        writer, at = None, None
+        if draw.random() < settings.switch_probability:
+            writer = draw.choice([other for other in settings.names if other != name])
+            at, batch = _switch_places(batch, settings.seed * 1_000_003 + micro)
+            at = self.group.rows(at)
         part = self.group.part(batch)
         count = self.group.sum(_positions(part))
         width, masks, cost_loss, share = None, None, None, None
-        if self.learning_sizes:
+        if writer is None and self.learning_sizes:
             pi = self._probabilities(budget, micro, draw.random() < settings.hard_share)
             masks = self.router.masks(pi)
             cost_loss, share = budget_loss(self.router, pi, budget, settings.cost)
@@ -313,7 +329,10 @@ class Distiller:
         with self.group.autocast(self.dtype):
             with torch.no_grad():
                 wanted = self.teacher(part.ids)
-            given = self.model(part.ids, width, masks)
+            if writer is None:
+                given = self.model(part.ids, width, masks)
+            else:
+                given = self.model.switched(part.ids, self.widths()[writer], width, at)
         # Averaging the gradients over the processes makes this the mean over all positions.
         loss = divergence(wanted, given, part.weights) * (self.group.size / count)
         value = float(self.group.sum(loss)) / self.group.size
@@ -321,8 +340,10 @@ class Distiller:
         if not math.isfinite(value) or not math.isfinite(float(total.detach())):
             self._refuse_step(f"the loss of budget {budget:g} ({name}) is {value}")
         (total / settings.accumulate).backward()
+        self.group.scatter(self.model)
         self.tokens += int(count)
-        line["loss"].setdefault(name, []).append(value)
+        label = name if writer is None else f"{writer}->{name}"
+        line["loss"].setdefault(label, []).append(value)
         if share is not None:
             line["budget_loss"].setdefault(name, []).append(float(cost_loss.detach()))
             line["share"].setdefault(name, []).append(share)
@@ -432,7 +453,6 @@ class Distiller:
         weights = {name: tensor.cpu() for name, tensor in weights.items()}
         budgets = dict(zip(settings.names, settings.budgets))
         return Result(widths, budgets, losses, bool(batches), weights)
-
 
     def _warn_of_budgets(self, widths: Mapping[str, Width]) -> None:
         """Says which widths the router left far from their budgets."""

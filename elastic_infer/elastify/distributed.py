@@ -79,9 +79,14 @@ class Group:
             raise InvalidRequest(
                 f"batch_size: must be a multiple of {self.size} processes, got {rows}"
             )
+        weights = None if batch.weights is None else self.rows(batch.weights)
+        return Batch(self.rows(batch.ids), weights)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor's rows, on its device."""
+        rows = len(tensor)
         own = slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
-        weights = None if batch.weights is None else batch.weights[own]
-        return Batch(batch.ids[own], weights).to(self.device)
+        return tensor[own].to(self.device)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of a tensor over all processes, a new tensor."""
@@ -90,16 +95,31 @@ class Group:
             dist.all_reduce(total)
         return total
 
-    def shard(self, model: ElasticNemotronH) -> None:
-        """Shards parameters over the processes (FSDP2): every mixer by itself, then the rest."""
+    def shard(self, model: ElasticNemotronH, stay_whole: bool = False) -> None:
+        """Shards parameters over the processes (FSDP2): every mixer by itself, then the rest.
+
+        Args:
+            model: in place. stay_whole: every process keeps the gathered weights from their first
+                use until `scatter`: after `switched`, gradients reach a mixer's weights through
+                the cache, past the outputs at which FSDP would gather them again.
+        """
         if self.size == 1:
             return
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = dist.init_device_mesh(self.device.type, (self.size,))
         for block in model.backbone.layers:
-            fully_shard(block.mixer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block.mixer, mesh=mesh, reshard_after_forward=not stay_whole)
+        fully_shard(model, mesh=mesh, reshard_after_forward=not stay_whole)
+        register_fsdp_forward_method(model, "switched")
+        model.set_reshard_after_backward(not stay_whole)
+
+    def scatter(self, model: ElasticNemotronH) -> None:
+        """Every process keeps its own share of the weights again."""
+        if self.size > 1:
+            for module in model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Mean over the processes of the gradients of parameters that are not sharded."""

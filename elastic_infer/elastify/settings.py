@@ -58,7 +58,10 @@ class Settings:
     clip: largest norm of the gradient. temperature, logit_scale: first and last value.
     budget_weight: of the budget loss. router_inner: width of the router. hard_share: share of
     micro-steps with a hard choice. router_steps: updates after which the router and the widths
-    stay fixed, None = never. precision: "float32", "bfloat16" or "auto" (bfloat16 on CUDA).
+    stay fixed, None = never. switch_probability: share of micro-steps in which the drawn width, at
+    its exported sizes, goes on from the cache that another width left, as after a switch by "carry"
+    (the router learns nothing in them). precision: "float32", "bfloat16" or "auto" (bfloat16 on
+    CUDA).
     save_every: updates between checkpoints of the run. validation_batches: held-out batches.
     """
 
@@ -81,6 +84,7 @@ class Settings:
     router_inner: int = 128
     hard_share: float = 0.004
     router_steps: int | None = None
+    switch_probability: float = 0.0
     precision: str = "auto"
     seed: int = 0
     save_every: int = 100
@@ -102,6 +106,15 @@ class Settings:
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise InvalidRequest(
                 f"settings: precision must be auto, float32 or bfloat16, got {self.precision!r}"
+            )
+        if not (0 <= self.switch_probability <= 1):
+            raise InvalidRequest(
+                f"settings: switch_probability must lie in 0..1, got {self.switch_probability!r}"
+            )
+        if self.switch_probability and len(self.budgets) < 2:
+            raise InvalidRequest(
+                "settings: switch_probability must be 0 with one budget, got "
+                f"{self.switch_probability!r}"
             )
         for name in ("lr", "router_lr", "clip", "accumulate", "save_every", "router_inner"):
             value = getattr(self, name)

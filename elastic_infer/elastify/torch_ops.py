@@ -7,7 +7,6 @@ values in between are what the sizes are learnt through.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -160,19 +159,23 @@ def heads_of(weight: Tensor, groups: int, total: int, kept: int, size: int) -> T
     return split[:, : kept // groups].flatten(0, 2)
 
 
-@dataclass
 class Carried:
     """What one width leaves in the cache for another: keys and values, raw convolution inputs and
     time steps of all heads of the reader (a narrow writer tracks those beyond its own).
 
-    reader: the width that goes on. positions: [B, T] bool, true where the writer read the token.
+    No dataclass: sharded modules (FSDP) copy those, and the layers would fill a copy.
+
+    Args:
+        reader: the width that goes on.
+        positions: [B, T] bool, true where the writer read the token.
+
     layers: what the writer left, by layer. reading: false while the writer runs.
     """
 
-    reader: Width
-    positions: Tensor
-    layers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    reading: bool = False
+    def __init__(self, reader: Width, positions: Tensor):
+        self.reader, self.positions = reader, positions
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
+        self.reading = False
 
     def pass_on(self, layer: int, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the reader finds: the writer's tensors [B, T, ...] at its positions, or its own."""
