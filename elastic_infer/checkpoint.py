@@ -12,6 +12,9 @@ import torch
 
 from elastic_infer.config import ModelConfig, Width, default_width_name, parse_widths
 from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.quantization.formats import Packed
+from elastic_infer.quantization.published import SIDECAR, read_published
+from elastic_infer.quantization.stored import StoredWeight, read_packed, stored_weights
 from elastic_infer.slicing import Selection, expected_shapes
 from elastic_infer.tensor_files import Axis, TensorFiles, fingerprint, read_json
 
@@ -23,6 +26,7 @@ WIDTHS_NAME = "elastic_widths.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HUB_FILES = (
     "config.json",
+    SIDECAR,
     "generation_config.json",
     WIDTHS_NAME,
     "*.safetensors",
@@ -148,6 +152,8 @@ class Checkpoint:
     Attributes:
         folder: Path of the folder.
         config: ModelConfig of the full checkpoint.
+        names: of the model's tensors in checkpoint order, quantised ones under their plain name.
+        quantized: {name: StoredWeight} of the quantised ones.
         widths: {name: Width} in ascending order of active parameters.
         default_width: name of the width used where none is named.
         widths_source: where the table came from, for messages.
@@ -159,6 +165,7 @@ class Checkpoint:
         files: TensorFiles,
         config: ModelConfig,
         names: list[str],
+        quantized: dict[str, StoredWeight],
         widths: str | Path | Mapping[str, Any] | None = None,
         config_home: str | Path | None = None,
     ):
@@ -166,6 +173,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.names = names
+        self.quantized = quantized
         self._files = files
         self._known = frozenset(names)
         table, self.widths_source = self._find_table(widths, config_home)
@@ -209,8 +217,11 @@ class Checkpoint:
         folder = resolve_folder(path_or_hub_id, revision)
         config = ModelConfig.from_folder(folder)
         files = TensorFiles(folder)
-        names = _check_tensors(files, config)
-        return cls(folder, files, config, names, widths, config_home)
+        quantized = stored_weights(
+            files, expected_shapes(config), read_published(config.raw, folder)
+        )
+        names = _check_tensors(files, config, quantized)
+        return cls(folder, files, config, names, quantized, widths, config_home)
 
     def _find_table(
         self, widths: str | Path | Mapping[str, Any] | None, config_home: str | Path | None
@@ -241,18 +252,57 @@ class Checkpoint:
         Covers name, dtype, shape and sampled values of every tensor of the model in checkpoint
         order (see ``tensor_files.fingerprint``), not config.json, not ``mtp.*``.
         """
-        return fingerprint(self._files, self.names)
+        plain = [name for name in self.names if name not in self.quantized]
+        parts = [part for stored in self.quantized.values() for part in stored.parts]
+        return fingerprint(self._files, [*plain, *parts])
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """{name: "nvfp4" or "fp8"} of the quantised tensors."""
+        return {name: stored.format for name, stored in self.quantized.items()}
+
+    def format_of(self, name: str) -> str:
+        """"nvfp4" or "fp8" of a quantised tensor, else its dtype, such as "bfloat16"."""
+        if name in self.quantized:
+            return self.quantized[name].format
+        return str(self._files.dtype_of(name)).removeprefix("torch.")
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Stored shape of tensor ``name``."""
+        """Shape of tensor ``name``; of a quantised one the shape of its values."""
+        if name in self.quantized:
+            return self.quantized[name].shape
         return self._files.shape_of(name)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Stored dtype of tensor ``name``."""
-        return self._files.dtype_of(name)
+        """Dtype of what ``tensor`` gives: the stored one, float32 for a quantised tensor."""
+        return torch.float32 if name in self.quantized else self._files.dtype_of(name)
+
+    def packed(self, name: str, rows: Axis = None, cols: Axis = None) -> Packed:
+        """Rows and columns of a quantised tensor as they are stored, checked.
+
+        Args:
+            name: a key of ``quantized``.
+            rows, cols: as of ``tensor``; NVFP4 keeps whole blocks of 16 columns.
+
+        Raises:
+            CheckpointError: no such tensor, or scales or codes that are no usable numbers.
+            ValueError: an index outside the tensor, or columns that cut a block.
+        """
+        if name not in self.quantized:
+            raise CheckpointError(f"checkpoint: {self.folder} has no quantised tensor {name}")
+        return read_packed(self._files, self.quantized[name], rows, cols)
+
+    def part(self, name: str, rows: Axis = None, cols: Axis = None) -> torch.Tensor:
+        """Rows and columns of one stored tensor of a quantised weight (``StoredWeight.parts``)."""
+        return self._files.tensor(name, rows, cols)
+
+    def part_spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """(shape, dtype) of one stored tensor of a quantised weight."""
+        return self._files.shape_of(name), self._files.dtype_of(name)
 
     def tensor(self, name: str, rows: Axis = None, cols: Axis = None) -> torch.Tensor:
-        """``weights[name][rows][:, cols]`` as a new contiguous CPU tensor in its stored dtype.
+        """``weights[name][rows][:, cols]`` as a new contiguous CPU tensor in its stored dtype;
+        a quantised tensor is dequantised to float32.
 
         Args:
             name: one of ``names``.
@@ -268,6 +318,8 @@ class Checkpoint:
         """
         if name not in self._known:
             raise CheckpointError(f"checkpoint: {self.folder} has no model tensor {name}")
+        if name in self.quantized:
+            return self.packed(name, rows, cols).dequantize()
         return self._files.tensor(name, rows, cols)
 
     def selected(self, name: str, selection: Selection) -> torch.Tensor:
@@ -275,10 +327,14 @@ class Checkpoint:
         return self.tensor(name, *selection)
 
 
-def _check_tensors(files: TensorFiles, config: ModelConfig) -> list[str]:
+def _check_tensors(
+    files: TensorFiles, config: ModelConfig, quantized: Mapping[str, StoredWeight]
+) -> list[str]:
     """Names of the model's tensors in checkpoint order, after all were checked."""
     expected = expected_shapes(config)
     for name, shape in expected.items():
+        if name in quantized:
+            continue
         if name not in files:
             raise CheckpointError(
                 f"checkpoint: {files.folder} must hold {name} of shape {list(shape)}, got none; "
@@ -301,7 +357,8 @@ def _check_tensors(files: TensorFiles, config: ModelConfig) -> list[str]:
             f"in {files.file_of('lm_head.weight').name}; set tie_word_embeddings to false in "
             "config.json if the head has weights of its own"
         )
-    extra = [name for name in files.names if name not in expected]
+    parts = {part for stored in quantized.values() for part in stored.parts}
+    extra = [name for name in files.names if name not in expected and name not in parts]
     mtp = [name for name in extra if name.startswith("mtp.")]
     if mtp:
         logger.info("checkpoint: %d mtp.* tensors (token look-ahead) are skipped", len(mtp))

@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from elastic_infer.config import LAYER_KEYS, ModelConfig, Width, slice_config
 from elastic_infer.errors import CheckpointError, WidthError
-from elastic_infer.tensor_files import take, write_safetensors
+from elastic_infer.quantization.published import SIDECAR
+from elastic_infer.quantization.stored import stored_selections
+from elastic_infer.tensor_files import Selection, take, write_safetensors
 
 if TYPE_CHECKING:
     from elastic_infer.checkpoint import Checkpoint
@@ -49,13 +51,6 @@ SIDE_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-
-
-class Selection(NamedTuple):
-    """What a width keeps of one tensor: indices of dimensions 0 and 1, None = all of it."""
-
-    rows: slice | list[int] | None
-    cols: slice | list[int] | None
 
 
 def _kept_heads(total: int, kept: int, groups: int) -> list[int]:
@@ -217,6 +212,8 @@ def _axis_size(axis: slice | list[int] | None, size: int) -> int:
 
 def selection_shape(shape: tuple[int, ...], selection: Selection) -> tuple[int, ...]:
     """Shape of what ``selection`` keeps of a tensor of ``shape``."""
+    if not shape:
+        return shape
     out = (_axis_size(selection.rows, shape[0]), *shape[1:])
     if len(shape) == 1:
         return out
@@ -310,18 +307,20 @@ def slice_checkpoint(
         sources["lm_head.weight"] = (EMBEDDING, sources[EMBEDDING][1])
         raw["tie_word_embeddings"] = False
         logger.info("slice: the tied head is written out as lm_head.weight")
-    specs = {
-        name: (selection_shape(checkpoint.shape_of(source), kept), checkpoint.dtype_of(source))
-        for name, (source, kept) in sources.items()
-    }
-    write_safetensors(
-        out,
-        specs,
-        lambda name: checkpoint.selected(*sources[name]),
-        shard_bytes,
-        progress,
-    )
+    parts = part_sources(checkpoint, sources)
+    specs = {}
+    for name, (source, kept) in parts.items():
+        shape, dtype = checkpoint.part_spec(source)
+        specs[name] = (selection_shape(shape, kept), dtype)
+
+    def cut_part(name: str) -> torch.Tensor:
+        source, (rows, cols) = parts[name]
+        return checkpoint.part(source, rows, cols)
+
+    write_safetensors(out, specs, cut_part, shard_bytes, progress)
     copy_side_files(checkpoint.folder, out)
+    if (checkpoint.folder / SIDECAR).is_file():
+        shutil.copyfile(checkpoint.folder / SIDECAR, out / SIDECAR)
     if "elastic" in raw:
         logger.info("slice: %s has per-layer sizes: %s is an elastic checkpoint", width_name, out)
     text = json.dumps(raw, indent=2) + "\n"
@@ -333,6 +332,21 @@ def slice_checkpoint(
         out,
         raw.get("time_step_min", "0.001 (the default)"),
     )
+    return out
+
+
+def part_sources(
+    checkpoint: Checkpoint, sources: Mapping[str, tuple[str, Selection]]
+) -> dict[str, tuple[str, Selection]]:
+    """The stored tensors behind {name: (source, what is kept of it)}, in the same form: a plain
+    tensor is itself, a quantised one its codes and block scales, cut, and its scalars, whole."""
+    out: dict[str, tuple[str, Selection]] = {}
+    for name, (source, kept) in sources.items():
+        if source in checkpoint.quantized:
+            found = stored_selections(checkpoint.quantized[source], kept)
+            out |= {part: (part, selection) for part, selection in found.items()}
+        else:
+            out[name] = (source, kept)
     return out
 
 

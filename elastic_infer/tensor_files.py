@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from elastic_infer.errors import CheckpointError
 
 __all__ = [
     "Axis",
+    "Selection",
     "TensorFiles",
     "axis_ranges",
     "fingerprint",
@@ -31,6 +32,14 @@ logger = logging.getLogger(__name__)
 
 # What is kept of one axis: all of it, a slice, or an index list.
 Axis = slice | Sequence[int] | None
+
+
+class Selection(NamedTuple):
+    """What a width keeps of one tensor: indices of dimensions 0 and 1, None = all of it."""
+
+    rows: slice | list[int] | None
+    cols: slice | list[int] | None
+
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
