@@ -1,21 +1,16 @@
 """The laws every registered op holds, applied to all of them alike."""
 
 import re
-import zlib
 
 import pytest
 import torch
 
 from elastic_infer import _C
-from elastic_infer.ops import Pool, Step, registry
+from elastic_infer.ops import Pool, Step, _laws, registry
+from elastic_infer.ops._laws import assert_close, copy, make, small_cases, wide
 from elastic_infer.ops._spec import case_id
 
 SPECS = registry()
-SENTINEL = 12345.0
-
-
-def small_cases(spec):
-    return [c for c in spec.cases() if not c.get("bench")]
 
 
 def cells(*needs):
@@ -30,164 +25,47 @@ def cells(*needs):
     return found
 
 
-def make(spec, case, dtype):
-    seed = zlib.crc32(f"{spec.name} {case_id(case)}".encode())
-    return spec.inputs(case, dtype, torch.Generator().manual_seed(seed))
-
-
-def copy(arguments):
-    """A deep copy that keeps strides."""
-    copied = {}
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-            value = fresh.copy_(value)
-        copied[name] = value
-    return copied
-
-
-def run(spec, arguments, runner=None):
-    given = copy(arguments)
-    spec.call(given, runner)
-    return {name: given[name] for name in spec.outputs}
-
-
-def wide(spec, arguments):
-    """Arguments in float64, but for those the op defines in float32."""
-    return {
-        n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for n, v in arguments.items()
-    }
-
-
-def same_bits(a, b):
-    return a.shape == b.shape and torch.equal(
-        a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)
-    )
-
-
-def assert_close(name, got, exact, plain):
-    """Error against float64 at most twice plain torch's, plus one ulp of the largest value."""
-    if not got.is_floating_point():
-        assert torch.equal(got, exact.to(got.dtype)), name
-        return
-    known = torch.isfinite(exact)
-    assert torch.isfinite(got[known]).all(), f"{name}: not finite"
-    exact = exact[known].double()
-    if exact.numel() == 0:
-        return
-    error = (got[known].double() - exact).abs().max().item()
-    allowed = 2 * (plain[known].double() - exact).abs().max().item()
-    allowed += torch.finfo(got.dtype).eps * exact.abs().max().item() + 1e-30
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-
-
 @pytest.mark.parametrize("isa", _C.usable_isas())
 @pytest.mark.parametrize("spec, case, dtype", cells())
 def test_reference(spec, case, dtype, isa):
     """Law 1, on every instruction set this processor has."""
-    arguments = make(spec, case, dtype)
-    got = run(spec, arguments, Pool(2, isa))
-    exact = spec.reference(wide(spec, copy(arguments)))
-    plain = spec.reference(copy(arguments))
-    for name in spec.outputs:
-        assert_close(f"{spec.name}: {name}", got[name], exact[name], plain[name])
+    _laws.check_reference(spec, make(spec, case, dtype), Pool(2, isa))
 
 
 @pytest.mark.parametrize("isa", _C.usable_isas())
 @pytest.mark.parametrize("spec, case, dtype", cells("poison"))
 def test_poison(spec, case, dtype, isa):
     """Law 2: what must not be read is NaN, what must not be written is a sentinel."""
-    check_poison(spec, make(spec, case, dtype), Pool(2, isa))
-
-
-def check_poison(spec, clean, runner):
-    """Law 2 for one set of arguments."""
-    dirty = copy(clean)
-    spec.poison(dirty)
-    frames = {}
-    for name in spec.outputs:
-        value = dirty[name]
-        guard = 64
-        flat = torch.full((value.numel() + 2 * guard,), 77, dtype=value.dtype)
-        if value.is_floating_point():
-            flat.fill_(SENTINEL)
-        inner = flat[guard : guard + value.numel()].view(value.shape)
-        inner.copy_(value)
-        dirty[name], frames[name] = inner, (flat, guard)
-    spec.call(dirty, runner)
-    want = run(spec, clean, runner)
-    exact = spec.reference(wide(spec, copy(clean)))
-    for name, (flat, guard) in frames.items():
-        edges = torch.cat([flat[:guard], flat[-guard:]])
-        sentinel = SENTINEL if edges.is_floating_point() else 77
-        assert (edges == edges.new_tensor(sentinel)).all(), f"{name}: written outside"
-        got = dirty[name]
-        if got.is_floating_point():
-            defined = torch.isfinite(exact[name]) & torch.isfinite(want[name])
-            untouched = ~torch.isfinite(got)
-            # Poison may stay where it was put, never reach a value that is defined and written.
-            changed = ~torch.isclose(got, want[name], rtol=0, atol=0, equal_nan=True) & defined
-            original = clean[name]
-            kept = untouched & torch.isclose(want[name], original, rtol=0, atol=0, equal_nan=True)
-            assert not (changed & ~kept).any(), f"{spec.name}: poison reached {name}"
-        else:
-            assert torch.equal(got, want[name]), name
+    _laws.check_poison(spec, make(spec, case, dtype), Pool(2, isa))
 
 
 @pytest.mark.parametrize("spec, case, dtype", cells("sliced"))
 def test_slice(spec, case, dtype):
     """Law 3: a prefix of the full weights equals a contiguous copy of that prefix, bit for bit."""
-    arguments = make(spec, case, dtype)
-    got = run(spec, arguments)
-    pairs = list(spec.sliced(copy(arguments)))
-    assert pairs
-    for cut, indices in pairs:
-        alone = run(spec, cut)
-        for name, (here, there) in indices.items():
-            assert same_bits(got[name][here], alone[name][there]), f"{spec.name}: {name}"
+    assert _laws.check_slice(spec, make(spec, case, dtype))
 
 
 @pytest.mark.parametrize("spec, case, dtype", cells("row"))
 def test_batch(spec, case, dtype):
     """Law 5: a row in a batch of mixed widths equals the same row alone, bit for bit."""
-    arguments = make(spec, case, dtype)
-    got = run(spec, arguments)
-    count = spec.rows(arguments)
-    for r in {0, 1, 5, 6, 7, count // 2, count - 2, count - 1}:
-        if not 0 <= r < count:
-            continue
-        one, indices = spec.row(copy(arguments), r)
-        alone = run(spec, one)
-        for name, (here, there) in indices.items():
-            assert same_bits(got[name][here], alone[name][there]), f"{spec.name}: {name} row {r}"
+    _laws.check_batch(spec, make(spec, case, dtype))
 
 
 @pytest.mark.parametrize("spec, case, dtype", cells())
 def test_repeat(spec, case, dtype):
     """Law 7: equal bits on any number of threads, on every run, and when replayed from a step."""
     arguments = make(spec, case, dtype)
-    want = run(spec, arguments)
+    want = _laws.run(spec, arguments)
     for threads in (1, 2, 3):
-        got = run(spec, arguments, Pool(threads))
-        assert all(same_bits(got[n], want[n]) for n in spec.outputs), f"{threads} threads"
-    recorded, step = copy(arguments), Step(Pool(2))
-    spec.call(recorded, step)
-    assert len(step) == 1
-    assert all(same_bits(recorded[n], arguments[n]) for n in spec.outputs), "recording ran the op"
-    step.run()
-    assert all(same_bits(recorded[n], want[n]) for n in spec.outputs), "replay"
+        got = _laws.run(spec, arguments, Pool(threads))
+        assert all(_laws.same_bits(got[n], want[n]) for n in spec.outputs), f"{threads} threads"
+    _laws.check_repeat(spec, arguments, Step(Pool(2)))
 
 
 @pytest.mark.parametrize("spec, case, dtype", cells())
 def test_inputs_unchanged(spec, case, dtype):
     """Law 8: what is not declared as an output keeps its bits."""
-    arguments = make(spec, case, dtype)
-    given = copy(arguments)
-    spec.call(given, None)
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and name not in spec.outputs:
-            assert same_bits(given[name], value), name
+    _laws.check_inputs_unchanged(spec, make(spec, case, dtype))
 
 
 def broken(value):

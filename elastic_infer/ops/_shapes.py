@@ -1,0 +1,56 @@
+"""Cases beyond the ops' own: sizes of real models, and those at which another CUDA kernel takes over.
+
+Tests run them on the emulated GPU, `bench/gpu.py` on a real one.
+"""
+
+from __future__ import annotations
+
+
+def _products():
+    """Three widths on both sides, two segments, rows that end inside a tile."""
+    base = {"K": 208, "segments": (144, 72), "k": (64, 144, 208),
+            "n": ((40, 8), (144, 72), (130, 72)), "act": "none"}  # fmt: skip
+    for rows in (2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 129):
+        yield base | {"R": rows}
+    yield base | {"R": 12, "act": "relu2"}
+    for rows in (1, 6):
+        yield base | {"R": rows, "K": 2688, "k": (1920, 2688, 1936)}
+
+
+def _experts():
+    """2 to 90 entries of an expert, and experts with more than one block of them."""
+    for R, E, J in (
+        (4, 12, 3), (5, 12, 3), (40, 14, 2), (20, 9, 3), (40, 4, 2), (60, 3, 2), (90, 2, 2)
+    ):  # fmt: skip
+        yield {"R": R, "E": E, "J": J, "D": 144, "F": 80, "k": (80, 144), "f": (48, 80),
+               "shared": True}  # fmt: skip
+
+
+SHAPES: dict[str, list[dict]] = {
+    "matmul": list(_products()),
+    "moe_matmul": list(_experts()),
+    "ssm_scan": [
+        {"lengths": (150, 64, 1), "H": 2, "P": 64, "N": 128, "G": 1, "widths": (2, 1)},
+        {"lengths": (70,), "H": 1, "P": 80, "N": 144, "G": 1, "widths": (1,)},  # beyond chunks
+    ],
+    "ssm_step": [
+        {"lengths": (1, 1), "H": 4, "P": 64, "N": 128, "G": 2, "widths": (2, 4), "step": True},
+        {"lengths": (1,), "H": 1, "P": 16, "N": 256, "G": 1, "widths": (1,), "step": True},
+    ],
+    "attention_decode": [
+        {"lengths": (200, 64), "Hq": 32, "Hkv": 2, "K": 128, "widths": (32, 16)},
+        {"lengths": (70,), "Hq": 2, "Hkv": 1, "K": 192, "widths": None},
+    ],
+    "attention_prefill": [
+        {"tokens": (9, 30), "context": (128, 3), "Hq": 16, "Hkv": 2, "K": 128, "widths": (8, 16)},
+        {"tokens": (5,), "context": (64,), "Hq": 2, "Hkv": 1, "K": 192, "widths": None},
+    ],
+    "moe_route": [
+        {"R": 9, "D": 2688, "E": 128, "J": 6, "k": (1920, 2688), "e": (128, 100), "ties": False}
+    ],
+    "rms_norm": [{"R": 2, "D": 2688, "widths": (1920, 2688), "delta": True}],
+    "gated_norm": [{"R": 2, "H": 64, "P": 64, "G": 8, "widths": (56, 64)}],
+    "causal_conv": [
+        {"lengths": (30, 4, 31, 1, 33, 2, 1, 65), "x": 96, "bc": 32, "widths": (48, 96)}
+    ],
+}
