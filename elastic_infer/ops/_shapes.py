@@ -1,4 +1,4 @@
-"""Cases beyond the ops' own: sizes of real models, and those at which another CUDA kernel takes over.
+"""Cases beyond the ops' own: sizes of real models, and those where another CUDA kernel takes over.
 
 Tests run them on the emulated GPU, `bench/gpu.py` on a real one.
 """
