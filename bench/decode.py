@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+from commit import ROOT, commit
 from models import MODELS, write_model
 
 from elastic_infer import Engine
-from elastic_infer.elastify.reasoner.evaluate import machine, today
+from elastic_infer.host import machine, today
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 16  # tokens read before the timed steps
 
 
@@ -70,13 +69,6 @@ def measure(engine: Engine, tokens: int, rounds: int) -> list[dict[str, Any]]:
         }
         for name, taken in seconds.items()
     ]
-
-
-def commit() -> str:
-    """The checkout's commit, marked where files differ from it; empty outside of one."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def run(model: str, folder: Path, tokens: int, rounds: int, threads: int | None) -> dict[str, Any]:

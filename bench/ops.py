@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import ROOT, commit
+from commit import ROOT, commit
 from roof import roof
 from torch_peers import PEERS
 
-from elastic_infer.elastify.reasoner.evaluate import machine, today
+from elastic_infer.host import machine, today
 from elastic_infer.ops import OpSpec, Pool, Step, registry
 from elastic_infer.ops._spec import Arguments, Case, case_id
 

@@ -66,10 +66,10 @@ def matmul(a: Arguments) -> Peer:
 
 def causal_conv(a: Arguments) -> Peer:
     """Four shifted products over history and tokens, per sequence."""
-    taps = a["weight"].T.contiguous()
+    taps, ranges = a["weight"].T.contiguous(), spans(a)
 
     def run():
-        for begin, end, slot in spans(a):
+        for begin, end, slot in ranges:
             x = torch.cat([a["state"][slot].T, a["x"][begin:end]])
             n = end - begin
             y = a["bias"] + x[:n] * taps[0]
@@ -113,10 +113,10 @@ def ssm_scan(a: Arguments) -> Peer:
     """The chunked form (state space duality) in 64 tokens, one sequence after the other."""
     H, P, N = a["state"].shape[1:]
     chunk = 64
-    causal = torch.ones(chunk, chunk, dtype=torch.bool).tril()
+    causal, ranges = torch.ones(chunk, chunk, dtype=torch.bool).tril(), spans(a)
 
     def run():
-        for begin, end, slot in spans(a):
+        for begin, end, slot in ranges:
             x, B, C, dt = _heads(a, slice(begin, end))
             A, D = (-a["A_log"].exp()).view(dt.shape[1:]), a["D"].view(dt.shape[1:])
             h = a["state"][slot].view(*dt.shape[1:], P, N)

@@ -38,7 +38,7 @@ def ops(monkeypatch):
 
     yield ops
     torch.set_num_threads(before)
-    for name in ("ops", "roof", "decode", "models", "torch_peers"):
+    for name in ("ops", "roof", "commit", "torch_peers"):
         sys.modules.pop(name, None)
 
 

@@ -42,8 +42,9 @@ def measure_all(engine: Engine, problems: int, screen: Console) -> dict[str, Any
     Returns:
         {"rows": [one dict per line], and what they were measured with}.
     """
-    from elastic_infer.elastify.reasoner.evaluate import SEED, machine, today
+    from elastic_infer.elastify.reasoner.evaluate import SEED
     from elastic_infer.elastify.reasoner.task import held_out_problems
+    from elastic_infer.host import machine, today
 
     asked = held_out_problems(SEED, problems)
     ways = ways_of(engine)

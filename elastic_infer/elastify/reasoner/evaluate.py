@@ -7,16 +7,15 @@ plans that think narrow and answer wide, and thinking budgets, on problems that 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from elastic_infer.host import machine, today
 
 from .task import MAX_OPERATIONS, Problem, held_out_problems, read_answer
 
@@ -213,28 +212,6 @@ def evaluate_model(
                 known = measure(f"{title}, {budget} tokens of thinking", problems, plan=plan)
             budgets.setdefault(title, {})["none" if budget is None else str(budget)] = known
     return {"widths": widths, "five_operations": five, "plans": plans, "budgets": budgets}
-
-
-def machine() -> dict[str, Any]:
-    """The processor's name, the CPUs that this process may use, and the load before measuring."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    allowed = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if allowed else (os.cpu_count() or 1)
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {"processor": name, "cpus": cpus, "load": load}
-
-
-def today() -> str:
-    """The date in ISO form."""
-    return datetime.date.today().isoformat()
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

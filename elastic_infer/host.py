@@ -1,0 +1,31 @@
+"""What a measurement says about where and when it was made."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """The processor's name, the CPUs that this process may use, and the load before measuring."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    allowed = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if allowed else (os.cpu_count() or 1)
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {"processor": name, "cpus": cpus, "load": load}
+
+
+def today() -> str:
+    """The date in ISO form."""
+    return datetime.date.today().isoformat()
