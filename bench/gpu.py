@@ -92,7 +92,9 @@ def main() -> int:
     if reason:
         sys.exit(reason)
     figures = run(setting, parts, given.seconds, given.out)
-    return int(any(figures["parts"][p]["failed"] for p in parts if p in figures["parts"]))
+    done = [figures["parts"][p] for p in parts if p in figures["parts"]]
+    broken = any(row.get("broken") for part in done for row in part["rows"].values())
+    return int(broken or any(part["failed"] or part["worker"] for part in done))
 
 
 if __name__ == "__main__":

@@ -229,12 +229,38 @@ def tensor_specs(
     yield TensorSpec("lm_head.weight", (vocab, hidden), dtype, "matrix")
 
 
-def draw_tensor(spec: TensorSpec, seed: int) -> torch.Tensor:
-    """The values of one tensor; they depend on its name, shape and the seed alone.
+def draw_values(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """Values of one kind, where the generator is.
 
     With n standard normal and u uniform in [0, 1): matrices n / sqrt(fan in), embeddings n,
     norms 1 + 0.1 n, D = 1 + 0.3 n, convolution 0.5 n, biases 0.1 n, A_log = log(1 + 15 u) and
     dt_bias the inverse softplus of a log-uniform 0.002 .. 0.1.
+    """
+    device = generator.device
+    if kind in ("a_log", "dt_bias"):
+        uniform = torch.rand(shape, generator=generator, device=device)
+        if kind == "a_log":
+            return torch.log(1 + 15 * uniform).to(dtype)
+        low, high = math.log(0.002), math.log(0.1)
+        step = torch.exp(low + (high - low) * uniform)
+        return (step + torch.log(-torch.expm1(-step))).to(dtype)
+    scale, shift = {
+        "matrix": (1 / math.sqrt(shape[-1]), 0.0),
+        "embedding": (1.0, 0.0),
+        "norm": (0.1, 1.0),
+        "skip": (0.3, 1.0),
+        "conv": (0.5, 0.0),
+        "bias": (0.1, 0.0),
+        "correction": (0.1, 0.0),
+    }[kind]
+    values = torch.empty(shape, device=device).normal_(0.0, 1.0, generator=generator)
+    return values.mul_(scale).add_(shift).to(dtype)
+
+
+def draw_tensor(spec: TensorSpec, seed: int) -> torch.Tensor:
+    """The values of one tensor; they depend on its name, shape and the seed alone.
 
     Args:
         spec: TensorSpec.
@@ -244,24 +270,7 @@ def draw_tensor(spec: TensorSpec, seed: int) -> torch.Tensor:
         Tensor of ``spec.shape`` and ``spec.dtype``.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {spec.name}".encode()))
-    if spec.kind in ("a_log", "dt_bias"):
-        uniform = torch.rand(spec.shape, generator=generator)
-        if spec.kind == "a_log":
-            return torch.log(1 + 15 * uniform).to(spec.dtype)
-        low, high = math.log(0.002), math.log(0.1)
-        step = torch.exp(low + (high - low) * uniform)
-        return (step + torch.log(-torch.expm1(-step))).to(spec.dtype)
-    scale, shift = {
-        "matrix": (1 / math.sqrt(spec.shape[-1]), 0.0),
-        "embedding": (1.0, 0.0),
-        "norm": (0.1, 1.0),
-        "skip": (0.3, 1.0),
-        "conv": (0.5, 0.0),
-        "bias": (0.1, 0.0),
-        "correction": (0.1, 0.0),
-    }[spec.kind]
-    values = torch.empty(spec.shape).normal_(0.0, 1.0, generator=generator)
-    return values.mul_(scale).add_(shift).to(spec.dtype)
+    return draw_values(spec.kind, spec.shape, spec.dtype, generator)
 
 
 def _write_safetensors(path: Path, specs: list[TensorSpec], seed: int) -> None:

@@ -39,12 +39,13 @@ def readable(names: list[str]) -> list[str]:
     if not shutil.which("c++filt"):
         return names
     plain = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
-    short = []
-    for line in plain.splitlines():
-        line = line.removeprefix("void ").replace("(anonymous namespace)::", "")
-        line = line.replace("ei::cuda::", "").replace("ei::", "")
-        short.append(line.split("(")[0])
-    return short
+    return [short(line) for line in plain.splitlines()]
+
+
+def short(name: str) -> str:
+    """A demangled kernel name without return type, namespaces and argument list."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return name.replace("ei::cuda::", "").replace("ei::", "").split("(")[0]
 
 
 def assemble(nvcc: str, source: Path, arch: str) -> list[dict]:

@@ -59,7 +59,7 @@ class Part(PartBase):
         if item == "roof":
             return self.roof
         name, _, way = item.partition(" | ")
-        with emptied():
+        with emptied(), torch.device(self.setting.device):  # cases are drawn where they are used
             return self._row(self.cases[name], bool(way))
 
     def _problems(self, case: OpCase) -> list[Arguments]:

@@ -12,6 +12,8 @@ def text(name: str, part: Figures) -> str:
     done, wrong = len(part["rows"]), part["failed"]
     lines = [f"{name}: {done} done in {part['seconds']:.0f} s, {len(wrong)} failed"]
     lines += [f"  FAILED {item}: {_short(why)}" for item, why in wrong.items()]
+    for item, row in part["rows"].items():
+        lines += [f"  BROKEN {item}: {why}" for why in row.get("broken", ())]
     lines += [f"  passed over {item}: {_short(why)}" for item, why in part["passed_over"].items()]
     if part["left_out"]:
         lines.append(f"  no time for {len(part['left_out'])}: {', '.join(part['left_out'])}")

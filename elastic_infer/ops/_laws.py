@@ -53,10 +53,16 @@ def copy(arguments: Arguments, device: str | torch.device | None = None) -> Argu
     return copied
 
 
+def call(spec: OpSpec, given: Arguments, runner=None, device=None) -> None:
+    """Runs or records the op; what its `call` makes beside the arguments lies on `device` too."""
+    with torch.device(device or "cpu"):
+        spec.call(given, runner)
+
+
 def run(spec: OpSpec, arguments: Arguments, runner=None, device=None) -> Outputs:
     """The op's outputs from a copy of `arguments` on `device`, back where the arguments lie."""
     given = copy(arguments, device)
-    spec.call(given, runner)
+    call(spec, given, runner, device)
     return {name: given[name].to(arguments[name].device) for name in spec.outputs}
 
 
@@ -118,7 +124,7 @@ def check_poison(spec: OpSpec, clean: Arguments, runner=None, device=None) -> No
     frames = {}
     for name in spec.outputs:
         dirty[name], frames[name] = _framed(dirty[name])
-    spec.call(dirty, runner)
+    call(spec, dirty, runner, device)
     want = run(spec, clean, runner, device)
     exact = spec.reference(wide(spec, copy(clean)))
     for name, flat in frames.items():
@@ -186,7 +192,7 @@ def check_rows(spec: OpSpec, arguments: Arguments, runner=None, device=None) -> 
 def check_inputs_unchanged(spec: OpSpec, arguments: Arguments, runner=None, device=None) -> None:
     """Law 8: what is not declared as an output keeps its bits."""
     given = copy(arguments, device)
-    spec.call(given, runner)
+    call(spec, given, runner, device)
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and name not in spec.outputs:
             kept = same_bits(given[name].to(value.device), value)
@@ -200,7 +206,7 @@ def check_repeat(spec: OpSpec, arguments: Arguments, step, runner=None, device=N
     again = run(spec, arguments, runner, device)
     hold(all(same_bits(again[n], want[n]) for n in spec.outputs), f"{spec.name}: a second run")
     recorded = copy(arguments, device)
-    spec.call(recorded, step)
+    call(spec, recorded, step, device)
     hold(len(step) == 1, f"{spec.name}: recorded {len(step)} calls")
     for name in spec.outputs:
         here = arguments[name]
