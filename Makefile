@@ -6,7 +6,7 @@ PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
 EMU = $(dir $(PY))cmake --build build/emu --target _emu -j2
-.PHONY: help env build demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format bench wheel clean
+.PHONY: help env build demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format bench gpu-check wheel clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,9 @@ format: env ## format Python and C++
 
 bench: env ## one row per op, with the roof measured in the same run
 	$(PY) bench/ops.py
+
+gpu-check: ## everything about the CUDA kernels on the GPU at hand, with $PYTHON as it is
+	@$(PYTHON) bench/gpu.py $(GPU_ARGS)
 
 wheel: env ## a wheel in dist/
 	$(PY) -m pip wheel --no-deps --no-build-isolation -w dist .

@@ -26,15 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout'
 
 from gpu_check.report import summary, text
 from gpu_check.setting import Setting, about, default_out, missing_gpu, write_json
-from gpu_check.worker import PARTS, part_class, supervise, work
+from gpu_check.worker import PARTS, supervise, work
 
 TOTAL = 525.0  # seconds for all parts
 
 
 def limits(parts: list[str], total: float) -> dict[str, float]:
     """Seconds of each part when none leaves any to the next."""
-    shares = {name: part_class(name).SHARE for name in parts}
-    return {name: total * share / sum(shares.values()) for name, share in shares.items()}
+    whole = sum(PARTS[name] for name in parts)
+    return {name: total * PARTS[name] / whole for name in parts}
 
 
 def run(setting: Setting, parts: list[str], total: float, out: Path | None) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import gpu_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/results"
 CARD = "elastic_infer/models/reasoner"
@@ -186,14 +188,20 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "ops": (f"{RESULTS}/ops-cpu.json", ops_table),
 }
 
+# Tables of several files, or of files that need not be there.
+FREE_TABLES: dict[str, Callable[[Path], str]] = {"gpu": gpu_table}
+
 
 def table(name: str, root: Path = ROOT) -> str:
     """One table, or the statement that there is none yet.
 
     Raises: ValueError for a block that no measurement belongs to, or a file that lacks a figure.
     """
+    if name in FREE_TABLES:
+        return FREE_TABLES[name](root)
     if name not in TABLES:
-        raise ValueError(f"readme: a table must be one of {', '.join(TABLES)}, got {name!r}")
+        known = ", ".join([*TABLES, *FREE_TABLES])
+        raise ValueError(f"readme: a table must be one of {known}, got {name!r}")
     file, make = TABLES[name]
     path = root / file
     if not path.is_file():

@@ -22,7 +22,7 @@ FOLDER = ROOT / "build" / "gpu"
 class Part(PartBase):
     """One item."""
 
-    SHARE, NATIVE = 130.0, False
+    NATIVE = False
 
     def items(self) -> list[str]:
         return ["emulator" if self.setting.emulate else "module"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from ptxas import short
+from ptxas import readable, short
 
 from elastic_infer.ops import OpSpec, registry
 from elastic_infer.ops import _laws as laws
@@ -21,8 +21,6 @@ Check = tuple[str, Callable[[], Any]]
 
 class Part(PartBase):
     """One item per op; a broken law is in the row, a crash fails the item."""
-
-    SHARE = 60.0
 
     def __init__(self, setting, module):
         super().__init__(setting, module)
@@ -62,14 +60,12 @@ def _of_case(spec: OpSpec, case, dtype, module, device: str, label: str) -> list
         (f"repeat {label}", lambda: laws.check_repeat(
             spec, arguments, module.Step(module.Pool()), None, device)),
     ]  # fmt: skip
-    for alike in (arguments, *laws.one_width(arguments)) if spec.poison else ():
-        found.append(
-            (f"poison {label}", lambda a=alike: laws.check_poison(spec, a, None, device))
-        )
-    if spec.sliced:
-        for alike in laws.one_width(arguments):
-            check = lambda a=alike: laws.check_slice(spec, a, None, device, exact=False)  # noqa: E731
-            found.append((f"slice {label}", check))
+    alikes = laws.one_width(arguments)
+    for given in (arguments, *alikes) if spec.poison else ():
+        found.append((f"poison {label}", partial(laws.check_poison, spec, given, None, device)))
+    for given in alikes if spec.sliced else ():
+        check = partial(laws.check_slice, spec, given, None, device, exact=False)
+        found.append((f"slice {label}", check))
     if spec.row:
         found.append((f"rows {label}", lambda: laws.check_rows(spec, arguments, None, device)))
     return found
@@ -102,6 +98,4 @@ def own_names(names: list[str]) -> set[str]:
     """Short names, as in bench/results/ptxas.json, of kernels as a profiler names them."""
     plain = [n for n in names if "ei::cuda::" in n]
     mangled = [n for n in names if n.startswith("_Z")]
-    from ptxas import readable
-
-    return {short(n) for n in plain} | set(itertools.chain(readable(mangled) if mangled else ()))
+    return {short(n) for n in plain} | set(readable(mangled) if mangled else ())

@@ -23,8 +23,6 @@ CONTEXT, PROMPT = 4096, 4096  # tokens
 class Part(PartBase):
     """Items are "roof", then the ops' cases in turns of steps and prompts, then further peers."""
 
-    SHARE = 120.0
-
     def __init__(self, setting, module):
         super().__init__(setting, module)
         self.clock, self.specs = Clock(setting), registry()

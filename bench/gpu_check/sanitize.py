@@ -27,7 +27,7 @@ REFUSED = ("Device not supported", "not supported", "Unable to", "requires", "pe
 class Part(PartBase):
     """Items are "tool: op"; the ops of one tool share a process that is asked for one at a time."""
 
-    SHARE, NATIVE = 70.0, False
+    NATIVE = False
 
     def __init__(self, setting, module):
         super().__init__(setting, module)

@@ -172,7 +172,9 @@ class OpCases:
             case = {"lengths": lengths, "H": H, "P": c.mamba_head_dim, "N": c.ssm_state_size,
                     "G": c.n_groups, "widths": (n,), "step": op == "ssm_step"}  # fmt: skip
             cost = case | {"H": n}
-        return OpCase(op, "", sum(lengths), width, case, cost)
+        several = len(lengths) > 1 and max(lengths) > 1
+        part = f"of {len(lengths)} prompts" if several else ""
+        return OpCase(op, part, sum(lengths), width, case, cost)
 
     def _attention(self, op: str, given: dict[str, tuple[int, ...]], rows: int) -> OpCase:
         c, (width, w) = self.config, list(self.widths.items())[-1]
