@@ -11,5 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def commit() -> str:
     """The checkout's commit, marked where files differ from it; empty outside of one."""
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(asked, capture_output=True, text=True)
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True)
+    except OSError:  # no git at all
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -18,6 +18,7 @@ from .worker import PartBase, PassedOver
 
 DTYPE = torch.bfloat16
 CONTEXT, PROMPT = 4096, 4096  # tokens
+COPIES = 24 << 30  # bytes that all copies of one problem may take
 
 
 class Part(PartBase):
@@ -67,10 +68,10 @@ class Part(PartBase):
         problem = spec.inputs(case.case, dtype, torch.Generator(device).manual_seed(0))
         size = sum(v.nbytes for v in problem.values() if isinstance(v, torch.Tensor))
         moved, _ = spec.cost(case.cost, dtype.itemsize)
-        room = free_bytes(self.setting) // (4 * size)  # ours, the tiles, the peer's, and to spare
-        if room < 1:
-            raise PassedOver(f"needs {4 * size / 1e9:.0f} GB of free device memory")
-        copies = max(1, min(32, room, math.ceil(self.clock.flushed / moved)))
+        each = 4 * size  # the problem, ours, its tiles, the peer's
+        if each > free_bytes(self.setting):
+            raise PassedOver(f"needs {each / 1e9:.0f} GB of free device memory")
+        copies = max(1, min(32, COPIES // each, math.ceil(self.clock.flushed / moved)))
         return [problem, *(copy_of(problem) for _ in range(copies - 1))]
 
     def _row(self, case: OpCase, compiled: bool) -> dict[str, Any]:

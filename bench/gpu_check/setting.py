@@ -143,6 +143,10 @@ def native(setting: Setting):
 
         yield _C
         return
+    from elastic_infer import model  # noqa: F401  (what the emulator replaces must be there)
+    from elastic_infer.ops import registry
+
+    registry()
     sys.path.insert(0, str(ROOT / "tests"))
     from emulated import built, installed, load
 
