@@ -133,13 +133,16 @@ FORBIDDEN = {
     r"\bTODO\b|\bFIXME\b": "unfinished",
 }
 
+# The one file that calls the CUDA runtime for memory: workspaces, taken outside of ops.
+EXEMPT = {r"\bcuda(Malloc|Free)\w*\s*\(": ["csrc/core/device.cpp"]}
+
 
 @pytest.mark.parametrize("pattern", FORBIDDEN, ids=FORBIDDEN.values())
 def test_native_code_is_free_of(pattern):
     offenders = [
         f"{path}: {found.group()}"
         for path in NATIVE
-        if path.startswith("csrc/")
+        if path.startswith("csrc/") and path not in EXEMPT.get(pattern, ())
         for found in re.finditer(pattern, code(path))
     ]
     assert not offenders

@@ -1,6 +1,7 @@
 #include "caster.h"
 
 #include <sstream>
+#include <stdexcept>
 
 #include "dlpack.h"
 
@@ -105,8 +106,16 @@ void tensor_from_python(PyObject* object, TensorArg& out) {
   out.device_id = t.device.device_id;
   out.given = true;
   out.object = object;
+  out.source = last_api;
   if (dense > 0 && reinterpret_cast<uintptr_t>(out.data) % dtype_size(out.dtype) != 0)
     throw pybind11::type_error("expected tensor memory aligned to its dtype");
+}
+
+void* current_stream(const DLPackExchangeAPI* source, int device_id) {
+  void* stream = nullptr;
+  if (source->current_work_stream(kDLCUDA, device_id, &stream) != 0)
+    throw std::runtime_error("no current stream from the tensor's framework: " + pending_error());
+  return stream;
 }
 
 std::string Tensor::describe() const {

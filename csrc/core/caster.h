@@ -7,13 +7,20 @@
 #include "tensor.h"
 
 namespace ei {
+
+struct DLPackExchangeAPI;
+
 // A tensor argument together with the Python object that owns its memory.
 struct TensorArg : Tensor {
-  PyObject* object = nullptr;  // borrowed
+  PyObject* object = nullptr;                 // borrowed
+  const DLPackExchangeAPI* source = nullptr;  // of the framework it belongs to
 };
 
 // Fills `out` from `object`; throws pybind11::type_error that names what is wrong.
 void tensor_from_python(PyObject* object, TensorArg& out);
+
+// The stream that the tensor's framework gives work to now, on the tensor's device (CUDA only).
+void* current_stream(const DLPackExchangeAPI* source, int device_id);
 }  // namespace ei
 
 namespace pybind11::detail {

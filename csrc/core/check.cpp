@@ -2,6 +2,8 @@
 
 #include <sstream>
 
+#include "device.h"
+
 namespace ei {
 
 Checker::One Checker::operator()(const Tensor& t, const char* name) {
@@ -10,7 +12,7 @@ Checker::One Checker::operator()(const Tensor& t, const char* name) {
     any_ = true;
     cuda_ = t.cuda;
     device_id_ = t.device_id;
-    if (cuda_ && !kCudaKernels)
+    if (cuda_ && !device::built())
       refuse(op_, name, "be on the CPU (this build has no CUDA kernels)", t.describe());
   } else if (t.cuda != cuda_ || t.device_id != device_id_) {
     refuse(op_, name, "be on the same device as the first tensor", t.describe());

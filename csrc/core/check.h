@@ -28,8 +28,6 @@ struct Dim {
   Dim(int s) : size(s) {}            // NOLINT
 };
 
-constexpr bool kCudaKernels = false;  // whether this build can run ops on CUDA tensors
-
 class Checker {
  public:
   explicit Checker(std::string op) : op_(std::move(op)) {}

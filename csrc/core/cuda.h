@@ -8,10 +8,11 @@
 namespace ei {
 
 struct CudaCall {
-  void* stream = nullptr;        // cudaStream_t
-  char* workspace = nullptr;     // as many bytes as the op asked for, 256-byte aligned
-  int multiprocessors = 0;       // of the device; 0: unknown, then no op spreads work beyond need
-  bool batch_invariant = false;  // a row's bits depend on nothing that shares its launch
+  void* stream = nullptr;         // cudaStream_t
+  char* workspace = nullptr;      // as many bytes as the op asked for, 256-byte aligned
+  int multiprocessors = 0;        // of the device; 0: unknown, then no op spreads work beyond need
+  bool batch_invariant = false;   // a row's bits depend on nothing that shares its launch
+  bool dependent_launch = false;  // launch_early() may overlap launches (launch.cuh)
 };
 
 struct CudaKernel {
@@ -43,10 +44,5 @@ struct RegisterCuda {
     register_cuda_kernel(kernel);
   }
 };
-
-#if defined(ELASTIC_EMULATE)
-// Runs the kernels of `name` through the emulator (csrc/emu) on the CPU tensors of `args`.
-void run_emulated(const char* name, const void* args, size_t args_bytes);
-#endif
 
 }  // namespace ei

@@ -12,23 +12,59 @@ namespace ei::cuda {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// kernel(args...) on `grid` blocks of `threads` threads. An empty grid is no launch.
+#if defined(__CUDACC__)
+inline void check_launch(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call does not report it again
+  throw std::runtime_error(std::string("CUDA kernel launch: ") + cudaGetErrorString(error));
+}
+#endif
+
+// kernel(args...) on `grid` blocks of `threads` threads. An empty grid is no launch. `early`: the
+// launch may begin before the one before it in the stream has ended.
 template <class... Params, class... Args>
-void launch(const CudaCall& call, void (*kernel)(Params...), dim3 grid, int threads,
-            int64_t shared_bytes, const Args&... args) {
+void launch_as(bool early, const CudaCall& call, void (*kernel)(Params...), dim3 grid, int threads,
+               int64_t shared_bytes, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #if defined(__CUDACC__)
   if (shared_bytes > 48 * 1024)  // beyond this a kernel must be told
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(shared_bytes));
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(call.stream)>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA kernel launch: ") + cudaGetErrorString(error));
+    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(call.stream);
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  check_launch(cudaLaunchKernelEx(&config, kernel, args...));
 #else
-  (void)call;
-  emu::launch(grid, dim3(threads), shared_bytes, [&] { kernel(args...); });
+  (void)early;
+  const auto run = [=] {
+    emu::launch(grid, dim3(threads), shared_bytes, [&] { kernel(args...); });
+  };
+  if (call.stream)
+    static_cast<emu::Launches*>(call.stream)->push_back(run);
+  else
+    run();
 #endif
+}
+
+template <class... Params, class... Args>
+void launch(const CudaCall& call, void (*kernel)(Params...), dim3 grid, int threads,
+            int64_t shared_bytes, const Args&... args) {
+  launch_as(false, call, kernel, grid, threads, shared_bytes, args...);
+}
+
+// As launch(), for a kernel that waits (griddepcontrol.wait) for the launches before it ahead of
+// touching anything they read or write: where the step asks for it, it begins while they still run.
+template <class... Params, class... Args>
+void launch_early(const CudaCall& call, void (*kernel)(Params...), dim3 grid, int threads,
+                  int64_t shared_bytes, const Args&... args) {
+  launch_as(call.dependent_launch, call, kernel, grid, threads, shared_bytes, args...);
 }
 
 // Refuses a tensor whose rows a kernel reads 16 bytes at a time but that are not aligned so.

@@ -21,7 +21,8 @@ inline void pause_cpu() {
 
 void Pool::Free::operator()(char* p) const { std::free(p); }
 
-Pool::Pool(int threads, Isa isa) : isa_(isa) {
+Pool::Pool(int threads, Isa isa, bool batch_invariant)
+    : isa_(isa), batch_invariant_(batch_invariant) {
   scratch_.resize(threads);
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
 }

@@ -20,13 +20,16 @@ namespace ei {
 
 class Pool {
  public:
-  Pool(int threads, Isa isa);
+  // `batch_invariant`: CUDA ops keep to the order of summation that is the same for any number of
+  // rows (on the CPU there is no other).
+  Pool(int threads, Isa isa, bool batch_invariant = false);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
   Isa isa() const { return isa_; }
+  bool batch_invariant() const { return batch_invariant_; }
 
   template <class F>
   void run(int64_t parts, const F& f) {
@@ -62,6 +65,7 @@ class Pool {
     void operator()(char* p) const;
   };
   Isa isa_;
+  bool batch_invariant_;
   // The current job. Written before its parts are published in `ticket_`.
   Thunk thunk_ = nullptr;
   const void* function_ = nullptr;

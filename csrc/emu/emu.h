@@ -20,6 +20,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -43,6 +44,9 @@ struct Settings {
   Order threads = Order::ascending;
   Order blocks = Order::ascending;
   int workers = 2;  // operating-system threads
+  // What the ops are told (CudaCall).
+  int multiprocessors = 0;
+  bool batch_invariant = false;
 };
 Settings& settings();
 
@@ -55,6 +59,9 @@ const Here& here();
 // Runs body() once per CUDA thread. Throws std::runtime_error if a thread reports a mistake or the
 // threads of a block wait for each other in vain.
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+// Launches to be run later, in order: what stands for a captured graph.
+using Launches = std::vector<std::function<void()>>;
 
 // __syncthreads().
 void sync_block();
