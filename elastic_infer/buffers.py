@@ -6,7 +6,7 @@ import torch
 
 from .cache import PAGE
 from .config import ModelConfig, Width
-from .memory import lazy_zeros
+from .devices import CPU, Device, Shared
 from .ops.moe_matmul import moe_workspace_bytes
 from .weights import activation_columns
 
@@ -14,10 +14,9 @@ LOGIT_ROWS = 256  # logits are computed for at most this many rows at a time
 
 
 class Buffers:
-    """Buffers for passes of up to `rows` tokens of up to `segments` sequences.
+    """Activations of passes of up to `rows` tokens: every op writes before another reads.
 
-    Activations hold whatever the last pass left; every op writes before another reads. Tables are
-    int32 and filled by the host before a pass.
+    config, served: the model and its served width. dtype: of activations. device: where they are.
     """
 
     def __init__(
@@ -26,10 +25,9 @@ class Buffers:
         served: Width,
         dtype: torch.dtype,
         rows: int,
-        segments: int,
-        max_length: int,
+        device: Device = CPU,
     ):
-        D = served.hidden_size
+        D, zeros = served.hidden_size, device.zeros
         widest = activation_columns(config, served)
         inner = config.mamba_head_dim * max(served.mamba_num_heads, default=0)
         conv = inner + 2 * config.n_groups * config.ssm_state_size
@@ -37,31 +35,44 @@ class Buffers:
         J = config.num_experts_per_tok
 
         def activation(columns: int) -> torch.Tensor:
-            return lazy_zeros(rows, columns, dtype=dtype)
-
-        def table(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.int32)
+            return zeros(rows, columns, dtype=dtype)
 
         self.residual, self.normed, self.delta = (activation(D) for _ in range(3))
         self.shared, self.projected = activation(D), activation(widest)
         self.inner = activation(max(inner, heads, 16))
         self.conv, self.scanned = activation(conv), activation(inner)
-        self.expert_ids = table(rows, J)
-        self.expert_weights = torch.zeros(rows, J)
-        self.workspace = lazy_zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)
-        self.gathered = lazy_zeros(LOGIT_ROWS, D, dtype=dtype)
-        self.logits = lazy_zeros(LOGIT_ROWS, config.vocab_size)
-
-        self.ids, self.row_mode, self.slot_mapping = table(rows), table(rows), table(rows)
-        self.seq_mode, self.slots = table(segments), table(segments)
-        self.cu_seqlens, self.cu_prefill = table(segments + 1), table(segments + 1)
-        self.lengths, self.context = table(segments), table(segments)
-        self.page_table = table(segments, -(-max_length // PAGE))
-        self.logit_rows, self.logit_mode = table(LOGIT_ROWS), table(LOGIT_ROWS)
+        self.expert_ids = zeros(rows, J, dtype=torch.int32)
+        self.expert_weights = zeros(rows, J)
+        self.workspace = zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)
+        self.gathered = zeros(LOGIT_ROWS, D, dtype=dtype)
+        self.logits = zeros(LOGIT_ROWS, config.vocab_size)
 
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in vars(self).values())
+
+
+def batch_tables(rows: int, segments: int, max_length: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the int32 tables of a pass of up to `rows` tokens of up to `segments`
+    sequences of up to `max_length` tokens. The page table, the largest by far, comes last: it is
+    copied to a device only when it changes."""
+    return {
+        "ids": (rows,), "row_mode": (rows,), "slot_mapping": (rows,),
+        "seq_mode": (segments,), "slots": (segments,), "lengths": (segments,),
+        "context": (segments,), "cu_seqlens": (segments + 1,), "cu_prefill": (segments + 1,),
+        "logit_rows": (LOGIT_ROWS,), "logit_mode": (LOGIT_ROWS,),
+        "page_table": (segments, -(-max_length // PAGE)),
+    }  # fmt: skip
+
+
+def working_bytes(
+    config: ModelConfig, served: Width, dtype: torch.dtype, rows: int, segments: int, length: int
+) -> int:
+    """Bytes that passes of `rows` tokens of `segments` sequences of up to `length` tokens need
+    beside weights and cache."""
+    with torch.device("meta"):  # sizes only, no memory
+        activations = Buffers(config, served, dtype, rows).nbytes
+    return activations + Shared.nbytes(batch_tables(rows, segments, length))
 
 
 def _workspace(config: ModelConfig, served: Width, rows: int, dtype: torch.dtype) -> int:

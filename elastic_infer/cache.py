@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .config import ModelConfig, Width
+from .devices import CPU, Device
 from .errors import OutOfCapacity
-from .memory import lazy_zeros
 from .pages import IdPool
 
 PAGE = 64
@@ -106,7 +106,7 @@ class Cache:
     """The two pools and what is in them.
 
     config, served: the model and its served width. dtype: of KV and convolution history.
-    num_pages, num_slots: sizes of the pools.
+    num_pages, num_slots: sizes of the pools. device: where both are.
     """
 
     def __init__(
@@ -116,7 +116,10 @@ class Cache:
         dtype: torch.dtype,
         num_pages: int,
         num_slots: int,
+        device: Device = CPU,
     ):
+        zeros = device.zeros
+        self.device = device
         self.pages = IdPool(num_pages, "KV page")
         self.slots = IdPool(num_slots, "state slot")
         kv_shape = (num_pages, config.num_key_value_heads, PAGE, config.head_dim)
@@ -127,13 +130,13 @@ class Cache:
         self.conv: list[torch.Tensor] = []
         for layer, kind in enumerate(config.layers):
             if kind == "*":
-                self.k.append(lazy_zeros(*kv_shape, dtype=dtype))
-                self.v.append(lazy_zeros(*kv_shape, dtype=dtype))
+                self.k.append(zeros(*kv_shape, dtype=dtype))
+                self.v.append(zeros(*kv_shape, dtype=dtype))
             elif kind == "M":
                 H, P = served.mamba_num_heads[layer], config.mamba_head_dim
-                self.ssm.append(lazy_zeros(num_slots, H, P, config.ssm_state_size))
+                self.ssm.append(zeros(num_slots, H, P, config.ssm_state_size))
                 self.conv.append(
-                    lazy_zeros(num_slots, H * P + bc, config.conv_kernel - 1, dtype=dtype)
+                    zeros(num_slots, H * P + bc, config.conv_kernel - 1, dtype=dtype)
                 )
 
     # -- opening and closing -----------------------------------------------------------------
@@ -260,7 +263,7 @@ class Cache:
     # -- host memory -------------------------------------------------------------------------
 
     def _export_slot(self, slot: int) -> SavedState:
-        return SavedState([(s[slot].clone(), c[slot].clone()) for s, c in zip(self.ssm, self.conv)])
+        return SavedState([(_kept(s[slot]), _kept(c[slot])) for s, c in zip(self.ssm, self.conv)])
 
     def _import_slot(self, slot: int, saved: SavedState) -> None:
         for ssm, conv, (saved_ssm, saved_conv) in zip(self.ssm, self.conv, saved.layers):
@@ -275,7 +278,7 @@ class Cache:
         place = {page: i for i, page in enumerate(unique)}
         index = torch.tensor(unique, dtype=torch.long)
         return Saved(
-            kv=[(k[index], v[index]) for k, v in zip(self.k, self.v)],
+            kv=[(k[index].cpu(), v[index].cpu()) for k, v in zip(self.k, self.v)],
             pages=[place[p] for p in used],
             state=self._export_slot(sequence.slot),
             snapshots=[
@@ -312,7 +315,7 @@ class Cache:
         pages = self.pages.take(saved.page_count)
         index = torch.tensor(pages, dtype=torch.long)
         for k, v, (saved_k, saved_v) in zip(self.k, self.v, saved.kv):
-            k[index], v[index] = saved_k, saved_v
+            k[index], v[index] = self.device.to(saved_k), self.device.to(saved_v)
         sequence.pages = [pages[p] for p in saved.pages]
         sequence.slot = self.slots.take()[0]
         self._import_slot(sequence.slot, saved.state)
@@ -326,3 +329,8 @@ class Cache:
         for held in holders:  # one reference per holder, less the one that taking gave
             self.pages.share(held)
         self.pages.release(pages)
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory."""
+    return tensor.to("cpu", copy=True)

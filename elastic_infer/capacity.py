@@ -58,10 +58,12 @@ def plan_capacity(
     max_num_seqs: int | None,
     max_num_batched_tokens: int,
     kv_cache_memory_bytes: int | None,
+    available: int | None = None,
 ) -> Capacity:
     """Limits that fit together, such that a sequence of max_model_len tokens always fits. By
     default half of the free memory is for the cache, and no more than 64 sequences of full length
-    can use; without a max_model_len it is the model's context, or what fits of it.
+    can use; without a max_model_len it is the model's context, or what fits of it. `available`: on
+    a GPU, what there is for the cache.
 
     Raises: InvalidRequest for a limit out of range; OutOfCapacity if a sequence cannot fit.
     """
@@ -72,7 +74,9 @@ def plan_capacity(
     _check("max_num_batched_tokens", max_num_batched_tokens, wanted + PAGE, 1 << 20)
     if kv_cache_memory_bytes is not None:
         _check("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, 1 << 50)
-    budget = free_memory() // 2 if kv_cache_memory_bytes is None else kv_cache_memory_bytes
+    budget = kv_cache_memory_bytes
+    if budget is None:
+        budget = free_memory() // 2 if available is None else available
     slot = slot_bytes(config, served, dtype)
     page = PAGE * kv_bytes_per_token(config, torch.empty(0, dtype=dtype).element_size())
     fitting = (budget - slot) // page * PAGE if page else length

@@ -77,6 +77,8 @@ class Engine:
         widths: str | Path | Mapping[str, Any] | None = None,
         mixing: str = "auto",
         isa: str = "auto",
+        batch_invariant: bool = False,
+        enforce_eager: bool = False,
         progress: Callable[[str, int], None] | None = None,
     ) -> Engine:
         """Loads a `nemotron_h` checkpoint.
@@ -84,27 +86,33 @@ class Engine:
         Args:
             path_or_hub_id: folder, or ``owner/name`` on the Hub.
             revision: branch, tag or commit of a Hub id.
-            device: "auto" or "cpu" (this version has no CUDA kernels).
+            device: "auto" (the first GPU if this build has CUDA kernels and it can be used, else
+                the CPU), "cpu", "cuda" or "cuda:N".
             dtype: "auto" (as stored), "float32" or "bfloat16".
             max_width: widest width to serve; nothing beyond it is read or kept.
             max_model_len: tokens of a sequence, prompt and output; None = the model's context.
             max_num_seqs: sequences in the cache at once; more requests wait.
             max_num_batched_tokens: tokens of one pass; long prompts are cut into several.
             kv_cache_memory_bytes: memory of KV pages and states together; None = at most half of
-                what is free.
-            gpu_memory_utilization: share of a GPU's memory to use; no effect on a CPU.
+                what is free, on a GPU what gpu_memory_utilization leaves.
+            gpu_memory_utilization: share of a GPU's memory to use, what is in use already
+                included; no effect on a CPU.
             threads: CPU threads; None = all that this process may use.
             max_waiting: requests that may wait; None = any number.
             widths: width table as a dict, or a JSON file's path.
             mixing: "auto", "always" or "never": whether rows of different widths share a pass.
             isa: instruction set of the CPU kernels: "auto", "portable", "avx2" or "avx512".
+            batch_invariant: on a GPU, results of a row do not depend on what shares its batch, to
+                the bit; slower. On a CPU they never do.
+            enforce_eager: on a GPU, launch the kernels of every pass one by one, without graphs.
             progress: called with (tensor name, bytes) for every tensor read.
 
         Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
         """
         options = Options(
             device, dtype, max_width, max_model_len, max_num_seqs, max_num_batched_tokens,
-            kv_cache_memory_bytes, gpu_memory_utilization, threads, isa, progress,
+            kv_cache_memory_bytes, gpu_memory_utilization, threads, isa, progress, batch_invariant,
+            enforce_eager,
         )  # fmt: skip
         _check_limit("max_waiting", max_waiting)
         check_mixing(mixing)

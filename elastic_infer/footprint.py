@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .buffers import Buffers
+from .buffers import working_bytes
 from .cache import PAGE
 from .capacity import slot_bytes
 from .config import ATTENTION, MAMBA, MLP, ModelConfig, Width, kv_bytes_per_token
@@ -116,9 +116,8 @@ def fit(
         max_num_batched_tokens: rows of the largest pass, which the activation buffers are for.
     """
     weights = weight_bytes(config, width, dtype)
-    with torch.device("meta"):  # sizes only, no memory
-        rows = max_num_batched_tokens
-        working = Buffers(config, width, dtype, rows, min(rows, 64), length).nbytes
+    rows = max_num_batched_tokens
+    working = working_bytes(config, width, dtype, rows, min(rows, 64), length)
     slot = slot_bytes(config, width, dtype)
     page = PAGE * kv_bytes_per_token(config, item_size(dtype))
     rest = memory - weights - working

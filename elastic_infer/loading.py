@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from ._C import Pool
+from . import _C
 from .cache import Cache
 from .capacity import Capacity, plan_capacity
 from .checkpoint import Checkpoint
 from .config import Width, widest
+from .devices import Device, choose_device
 from .errors import CheckpointError, InvalidRequest, WidthError
 from .model import Model
+from .placement import cache_budget
 from .tokenizer import Tokenizer, eos_ids_from_folder
 from .weights import Progress, WeightLoader, activation_dtype
 
@@ -54,6 +56,8 @@ class Options:
     threads: int | None
     isa: str
     progress: Progress | None
+    batch_invariant: bool = False
+    enforce_eager: bool = False
 
 
 def load(
@@ -66,7 +70,7 @@ def load(
 
     Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
     """
-    _check_device(options.device)
+    device = choose_device(options.device)
     _check_share(options.gpu_memory_utilization)
     checkpoint = Checkpoint.open(path, revision, widths)
     kept, served = served_widths(checkpoint.widths, options.max_width)
@@ -80,23 +84,24 @@ def load(
     capacity = plan_capacity(
         config, served, kind, options.max_model_len, options.max_num_seqs,
         options.max_num_batched_tokens, options.kv_cache_memory_bytes,
+        _available(device, checkpoint, served, kind, options),
     )  # fmt: skip
-    try:
-        pool = Pool(_threads(options.threads), options.isa)
-    except ValueError as error:
-        raise InvalidRequest(f"engine: {error}") from None
+    pool = _pool(device, options)
     start = time.perf_counter()
-    weights = WeightLoader(checkpoint, served, kind, pool, options.progress).load()
-    cache = Cache(config, served, kind, capacity.num_pages, capacity.num_slots)
-    model = Model(
-        config, weights, list(kept.values()), cache, pool, capacity.max_num_batched_tokens,
-        capacity.max_num_seqs, capacity.max_model_len,
-    )  # fmt: skip
+    with device.running():
+        loader = WeightLoader(checkpoint, served, kind, pool, options.progress, device)
+        weights = loader.load()
+        cache = Cache(config, served, kind, capacity.num_pages, capacity.num_slots, device)
+        model = Model(
+            config, weights, list(kept.values()), cache, pool, capacity.max_num_batched_tokens,
+            capacity.max_num_seqs, capacity.max_model_len, device, not options.enforce_eager,
+        )  # fmt: skip
+        device.wait()
     logger.info(
-        "loaded %s in %.1f s: widths %s, %s, %.0f MB of weights, %s kernels on %d threads, "
-        "max_model_len %d, max_num_seqs %d, %d KV pages, %d state slots",
+        "loaded %s in %.1f s: widths %s, %s, %.0f MB of weights, %s, max_model_len %d, "
+        "max_num_seqs %d, %d KV pages, %d state slots",
         path, time.perf_counter() - start, ", ".join(kept), str(kind)[6:],
-        weights.nbytes / 1e6, pool.isa, pool.threads, capacity.max_model_len,
+        weights.nbytes / 1e6, _where(device, pool), capacity.max_model_len,
         capacity.max_num_seqs, capacity.num_pages, capacity.num_slots,
     )  # fmt: skip
     default = checkpoint.default_width
@@ -145,13 +150,34 @@ def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, 
     return tuple(dict.fromkeys((*stated, *own))) or checkpoint.config.eos_token_ids
 
 
-def _check_device(device: str) -> None:
-    if device == "cuda" or str(device).startswith("cuda:"):
-        raise InvalidRequest(
-            f"engine: device must be auto or cpu, this build has no CUDA kernels, got {device!r}"
-        )
-    if device not in ("auto", "cpu"):
-        raise InvalidRequest(f"engine: device must be auto or cpu, got {device!r}")
+def _available(
+    device: Device, checkpoint: Checkpoint, served: Width, dtype: torch.dtype, options: Options
+) -> int | None:
+    """Bytes for the cache on an accelerator; None on a CPU."""
+    if device.is_cpu:
+        return None
+    return cache_budget(
+        device, checkpoint.config, checkpoint.widths, served, dtype, options.max_model_len,
+        options.max_num_batched_tokens, options.gpu_memory_utilization,
+        options.kv_cache_memory_bytes,
+    )  # fmt: skip
+
+
+def _pool(device: Device, options: Options) -> _C.Pool:
+    threads = _threads(options.threads) if device.is_cpu else 1
+    try:
+        return _C.Pool(threads, options.isa, options.batch_invariant)
+    except ValueError as error:
+        raise InvalidRequest(f"engine: {error}") from None
+
+
+def _where(device: Device, pool: _C.Pool) -> str:
+    """What runs the kernels, for the log."""
+    if device.is_cpu:
+        return f"{pool.isa} kernels on {pool.threads} threads"
+    if device.stream is None:
+        return "CUDA kernels, emulated"
+    return f"CUDA kernels on {device.name} ({torch.cuda.get_device_name(device.place)})"
 
 
 def _check_share(value: object) -> None:

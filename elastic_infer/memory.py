@@ -20,16 +20,23 @@ class WeightMemory:
     Weights are read from first to last byte for every token; with small pages, address translation
     takes a fifth of that time. Blocks start at a large page's address, and tensors lie side by side
     in them, so nothing is lost between tensors. A block lives as long as any tensor in it.
+
+    place: the torch device of the memory.
     """
 
-    def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, place: torch.device | None = None) -> None:
+        self._place = place or torch.device("cpu")
+        self._block = torch.empty(0, dtype=torch.uint8, device=self._place)
 
     def empty(self, *shape: int) -> torch.Tensor:
         """A uint8 tensor of this shape, its first element at a multiple of 64 bytes."""
         count = math.prod(shape)
         if count > self._block.numel():
-            self._block = _aligned(max(count, BLOCK))
+            size = max(count, BLOCK)
+            if self._place.type == "cpu":
+                self._block = _aligned(size)
+            else:
+                self._block = torch.empty(size, dtype=torch.uint8, device=self._place)
         tensor = self._block[:count].view(shape)
         self._block = self._block[-(-count // ALIGNMENT) * ALIGNMENT :]
         return tensor

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ._C import Pool, Step
-from .buffers import LOGIT_ROWS, Buffers
+from . import _C
+from .buffers import LOGIT_ROWS, Buffers, batch_tables
 from .cache import PAGE, Cache, Sequence
 from .config import ModelConfig, Width
+from .devices import CPU, Device, Shared
 from .ops.attention_decode import attention_decode
 from .ops.attention_prefill import attention_prefill
 from .ops.causal_conv import causal_conv
@@ -77,7 +78,11 @@ class Model:
     """Weights, cache and buffers of one served model.
 
     widths: served widths in index order. max_tokens: rows of the largest pass. max_segments:
-    sequences of the largest pass. max_length: tokens of the longest sequence.
+    sequences of the largest pass. max_length: tokens of the longest sequence. device: where
+    weights and cache are. graphs: whether passes of steps are captured there (see `Step`).
+
+    On a GPU everything that `forward` does goes to the current stream: call it inside
+    `device.running()`. Its logits are there too; reading them waits for the pass.
     """
 
     def __init__(
@@ -86,22 +91,22 @@ class Model:
         weights: Weights,
         widths: Seq[Width],
         cache: Cache,
-        pool: Pool,
+        pool: _C.Pool,
         max_tokens: int,
         max_segments: int,
         max_length: int,
+        device: Device = CPU,
+        graphs: bool = True,
     ):
         self.config, self.weights, self.cache, self.pool = config, weights, cache, pool
         self.widths = {w.name: w for w in widths}
-        self.tables = WidthTables(config, widths, weights.served)
+        self.device, self.graphs = device, graphs
+        self.tables = WidthTables(config, widths, weights.served, device.place)
         self.max_tokens, self.max_segments, self.max_length = max_tokens, max_segments, max_length
-        self.buffers = Buffers(
-            config, weights.served, weights.dtype, max_tokens, max_segments, max_length
-        )
-        # The tables as numpy arrays: the host writes small values ten times faster that way.
-        tables = {n: t for n, t in vars(self.buffers).items() if t.dtype == torch.int32}
-        self._host = {n: t.numpy() for n, t in tables.items()}
-        self._recorded: dict[int, Step] = {}
+        self.buffers = Buffers(config, weights.served, weights.dtype, max_tokens, device)
+        self.batch = Shared(device, batch_tables(max_tokens, max_segments, max_length))
+        self._pages: list[tuple[int, ...]] = []  # what the device's page table holds, by row
+        self._recorded: dict[int, _C.Step] = {}
 
     # -- passes ------------------------------------------------------------------------------
 
@@ -142,11 +147,12 @@ class Model:
             self.cache.reserve(s.sequence, len(s.tokens))
 
     def _fill(self, segments: list[Segment], shape: Shape) -> None:
-        """Writes the host tables of a pass."""
-        write, page_table = self._write, self._host["page_table"]
-        ids, row_mode, mapping, cu, row = [], [], [], [0], 0
-        seq_mode, lengths, context = [], [], []
-        for i, s in enumerate(segments):
+        """Writes the tables of a pass and brings them to the device."""
+        self.batch.settle()
+        write = self.batch.write
+        ids, row_mode, mapping, cu = [], [], [], [0]
+        seq_mode, lengths, context, slots = [], [], [], []
+        for s in segments:
             sequence, n, pages = s.sequence, len(s.tokens), s.sequence.pages
             mode, start = self.tables.mode(s.width, sequence.track), sequence.length
             ids += s.tokens
@@ -154,45 +160,88 @@ class Model:
             seq_mode.append(mode)
             context.append(start)
             lengths.append(start + n)
+            slots.append(sequence.slot)
             if pages:
-                page_table[i, : len(pages)] = pages
                 mapping += [pages[p // PAGE] * PAGE + p % PAGE for p in range(start, start + n)]
-            row += n
-            cu.append(row)
+            cu.append(cu[-1] + n)
+        new_pages = self._fill_pages(segments)
+        if shape.rows == shape.steps:
+            # Rows up to the size that is recorded: nobody's, they read and write no cache.
+            for _ in range(self.recorded_size(shape.steps) - shape.steps):
+                ids.append(0)
+                row_mode.append(row_mode[-1])
+                seq_mode.append(seq_mode[-1])
+                context.append(0)
+                lengths.append(0)
+                slots.append(-1)
+                mapping.append(-1)
+                cu.append(cu[-1] + 1)
         write("ids", ids)
         write("row_mode", row_mode)
         write("seq_mode", seq_mode)
         write("slot_mapping", mapping)
         write("cu_seqlens", cu)
         write("cu_prefill", [c - shape.steps for c in cu[shape.steps :]])
-        write("slots", [s.sequence.slot for s in segments])
+        write("slots", slots)
         write("lengths", lengths)
         write("context", context)
+        if shape.rows > shape.steps:
+            self._fill_logit_rows(self._wanted_rows(segments)[0][:LOGIT_ROWS])
+        self.batch.upload("page_table" if new_pages else "logit_mode")
 
-    def _write(self, table: str, values: list[int]) -> None:
-        """Fills the beginning of an int32 table of ``buffers``."""
-        self._host[table][: len(values)] = values
+    def _fill_pages(self, segments: list[Segment]) -> bool:
+        """Writes the rows of the page table that differ; whether any did."""
+        table, changed = self.batch.host["page_table"], False
+        for i, s in enumerate(segments):
+            pages = tuple(s.sequence.pages)
+            if i == len(self._pages):
+                self._pages.append(())
+            if pages != self._pages[i]:
+                table[i, : len(pages)] = pages
+                self._pages[i], changed = pages, True
+        return changed
+
+    def _fill_logit_rows(self, rows: list[int]) -> None:
+        """Which rows the head is to read, and their modes."""
+        host = self.batch.host
+        host["logit_rows"][: len(rows)] = rows
+        host["logit_mode"][: len(rows)] = host["row_mode"][rows]
+
+    def recorded_size(self, steps: int) -> int:
+        """Rows of the recorded pass that serves `steps` sequences: all sizes have their own on a
+        CPU; on a GPU those up to 16, then multiples of 4 to 64 and of 16 beyond."""
+        if self.device.is_cpu or steps <= 16:
+            return steps
+        grain = 4 if steps <= 64 else 16
+        return min(-(-steps // grain) * grain, max(steps, self.max_segments))
 
     def _replay(self, steps: int) -> None:
         """Runs a pass of `steps` one-token segments, recording it the first time."""
-        if steps not in self._recorded:
-            step = Step(self.pool)
-            self._record(step, Shape(steps, steps, steps))
-            self._head(step, self.buffers.normed[:steps], self.buffers.row_mode[:steps])
-            self._recorded[steps] = step
-        self._recorded[steps].run()
+        size = self.recorded_size(steps)
+        if size not in self._recorded:
+            step = _C.Step(self.pool, graph=self.graphs)
+            self._record(step, Shape(size, size, size))
+            self._head(step, self.buffers.normed[:size], self.batch.row_mode[:size])
+            self._recorded[size] = step
+        self._recorded[size].run()
+
+    @property
+    def captures(self) -> int:
+        """Graphs captured so far: one per size of pass, whatever widths its rows had."""
+        return sum(step.captures for step in self._recorded.values())
 
     def step_names(self, steps: int) -> list[str]:
         """Ops of the recorded pass of `steps` sequences, in order (empty before its first use)."""
-        return self._recorded[steps].names() if steps in self._recorded else []
+        step = self._recorded.get(self.recorded_size(steps))
+        return step.names() if step else []
 
     def profile_step(self, steps: int) -> list[tuple[str, float]]:
         """Replays the recorded pass and gives (op, seconds) in order."""
-        return self._recorded[steps].profile()
+        return self._recorded[self.recorded_size(steps)].profile()
 
-    def _logits(self, segments: list[Segment]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """Logits of a pass that was just run, in blocks of at most LOGIT_ROWS rows, and the
-        rows of each segment."""
+    @staticmethod
+    def _wanted_rows(segments: list[Segment]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The rows of a pass whose logits are asked for, and each segment's part of them."""
         rows: list[int] = []
         spans, at = [], 0
         for s in segments:
@@ -201,16 +250,24 @@ class Model:
             spans.append((len(rows), len(rows) + wanted))
             rows += range(at + n - wanted, at + n)
             at += n
-        b, blocks = self.buffers, []
+        return rows, spans
+
+    def _logits(self, segments: list[Segment]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Logits of a pass that was just run, in blocks of at most LOGIT_ROWS rows (in host memory
+        when there are several), and the rows of each segment."""
+        rows, spans = self._wanted_rows(segments)
+        b, batch, blocks = self.buffers, self.batch, []
         for start in range(0, len(rows), LOGIT_ROWS):
             part = rows[start : start + LOGIT_ROWS]
             n = len(part)
-            self._write("logit_rows", part)
-            b.logit_mode[:n] = b.row_mode[b.logit_rows[:n].long()]
-            embed(b.logit_rows[:n], b.normed, b.gathered[:n], run=self.pool)
-            self._head(self.pool, b.gathered[:n], b.logit_mode[:n])
+            if start:  # the first ones came with the tables of the pass
+                batch.settle()
+                self._fill_logit_rows(part)
+                batch.upload("logit_mode")
+            embed(batch.logit_rows[:n], b.normed, b.gathered[:n], run=self.pool)
+            self._head(self.pool, b.gathered[:n], batch.logit_mode[:n])
             logits = b.logits[:n]
-            blocks.append(logits.clone() if len(rows) > LOGIT_ROWS else logits)
+            blocks.append(logits.to("cpu", copy=True) if len(rows) > LOGIT_ROWS else logits)
         if len(blocks) > 1:
             return torch.cat(blocks), spans
         return (blocks[0] if blocks else b.logits[:0]), spans
@@ -221,8 +278,9 @@ class Model:
         """Runs (on a Pool) or records (in a Step) embedding, all layers and the final norm; the
         normed rows are left in ``buffers.normed``."""
         b, w, t, R = self.buffers, self.weights, self.tables, shape.rows
-        modes = b.row_mode[:R]
-        embed(b.ids[:R], w.embedding, b.residual[:R], row_width=modes, sizes=t.hidden, run=run)
+        batch = self.batch
+        modes = batch.row_mode[:R]
+        embed(batch.ids[:R], w.embedding, b.residual[:R], row_width=modes, sizes=t.hidden, run=run)
         delta, kv, state = None, 0, 0
         for i, kind in enumerate(self.config.layers):
             self._norm(run, R, w.layers[i].norm, delta)
@@ -240,16 +298,17 @@ class Model:
         self._norm(run, R, w.final_norm, delta)
 
     def _norm(self, run, R: int, weight: torch.Tensor, delta: torch.Tensor | None) -> None:
-        b = self.buffers
+        b, batch = self.buffers, self.batch
         rms_norm(
             b.residual[:R], weight, b.normed[:R], eps=self.config.layer_norm_epsilon, delta=delta,
-            row_width=b.row_mode[:R], sizes=self.tables.hidden, run=run,
+            row_width=batch.row_mode[:R], sizes=self.tables.hidden, run=run,
         )  # fmt: skip
 
     def _mamba(self, run, shape: Shape, layer: int, state: int) -> None:
         b, c, w = self.buffers, self.config, self.weights.layers[layer]
+        batch = self.batch
         t, R, B, S = self.tables.layers[layer], shape.rows, shape.steps, shape.segments
-        modes, hidden = b.row_mode[:R], self.tables.hidden
+        modes, hidden = batch.row_mode[:R], self.tables.hidden
         H = w.A_log.shape[0]
         inner, bc = H * c.mamba_head_dim, c.n_groups * c.ssm_state_size
         projected = b.projected[:R, : 2 * inner + 2 * bc + H]
@@ -259,20 +318,21 @@ class Model:
         ssm, conv_state = self.cache.ssm[state], self.cache.conv[state]
         conv = b.conv[:R, : inner + 2 * bc]
         causal_conv(
-            xbc, w.conv_weight, w.conv_bias, conv_state, conv, cu_seqlens=b.cu_seqlens[: S + 1],
-            slots=b.slots[:S], x_channels=inner, seq_width=b.seq_mode[:S], x_sizes=t.conv, run=run,
+            xbc, w.conv_weight, w.conv_bias, conv_state, conv, cu_seqlens=batch.cu_seqlens[: S + 1],
+            slots=batch.slots[:S], x_channels=inner, seq_width=batch.seq_mode[:S], x_sizes=t.conv,
+            run=run,
         )  # fmt: skip
         x, B_in, C_in = conv.split([inner, bc, bc], 1)
         y = b.scanned[:R, :inner]
         heads = (w.A_log, w.D, w.dt_bias, ssm)
         if B:
-            ssm_step(x[:B], B_in[:B], C_in[:B], dt[:B], *heads, y[:B], slots=b.slots[:B],
-                     seq_width=b.seq_mode[:B], h_sizes=t.state_heads, run=run)  # fmt: skip
+            ssm_step(x[:B], B_in[:B], C_in[:B], dt[:B], *heads, y[:B], slots=batch.slots[:B],
+                     seq_width=batch.seq_mode[:B], h_sizes=t.state_heads, run=run)  # fmt: skip
         if S > B:
             ssm_scan(
                 x[B:], B_in[B:], C_in[B:], dt[B:], *heads, y[B:],
-                cu_seqlens=b.cu_prefill[: S - B + 1], slots=b.slots[B:S],
-                seq_width=b.seq_mode[B:S], h_sizes=t.state_heads, run=run,
+                cu_seqlens=batch.cu_prefill[: S - B + 1], slots=batch.slots[B:S],
+                seq_width=batch.seq_mode[B:S], h_sizes=t.state_heads, run=run,
             )  # fmt: skip
         gated_norm(
             y, z, w.gated_norm, b.inner[:R, :inner], groups=c.n_groups, head_dim=c.mamba_head_dim,
@@ -283,34 +343,35 @@ class Model:
 
     def _attention(self, run, shape: Shape, layer: int, kv: int) -> None:
         b, c, w = self.buffers, self.config, self.weights.layers[layer]
+        batch = self.batch
         t, R, B, S = self.tables.layers[layer], shape.rows, shape.steps, shape.segments
         q_width, kv_width = (w.qkv.segments[i].rows for i in (0, 1))
-        modes, hidden = b.row_mode[:R], self.tables.hidden
+        modes, hidden = batch.row_mode[:R], self.tables.hidden
         projected = b.projected[:R, : q_width + 2 * kv_width]
         matmul(b.normed[:R], w.qkv, projected, row_width=modes, k_sizes=hidden, n_sizes=t.rows,
                run=run)  # fmt: skip
         q, k, v = projected.split([q_width, kv_width, kv_width], 1)
         pages = (self.cache.k[kv], self.cache.v[kv])
-        kv_append(k, v, *pages, slot_mapping=b.slot_mapping[:R], run=run)
+        kv_append(k, v, *pages, slot_mapping=batch.slot_mapping[:R], run=run)
         out, scale = b.inner[:R, :q_width], c.head_dim**-0.5
         if B:
             attention_decode(
-                q[:B], *pages, out[:B], page_table=b.page_table[:B], lengths=b.lengths[:B],
-                scale=scale, seq_width=b.seq_mode[:B], q_sizes=t.q_heads, run=run,
+                q[:B], *pages, out[:B], page_table=batch.page_table[:B], lengths=batch.lengths[:B],
+                scale=scale, seq_width=batch.seq_mode[:B], q_sizes=t.q_heads, run=run,
             )  # fmt: skip
         if S > B:
             attention_prefill(
-                q[B:], *pages, out[B:], page_table=b.page_table[B:S],
-                cu_seqlens=b.cu_prefill[: S - B + 1], context=b.context[B:S], scale=scale,
-                seq_width=b.seq_mode[B:S], q_sizes=t.q_heads, run=run,
+                q[B:], *pages, out[B:], page_table=batch.page_table[B:S],
+                cu_seqlens=batch.cu_prefill[: S - B + 1], context=batch.context[B:S], scale=scale,
+                seq_width=batch.seq_mode[B:S], q_sizes=t.q_heads, run=run,
             )  # fmt: skip
         matmul(out, w.o_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
                n_sizes=self.tables.hidden_rows, run=run)  # fmt: skip
 
     def _ffn(self, run, R: int, up, down, layer: int, out: torch.Tensor) -> None:
         """out = down(relu(up normed)^2)."""
-        b, t = self.buffers, self.tables.layers[layer]
-        modes = b.row_mode[:R]
+        b, batch, t = self.buffers, self.batch, self.tables.layers[layer]
+        modes = batch.row_mode[:R]
         middle = b.projected[:R, : up.rows]
         matmul(b.normed[:R], up, middle, activation="relu2", row_width=modes,
                k_sizes=self.tables.hidden, n_sizes=t.rows, run=run)  # fmt: skip
@@ -319,7 +380,7 @@ class Model:
 
     def _moe(self, run, R: int, layer: int) -> None:
         b, w, t = self.buffers, self.weights.layers[layer], self.tables.layers[layer]
-        modes, hidden = b.row_mode[:R], self.tables.hidden
+        modes, hidden = self.batch.row_mode[:R], self.tables.hidden
         ids, weights = b.expert_ids[:R], b.expert_weights[:R]
         moe_route(
             b.normed[:R], w.gate, w.correction_bias, ids, weights,

@@ -41,8 +41,8 @@ class Reader:
         return bool(self.pending) and self.sequence.slot >= 0
 
     def take(self, rows: torch.Tensor) -> None:
-        """Keeps logits of a pass; they are copied."""
-        self._rows.append(rows.clone())
+        """Keeps logits of a pass; they are copied to host memory."""
+        self._rows.append(rows.to("cpu", copy=True))
 
     def finish(self) -> None:
         """Ends it with its logits, once nothing is pending."""

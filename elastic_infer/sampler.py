@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from .devices import CPU, Device
 from .ops.sample import sample
 from .outputs import TopLogprobs
 from .request import Branch
@@ -39,10 +40,11 @@ def entropy_of(row: torch.Tensor, temperature: float) -> float:
 
 
 class Sampler:
-    """Draws tokens with one native call per pass. run: the model's Pool."""
+    """Draws tokens with one native call per pass. run: the model's Pool. device: where the logits
+    are; only rows that the host must see come to its memory."""
 
-    def __init__(self, run):
-        self._run = run
+    def __init__(self, run, device: Device = CPU):
+        self._run, self._device = run, device
 
     def draw(self, logits: torch.Tensor, rows: Seq[int], branches: Seq[Branch]) -> list[Drawn]:
         """One token for each branch from its row.
@@ -50,16 +52,13 @@ class Sampler:
         logits: float32 [n, V], not changed. rows: each branch's row; branches may share one.
         """
         untouched = list(rows) == list(range(len(rows)))
-        active = [b.processors.active for b in branches]
-        source = logits[: len(rows)] if untouched else logits[list(rows)]
-        drawn_from = source.clone() if untouched and any(active) else source
-        failures: dict[int, Exception] = {}
-        for i, branch in enumerate(branches):
-            if active[i]:
-                try:
-                    branch.processors.apply(drawn_from[i], branch.token_ids, branch.phase)
-                except Exception as error:  # a user's function: its request ends, not the batch
-                    failures[i] = error
+        source = self._device.to(logits[: len(rows)] if untouched else logits[list(rows)])
+        raw = self._on_host(source, branches)
+        processed, failures = self._process(raw, branches)
+        drawn_from = source
+        if processed:
+            drawn_from = source.clone()
+            drawn_from[list(processed)] = self._device.to(torch.stack(list(processed.values())))
         ids = self._ids(drawn_from, branches)
         result = []
         for i, branch in enumerate(branches):
@@ -67,26 +66,64 @@ class Sampler:
             if i in failures:
                 branch.request.error = failures[i]
             token = -1 if i in failures else ids[i]
-            raw = logits[rows[i]]
             logprobs, entropy = None, None
             if wanted is not None and token >= 0:
-                logprobs = top_logprobs(raw, token, wanted)
+                logprobs = top_logprobs(raw[i], token, wanted)
             if branch.plan.plan.needs_entropy and token >= 0:
-                entropy = entropy_of(drawn_from[i], _truncation(params)[0])
+                entropy = entropy_of(processed.get(i, raw[i]), _truncation(params)[0])
                 entropy = entropy if math.isfinite(entropy) else None
             result.append(Drawn(token, logprobs, entropy))
         return result
 
+    def _on_host(self, source: torch.Tensor, branches: Seq[Branch]) -> dict[int, torch.Tensor]:
+        """The rows that the host must see, by branch: not to be changed."""
+        needed = [
+            i
+            for i, b in enumerate(branches)
+            if b.processors.active or b.request.params.logprobs is not None
+            or b.plan.plan.needs_entropy
+        ]  # fmt: skip
+        if not needed:
+            return {}
+        if self._device.is_cpu:
+            return {i: source[i] for i in needed}
+        copied = (source if len(needed) == len(branches) else source[needed]).cpu()
+        return dict(zip(needed, copied))
+
+    @staticmethod
+    def _process(
+        raw: dict[int, torch.Tensor], branches: Seq[Branch]
+    ) -> tuple[dict[int, torch.Tensor], dict[int, Exception]]:
+        """Rows after penalties, processors and the like, and whose processors failed."""
+        processed, failures = {}, {}
+        for i, branch in enumerate(branches):
+            if branch.processors.active:
+                processed[i] = raw[i].clone()
+                try:
+                    branch.processors.apply(processed[i], branch.token_ids, branch.phase)
+                except Exception as error:  # a user's function: its request ends, not the batch
+                    failures[i] = error
+        return processed, failures
+
     def _ids(self, rows: torch.Tensor, branches: Seq[Branch]) -> list[int]:
+        n = len(branches)
         temperature, top_k, top_p, min_p = zip(*(_truncation(b.request.params) for b in branches))
-        seeds = [branch_seed(b.request.seed, b.index) for b in branches]
-        ids = torch.empty(len(branches), dtype=torch.int32)
-        sample(
-            rows, ids,
-            temperature=torch.tensor(temperature), top_k=torch.tensor(top_k, dtype=torch.int32),
-            top_p=torch.tensor(top_p), min_p=torch.tensor(min_p),
-            seed=torch.tensor(seeds, dtype=torch.int64),
-            position=torch.tensor([len(b.token_ids) for b in branches], dtype=torch.int64),
-            run=self._run,
-        )  # fmt: skip
+        columns = [
+            ("seed", torch.int64, [branch_seed(b.request.seed, b.index) for b in branches]),
+            ("position", torch.int64, [len(b.token_ids) for b in branches]),
+            ("temperature", torch.float32, temperature), ("top_k", torch.int32, top_k),
+            ("top_p", torch.float32, top_p), ("min_p", torch.float32, min_p),
+        ]  # fmt: skip
+        # All parameters in one block, so that one copy brings them to the device.
+        host = self._device.host_zeros(32 * n, dtype=torch.uint8)
+        at, given = 0, {}
+        for name, dtype, values in columns:
+            end = at + n * dtype.itemsize
+            host[at:end].view(dtype).copy_(torch.tensor(values, dtype=dtype))
+            given[name] = (at, end, dtype)
+            at = end
+        there = self._device.to(host)
+        parameters = {k: there[a:b].view(dtype) for k, (a, b, dtype) in given.items()}
+        ids = torch.empty(n, dtype=torch.int32, device=self._device.place)
+        sample(rows, ids, **parameters, run=self._run)
         return ids.tolist()

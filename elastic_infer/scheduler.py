@@ -52,7 +52,7 @@ class Scheduler:
         self.model, self.cache = model, model.cache
         self.eos_ids, self.limits, self.costs = frozenset(eos_ids), limits, costs
         self.mixing, self.max_running = mixing, max_running
-        self.sampler = Sampler(model.pool)
+        self.sampler = Sampler(model.pool, model.device)
         self.waiting: deque[Request] = deque()
         self.running: list[Branch] = []  # in order of arrival
         self.readers: list[Reader] = []

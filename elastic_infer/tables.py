@@ -7,7 +7,7 @@ the convolution and state of all served Mamba heads, whatever its width.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -43,21 +43,35 @@ class LayerSizes:
     experts: torch.Tensor | None = None
     expert: torch.Tensor | None = None
 
+    def to(self, place: torch.device) -> LayerSizes:
+        """The same on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return LayerSizes(**{n: None if t is None else t.to(place) for n, t in values.items()})
+
 
 class WidthTables:
     """Tables of all widths that are served.
 
-    widths: in the order of their indices. served: axis-wise maximum of them, or more.
+    widths: in the order of their indices. served: axis-wise maximum of them, or more. place: the
+    torch device of the tables.
     """
 
-    def __init__(self, config: ModelConfig, widths: Seq[Width], served: Width):
+    def __init__(
+        self,
+        config: ModelConfig,
+        widths: Seq[Width],
+        served: Width,
+        place: torch.device | None = None,
+    ):
+        place = place or torch.device("cpu")
         self.index = {w.name: i for i, w in enumerate(widths)}
-        self.hidden = _column([w.hidden_size for w in widths])
+        self.hidden = _column([w.hidden_size for w in widths]).to(place)
         self.hidden_rows = self.hidden[:, None].contiguous()
-        self.vocabulary = torch.full((2 * len(widths), 1), config.vocab_size, dtype=torch.int32)
+        self.vocabulary = torch.full_like(self.hidden_rows, config.vocab_size)
         make = {"M": self._mamba, "*": self._attention, "-": self._mlp, "E": self._moe}
         self.layers = [
-            make[kind](config, widths, served, layer) for layer, kind in enumerate(config.layers)
+            make[kind](config, widths, served, layer).to(place)
+            for layer, kind in enumerate(config.layers)
         ]
 
     def mode(self, width: str, track: bool) -> int:

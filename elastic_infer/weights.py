@@ -14,6 +14,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .config import ModelConfig, Width
+from .devices import CPU, Device
 from .memory import WeightMemory
 from .ops.matmul import TiledWeight
 from .ops.moe_matmul import ExpertWeights
@@ -116,6 +117,7 @@ class WeightLoader:
 
     checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of matmul weights,
     norms and activations. run: a Pool for packing. progress: called with (what, bytes).
+    device: where they go, slice by slice; tiles are filled there.
     """
 
     def __init__(
@@ -125,11 +127,12 @@ class WeightLoader:
         dtype: torch.dtype,
         run=None,
         progress: Progress | None = None,
+        device: Device = CPU,
     ):
         self.checkpoint, self.config, self.served = checkpoint, checkpoint.config, served
         self.dtype, self.run, self.progress = dtype, run, progress
         self.D = served.hidden_size
-        self._memory = WeightMemory()
+        self.device, self._memory = device, WeightMemory(device.place)
 
     def load(self) -> Weights:
         """Reads and packs everything."""
@@ -151,7 +154,7 @@ class WeightLoader:
         tensor = self.checkpoint.tensor(name, rows, cols)
         if self.progress:
             self.progress(name, tensor.numel() * tensor.element_size())
-        return tensor.to(dtype or self.dtype).contiguous()
+        return tensor.to(self.device.place, dtype or self.dtype).contiguous()
 
     def _tiled(self, parts: list[tuple[str, object]], cols, dtype=None) -> TiledWeight:
         """A tiled matrix whose segments are (tensor, rows) of `parts`, all cut to `cols`."""

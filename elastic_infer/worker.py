@@ -165,8 +165,9 @@ class Worker:
     def _run(self) -> None:
         try:
             progressed = True
-            while self._wait(progressed):
-                progressed = self._turn()
+            with self._scheduler.model.device.running():
+                while self._wait(progressed):
+                    progressed = self._turn()
         finally:
             self._finish()
 

@@ -39,8 +39,9 @@ def built() -> Path:
 
 @contextmanager
 def installed(module):
-    """Inside, the public functions of all ops call `module` instead of the library's own `_C`."""
-    packages = [m for name, m in sys.modules.items() if name.startswith("elastic_infer.ops.")]
+    """Inside, the library calls `module` instead of its own `_C`: ops run emulated CUDA kernels,
+    and engines that are opened there run on the device "emulated"."""
+    packages = [m for name, m in sys.modules.items() if name.startswith("elastic_infer.")]
     original = {m: m._C for m in packages if hasattr(m, "_C")}
     try:
         for m in original:

@@ -1,0 +1,158 @@
+"""The device that a model runs on: where its tensors are, its memory and its stream."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from . import _C
+from .errors import InvalidRequest
+from .memory import lazy_zeros
+
+
+class Device:
+    """Where the tensors of a model are, and in which order work on them happens.
+
+    name: "cpu", "cuda:N", or "emulated" (tests: the CPU's memory stands for a device's).
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.place = torch.device("cpu" if name == "emulated" else name)
+        self.stream = torch.cuda.Stream(self.place) if self.place.type == "cuda" else None
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether kernels read the host's memory themselves."""
+        return self.name == "cpu"
+
+    def running(self) -> AbstractContextManager:
+        """Inside, this thread gives its work on the device to the model's own stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def wait(self) -> None:
+        """Until everything given to the stream has happened."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Zeros on the device; on a CPU they take no memory until they are written."""
+        if self.place.type == "cpu":
+            return lazy_zeros(*shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.place)
+
+    def host_zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros in host memory that copies to the device need not wait for."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=self.stream is not None)
+
+    def to(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; itself where it is there."""
+        return tensor.to(self.place, non_blocking=True)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A point in the stream that the host can wait for: `event.synchronize()`."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of device memory (free, in all); the emulated device has 1 GiB."""
+        return torch.cuda.mem_get_info(self.place) if self.stream else (1 << 30, 1 << 30)
+
+
+CPU = Device("cpu")
+
+
+def is_emulated() -> bool:
+    """Whether the module of kernels is the tests' emulator."""
+    return _C.cuda_architectures() == ["emulated"]
+
+
+def why_not_cuda(index: int = 0) -> str:
+    """Why CUDA device `index` cannot be used, with the remedy; empty if it can."""
+    if not _C.cuda_architectures():
+        return (
+            "this build has no CUDA kernels; build it with `make cuda` (CMake option "
+            "ELASTIC_CUDA=ON), or use device='cpu'"
+        )
+    why = _C.cuda_unusable(index)
+    if why:
+        return f"no usable GPU: {why}; use device='cpu'"
+    if not torch.cuda.is_available():
+        return (
+            f"the installed torch {torch.__version__} has no CUDA; install one that has, or use "
+            "device='cpu'"
+        )
+    return ""
+
+
+def choose_device(name: object) -> Device:
+    """The device of an engine.
+
+    name: "cpu"; "cuda" or "cuda:N"; "auto" takes the first GPU if it can be used, else the CPU.
+
+    Raises: InvalidRequest for another name, or a device that cannot be used, with the remedy.
+    """
+    if is_emulated() and name in ("auto", "emulated"):
+        return Device("emulated")
+    if name == "auto":
+        return Device("cpu") if why_not_cuda() else Device("cuda:0")
+    if name == "cpu":
+        return Device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name) if isinstance(name, str) else None
+    if match is None:
+        raise InvalidRequest(f"engine: device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    index = int(match[1] or 0)
+    if why := why_not_cuda(index):
+        raise InvalidRequest(f"engine: device {name!r} must be usable, got {why}")
+    return Device(f"cuda:{index}")
+
+
+class Shared:
+    """Small tables that the host fills and the device reads, in one block: one copy brings all of
+    them over. On a CPU both sides are the same memory.
+
+    sizes: {name: shape} of int32 tables. Each is an attribute: the device's tensor; `host[name]`
+    is the host's side as a numpy array, which takes small values ten times faster than a tensor.
+    """
+
+    LINE = 16  # tables start at multiples of 64 bytes
+
+    def __init__(self, device: Device, sizes: dict[str, tuple[int, ...]]):
+        self.device = device
+        starts, total = {}, 0
+        for name, shape in sizes.items():
+            starts[name] = total
+            total += -(-math.prod(shape) // self.LINE) * self.LINE
+        self._host = device.host_zeros(total, dtype=torch.int32)
+        self._there = self._host if device.is_cpu else device.zeros(total, dtype=torch.int32)
+        self.host, self._ends, self._copied = {}, {}, None
+        for name, shape in sizes.items():
+            at, end = starts[name], starts[name] + math.prod(shape)
+            self.host[name] = self._host[at:end].view(shape).numpy()
+            setattr(self, name, self._there[at:end].view(shape))
+            self._ends[name] = end
+
+    @staticmethod
+    def nbytes(sizes: dict[str, tuple[int, ...]]) -> int:
+        """Bytes of such a block on the device."""
+        line = Shared.LINE
+        return sum(4 * line * -(-math.prod(shape) // line) for shape in sizes.values())
+
+    def write(self, name: str, values: list[int]) -> None:
+        """Fills the beginning of a table on the host's side."""
+        self.host[name][: len(values)] = values
+
+    def settle(self) -> None:
+        """Waits until the last upload no longer reads the host's side."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+
+    def upload(self, last: str) -> None:
+        """Copies all tables up to and including `last`, in the order of `sizes`."""
+        if self._there is not self._host:
+            end = self._ends[last]
+            self._there[:end].copy_(self._host[:end], non_blocking=True)
+            self._copied = self.device.mark()
