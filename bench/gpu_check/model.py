@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from elastic_infer.devices import Device
 from models import draw_values, tensor_specs
 
 from elastic_infer.cache import PAGE, Cache, Sequence
 from elastic_infer.capacity import slot_bytes
 from elastic_infer.config import ModelConfig, Width, kv_bytes_per_token, widest
+from elastic_infer.devices import Device
 from elastic_infer.footprint import weight_bytes
 from elastic_infer.model import Model, Segment
 from elastic_infer.weights import WeightLoader
