@@ -16,18 +16,18 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
+import shutil
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from elastify_caches import compare_caches
 from elastify_data import CHECK_SEED, PlainTraining, Problems, accuracy
-from elastify_report import pareto, write_report
+from elastify_price import calculated, from_file
+from elastify_report import write_report
 
 from elastic_infer.checkpoint import Checkpoint
 from elastic_infer.config import (
@@ -46,6 +46,7 @@ from elastic_infer.elastify import (
     LearnedSizes,
     Settings,
     Stage,
+    default_choices,
     export_elastic,
     importance_order,
     measure_importance,
@@ -56,12 +57,14 @@ from elastic_infer.elastify import (
 from elastic_infer.elastify.distill import Result, evaluate
 from elastic_infer.elastify.importance import layer_errors
 from elastic_infer.elastify.reasoner.design import WIDTHS, reasoner_config
+from elastic_infer.elastify.reasoner.evaluate import machine, today
+from elastic_infer.elastify.reasoner.task import MAX_OPERATIONS, held_out_problems
 from elastic_infer.elastify.reasoner.vocabulary import write_tokenizer
-from elastic_infer.elastify.torch_model import Attention, Mamba
 from elastic_infer.slicing import slice_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 NARROW = ("M", "S")
+NESTED = ("router", "uniform", "unswitched")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Scale:
 
     parent_steps: int = 3600
     steps: int = 900
+    nested_steps: int = 1500
+    switches: float = 0.3
     tokens: int = 2048
     operations: int = 3
     checks: int = 200
@@ -81,14 +86,28 @@ class Scale:
     policies: tuple[str, ...] = ("carry", "exact", "window(16)")
 
 
-QUICK = Scale(300, 100, 1024, 2, 100, 4, 2, 16, 32, (8, None), ("carry", "exact"))
+QUICK = Scale(
+    parent_steps=700,
+    steps=80,
+    nested_steps=120,
+    tokens=1024,
+    operations=1,
+    checks=100,
+    calibration=4,
+    random_orders=1,
+    problems=32,
+    front_problems=64,
+    budgets=(8, None),
+    policies=("carry", "exact"),
+)
 
 
 class Bench:
     """The parts, their results and what they share."""
 
-    def __init__(self, out: Path, scale: Scale, seed: int):
-        self.out, self.scale, self.seed = out, scale, seed
+    def __init__(self, out: Path, scale: Scale, seed: int, prices: Path | None = None):
+        self.out, self.scale, self.seed, self.prices = out, scale, seed, prices
+        self.tag = f"-{seed}" if seed else ""
         out.mkdir(parents=True, exist_ok=True)
         self.data = Problems(scale.tokens, scale.operations)
         self.checks = self.data.checks(scale.checks)
@@ -97,13 +116,15 @@ class Bench:
         self.picked = parse_widths(self.config, WIDTHS)
         self.whole = count_parameters(self.config, full_width(self.config)).total
 
-    def part(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def part(self, name: str) -> dict[str, Any]:
         """The result of a part: read where it was made before."""
-        path = self.out / f"{name}.json"
+        tag = "" if name == "parent" else self.tag
+        path = self.out / f"{name}{tag}.json"
         if not path.is_file():
-            print(f"{name} …", flush=True)
+            print(f"{name}, seed {self.seed} …", flush=True)
             start = time.monotonic()
-            result = {**run(), "seconds": round(time.monotonic() - start, 1), "seed": self.seed}
+            result = getattr(self, f"run_{name}")()
+            result = {**result, "seconds": round(time.monotonic() - start, 1), "seed": self.seed}
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             partial.replace(path)
@@ -125,11 +146,20 @@ class Bench:
         stream = self.data.batches(1, 1, seed=77)
         return [next(stream) for _ in range(self.scale.calibration)]
 
-    def settings(self, **changes: Any) -> Settings:
-        """Of every distillation: equal steps, rates and data."""
-        steps = self.scale.steps
+    def choices(self) -> dict[str, list[int]]:
+        """Sizes that the router may give: the usual ones, and those that were picked by hand."""
+        found = {axis: set(sizes) for axis, sizes in default_choices(self.config).items()}
+        for sizes in WIDTHS.values():
+            for axis, size in sizes.items():
+                found[axis].add(size)
+        return {axis: sorted(sizes, reverse=True) for axis, sizes in found.items()}
+
+    def settings(self, nested: bool = False, **changes: Any) -> Settings:
+        """Of every distillation: equal rates and data; a nested one has the steps of a family."""
+        steps = self.scale.nested_steps if nested else self.scale.steps
         stages = (Stage(steps * 2 // 3, 512), Stage(steps - steps * 2 // 3, 512))
-        values = {"stages": stages, "lr": 1e-3, "warmup": 30, "save_every": 100}
+        values = {"stages": stages, "optimiser": "muon", "lr": 3e-3, "muon_lr": 0.02,
+                  "warmup": 30, "final_lr": 0.02, "save_every": 100}  # fmt: skip
         return Settings(**{**values, "seed": self.seed, **changes})
 
     def measured(self, model: ElasticNemotronH, widths: dict[str, Width]) -> dict[str, Any]:
@@ -149,7 +179,7 @@ class Bench:
     def run_parent(self) -> dict[str, Any]:
         """Trains the dense parent and measures importance."""
         training = PlainTraining(
-            self.config, self.data, self.scale.parent_steps, self.seed, self.out / "train-parent"
+            self.config, self.data, self.scale.parent_steps, 0, self.out / "train-parent"
         )
         model, tokens = training.run()
         model.save(self.out / "parent")
@@ -191,13 +221,18 @@ class Bench:
         """(a) All widths at once, sizes learnt."""
         shares = [count_parameters(self.config, self.picked[n]).total / self.whole for n in NARROW]
         settings = self.settings(
-            budgets=(1.0, *shares), cost=Cost("total"), router_steps=self.scale.steps * 2 // 3
+            nested=True,
+            budgets=(1.0, *shares),
+            cost=Cost("total"),
+            choices=self.choices(),
+            router_steps=self.scale.nested_steps // 2,
+            switch_probability=self.scale.switches,
         )
-        run = self.out / "router"
+        run = self.out / f"router{self.tag}"
         distiller = Distiller(self.sorted_parent(), self.data, run, settings)
         result = distiller.run()
-        plot_metrics(run / "metrics.jsonl", self.out / "router.png")
-        elastic = self.out / "elastic"
+        plot_metrics(run / "metrics.jsonl", self.out / f"router{self.tag}.png")
+        elastic = self.out / f"elastic-router{self.tag}"
         elastic.mkdir(exist_ok=True)
         export_elastic(Checkpoint.open(self.out / "parent"), result, elastic)
         LearnedSizes(distiller.router, settings.cost, result.widths, result.losses).save(elastic)
@@ -205,13 +240,24 @@ class Bench:
         cut = self.measured(self.sorted_parent(), result.widths)
         return {**self.distilled("router", result, distiller), "sizes": table, "cut": cut}
 
+    def nested(self, name: str, switches: float) -> dict[str, Any]:
+        """All widths at once, sizes picked by hand; leaves an elastic checkpoint."""
+        settings = self.settings(True, budgets=(1.0, 0.7, 0.4), switch_probability=switches)
+        run = self.out / f"{name}{self.tag}"
+        distiller = Distiller(self.sorted_parent(), self.data, run, settings, widths=self.picked)
+        result = distiller.run()
+        elastic = self.out / f"elastic-{name}{self.tag}"
+        elastic.mkdir(exist_ok=True)
+        export_elastic(Checkpoint.open(self.out / "parent"), result, elastic)
+        return self.distilled(name, result, distiller)
+
     def run_uniform(self) -> dict[str, Any]:
         """(b) All widths at once, sizes picked by hand."""
-        settings = self.settings(budgets=(1.0, 0.7, 0.4))
-        distiller = Distiller(
-            self.sorted_parent(), self.data, self.out / "uniform", settings, widths=self.picked
-        )
-        return self.distilled("uniform", distiller.run(), distiller)
+        return self.nested("uniform", self.scale.switches)
+
+    def run_unswitched(self) -> dict[str, Any]:
+        """(b) without training across switches."""
+        return self.nested("unswitched", 0.0)
 
     def run_scratch(self) -> dict[str, Any]:
         """(d) One model per width, trained alone from scratch on as many steps as a family."""
@@ -219,7 +265,7 @@ class Bench:
         for name in NARROW:
             raw = slice_config(self.config, self.picked[name])
             config = ModelConfig.from_dict(raw)
-            folder = self.out / f"scratch-{name}"
+            folder = self.out / f"scratch-{name}{self.tag}"
             model, seen = PlainTraining(
                 config, self.data, self.scale.steps, self.seed, folder
             ).run()
@@ -233,7 +279,7 @@ class Bench:
         distiller = Distiller(
             model,
             self.data,
-            self.out / f"alone-{name}",
+            self.out / f"alone-{name}{self.tag}",
             settings,
             widths={name: full_width(model.config, name)},
             teacher=self.parent(),
@@ -268,53 +314,42 @@ class Bench:
         after, tokens = self.alone("depth", model)
         return {"removed": removed, "cut": before, "distilled": after, "tokens": tokens}
 
-    @torch.no_grad()
-    def run_similarity(self) -> dict[str, Any]:
-        """Cosine of K, V and Mamba state between widths of the elastic model, on the same text."""
-        checkpoint = Checkpoint.open(self.out / "elastic")
-        model = ElasticNemotronH.load(self.out / "elastic")
-        batch = self.data.checks(16)[-1]
-        kept = {n: caches(model, batch.inputs, w) for n, w in checkpoint.widths.items()}
-        out = {}
-        for name in NARROW:
-            out[f"L-{name}"] = {
-                part: round(float(F.cosine_similarity(kept["L"][part], small, dim=-1).mean()), 4)
-                for part, small in kept[name].items()
-            }
-        return {"cosine": out}
+    def run_caches(self) -> dict[str, Any]:
+        """How alike caches of widths are, and what a transplanted one is worth, per nested run."""
+        found = {}
+        for name in NESTED:
+            folder = self.out / f"elastic-{name}{self.tag}"
+            widths = Checkpoint.open(folder).widths
+            found[name] = compare_caches(ElasticNemotronH.load(folder), self.checks, widths)
+            found[name]["alone"] = self.part(name)["widths"]
+        return found
 
     def run_control(self) -> dict[str, Any]:
         """Accuracy and latency of think, answer pairs under thinking budgets and policies."""
-        from elastic_infer import Engine
-        from elastic_infer.elastify.reasoner.evaluate import evaluate as solve
-        from elastic_infer.elastify.reasoner.evaluate import think_answer
-        from elastic_infer.elastify.reasoner.task import held_out_problems
+        from elastify_control import measure
 
-        scale, points = self.scale, []
+        scale = self.scale
+        return measure(
+            self.out / f"elastic-router{self.tag}",
+            self.data.problems(scale.problems),
+            self.data.problems(scale.front_problems, CHECK_SEED + 1),
+            scale.budgets,
+            scale.policies,
+            calculated() if self.prices is None else from_file(self.prices),
+        )
 
-        def ask(engine: Any, point: dict[str, Any], count: int) -> dict[str, Any]:
-            each = count // scale.operations
-            problems = [
-                problem
-                for operations in range(1, scale.operations + 1)
-                for problem in held_out_problems(CHECK_SEED, each, operations)
-            ]
-            plan = think_answer(
-                point["think"], point["answer"], budget=point["budget"], policy=point["policy"]
-            )
-            found = solve(engine, problems, plan=plan)
-            return {**point, **found.to_dict(), "seconds": found.seconds / len(problems)}
+    def run_shipped(self) -> dict[str, Any]:
+        """The nested runs and the shipped model on the same problems, by greedy decoding."""
+        from elastify_control import solved_by_width
 
-        with Engine.from_pretrained(self.out / "elastic", max_num_seqs=64) as engine:
-            for think in engine.widths:
-                for answer in engine.widths:
-                    for policy in scale.policies if think != answer else ("carry",):
-                        for budget in scale.budgets:
-                            point = {"think": think, "answer": answer}
-                            point |= {"policy": policy, "budget": budget}
-                            points.append(ask(engine, point, scale.problems))
-            front = [ask(engine, point, scale.front_problems) for point in pareto(points)]
-        return {"points": points, "front": front}
+        from elastic_infer import demo_model
+
+        folders = {name: self.out / f"elastic-{name}{self.tag}" for name in ("router", "uniform")}
+        problems = self.data.problems(self.scale.front_problems, CHECK_SEED + 1)
+        folders["shipped"] = demo_model()
+        out = {name: solved_by_width(folder, problems) for name, folder in folders.items()}
+        hardest = held_out_problems(CHECK_SEED, self.scale.problems, MAX_OPERATIONS)
+        return {"same": out, "longest": solved_by_width(folders["shipped"], hardest)}
 
 
 def without_layers(model: ElasticNemotronH, removed: list[int]) -> ElasticNemotronH:
@@ -336,84 +371,53 @@ def without_layers(model: ElasticNemotronH, removed: list[int]) -> ElasticNemotr
     return small
 
 
-def caches(model: ElasticNemotronH, ids: torch.Tensor, width: Width) -> dict[str, torch.Tensor]:
-    """K and V [positions, K] and the final Mamba states [heads, P*N] of all layers.
-
-    States only of heads that every width has: others are not there to compare.
-    """
-    found: dict[str, list[torch.Tensor]] = {"K": [], "V": [], "state": []}
-    groups, heads = model.config.n_groups, min(WIDTHS["S"]["mamba_num_heads"], *width_heads(width))
-
-    def watch(mixer: Any, arguments: tuple[Any, ...]) -> None:
-        x, hidden = arguments[0], width.hidden_size
-        if isinstance(mixer, Attention):
-            for part, layer in (("K", mixer.k_proj), ("V", mixer.v_proj)):
-                out = F.linear(x, layer.weight[:, :hidden])
-                found[part].append(out.unflatten(-1, (-1, model.config.head_dim)).flatten(0, 2))
-        elif isinstance(mixer, Mamba):
-            found["state"].append(final_states(mixer, x, hidden)[:, :, : heads // groups])
-
-    handles = [b.mixer.register_forward_pre_hook(watch) for b in model.backbone.layers]
-    model.hidden(ids, width)
-    for handle in handles:
-        handle.remove()
-    states = [state.flatten(3).flatten(0, 2) for state in found["state"]]
-    return {"K": torch.cat(found["K"]), "V": torch.cat(found["V"]), "state": torch.cat(states)}
-
-
-def width_heads(width: Width) -> list[int]:
-    """Mamba heads of the layers that have any."""
-    return [heads for heads in width.mamba_num_heads if heads]
-
-
-def final_states(mixer: Mamba, x: torch.Tensor, hidden: int) -> torch.Tensor:
-    """sum_t exp(A sum_{s>t} dt_s) dt_t x_t B_t': state after the last token [B, G, H/G, P, N]."""
-    from elastic_infer.elastify.torch_ops import causal_conv
-
-    cfg = mixer.config
-    inner, state = cfg.mamba_num_heads * cfg.mamba_head_dim, cfg.n_groups * cfg.ssm_state_size
-    sizes = [inner, inner + 2 * state, cfg.mamba_num_heads]
-    _, xbc, dt = F.linear(x, mixer.in_proj.weight[:, :hidden]).split(sizes, -1)
-    xbc = F.silu(causal_conv(xbc, mixer.conv1d.weight[:, 0], mixer.conv1d.bias))
-    xs, b, _ = xbc.split([inner, state, state], -1)
-    dt = F.softplus(dt + mixer.dt_bias)
-    later = dt.flip(1).cumsum(1).flip(1) - dt
-    scale = torch.exp(-mixer.A_log.exp() * later) * dt
-    xs = (xs.unflatten(-1, (cfg.mamba_num_heads, -1)) * scale[..., None])
-    xs = xs.unflatten(2, (cfg.n_groups, -1))
-    return torch.einsum("btghp,btgn->bghpn", xs, b.unflatten(-1, (cfg.n_groups, -1)))
-
-
-PARTS = ("parent", "order", "router", "uniform", "scratch", "alone", "depth", "similarity")
-PARTS += ("control",)
+PARTS = ("parent", "order", "router", "uniform", "unswitched", "scratch", "alone", "depth")
+PARTS += ("caches", "control", "shipped")
+# Parts that other parts read, besides the parent.
+NEEDED = {"caches": NESTED, "control": ("router",), "shipped": ("router", "uniform")}
+REPEATED = ("router", "uniform", "scratch", "alone", "depth")  # with every seed
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of the run")
+    parser.add_argument("--out", type=Path, help="folder of the run, default: build/elastify")
     parser.add_argument("--quick", action="store_true", help="smaller everything")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0],
+                        help="of the comparison trainings; the parent is the same")  # fmt: skip
+    parser.add_argument("--prices", type=Path, help="measured step times of the large shapes")
+    parser.add_argument("--results", type=Path, help="folder that gets the tables and plots")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.set_flush_denormal(True)
-    name = "elastify-quick" if given.quick else "elastify"
-    out = given.out or ROOT / "build" / f"{name}-{given.seed}"
-    bench = Bench(out, QUICK if given.quick else Scale(), given.seed)
-    results = {"parent": bench.part("parent", bench.run_parent)}  # the others start from it
-    for part in PARTS:
-        if part in given.parts and part != "parent":
-            if part in ("similarity", "control"):
-                bench.part("router", bench.run_router)
-            results[part] = bench.part(part, getattr(bench, f"run_{part}"))
+    out = given.out or ROOT / "build" / ("elastify-quick" if given.quick else "elastify")
+    scale = QUICK if given.quick else Scale()
+    found: dict[str, dict[str, Any]] = {}
+    for seed in given.seeds:
+        bench = Bench(out, scale, seed, given.prices)
+        bench.part("parent")
+        for name in PARTS:
+            wanted = name == "parent" or name in given.parts
+            if wanted and (seed == given.seeds[0] or name in REPEATED):
+                for before in NEEDED.get(name, ()):
+                    bench.part(before)
+                found.setdefault(name, {})[str(seed)] = bench.part(name)
+    print(write_report(given.results or out, header(given, scale), found))
+    if given.results is not None:
+        for file in out.glob("router*.png"):
+            shutil.copy(file, given.results)
+
+
+def header(given: argparse.Namespace, scale: Scale) -> dict[str, Any]:
+    """What the figures are of: commit, machine, date, scale."""
     commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    head = {"commit": commit, "machine": platform.machine(), "date": time.strftime("%Y-%m-%d"),
-            "scale": vars(bench.scale), "seed": given.seed, "threads": given.threads}  # fmt: skip
-    print(write_report(out, head, results))
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT, capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
+    return {"commit": commit, "machine": machine(), "date": today(), "threads": given.threads,
+            "quick": given.quick, "scale": asdict(scale)}  # fmt: skip
 
 
 if __name__ == "__main__":

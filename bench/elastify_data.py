@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from elastic_infer.config import ModelConfig, Width
 from elastic_infer.elastify.corpus import Batch
+from elastic_infer.elastify.optimiser import MuonAdam
 from elastic_infer.elastify.reasoner.data import batches, held_out_batches
 from elastic_infer.elastify.reasoner.evaluate import wilson
-from elastic_infer.elastify.reasoner.optimiser import MuonAdam
+from elastic_infer.elastify.reasoner.task import Problem, held_out_problems
 from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialise
 
 CHECK_SEED = 1234
@@ -50,22 +51,32 @@ class Problems:
         """Held-out problems, a batch per number of operations."""
         return [Batch(b.inputs, b.weights) for b in self.checks(64)]
 
+    def problems(self, count: int, seed: int = CHECK_SEED) -> list[Problem]:
+        """Held-out problems in the mixture of training: n operations with weight n + 1."""
+        total = sum(size + 1 for size in range(1, self.operations + 1))
+        found = []
+        for size in range(self.operations, 0, -1):
+            each = count - len(found) if size == 1 else round(count * (size + 1) / total)
+            found += held_out_problems(seed, each, size)
+        return found
+
     def checks(self, each: int) -> list[Any]:
         """`each` held-out problems of every number of operations, with their whole answers."""
         return held_out_batches(CHECK_SEED, each, self.operations)
 
 
 @torch.no_grad()
-def accuracy(
-    model: ElasticNemotronH, checks: list[Any], width: Width | None = None, skip: Any = ()
-) -> dict[str, Any]:
+def score(logits_of: Callable[[Any], torch.Tensor], checks: list[Any]) -> dict[str, Any]:
     """Share of problems whose every token is the likeliest one, and share of such tokens.
 
     Greedy decoding writes exactly these problems' texts, so `solved` never exceeds its accuracy.
+
+    Args:
+        logits_of: batch -> logits [B, T, V]. checks: problems with their whole answers.
     """
     solved = count = right = tokens = 0
     for batch in checks:
-        hit = model(batch.inputs, width, skip=skip).argmax(-1) == batch.targets
+        hit = logits_of(batch).argmax(-1) == batch.targets
         learnt = batch.weights > 0
         solved += int((hit | ~learnt).all(1).sum())
         count += len(hit)
@@ -73,11 +84,18 @@ def accuracy(
         tokens += int(learnt.sum())
     low, high = wilson(solved, count)
     return {
-        "solved": solved / count,
+        "solved": round(solved / count, 5),
         "interval": [round(low, 4), round(high, 4)],
         "problems": count,
         "tokens_right": round(right / tokens, 4),
     }
+
+
+def accuracy(
+    model: ElasticNemotronH, checks: list[Any], width: Width | None = None, skip: Any = ()
+) -> dict[str, Any]:
+    """`score` of a model at a width, without some of its layers."""
+    return score(lambda batch: model(batch.inputs, width, skip=skip), checks)
 
 
 @torch.no_grad()
@@ -138,7 +156,7 @@ class PlainTraining:
         while True:
             if at["level"] == 0:
                 share = 5 * at["step"] * self.data.operations / max(1, self.steps)
-                at["level"] = max(2, min(self.data.operations, 1 + int(share)))
+                at["level"] = min(self.data.operations, max(2, 1 + int(share)))
             seed = 1_000_003 * (self.seed + 1) + at["pool"]
             pool = list(batches(seed, self.data.tokens, at["level"]))
             while at["taken"] < len(pool):

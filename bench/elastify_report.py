@@ -1,141 +1,344 @@
-"""The results of bench/elastify.py as one JSON file, a table in Markdown and a picture."""
+"""The results of bench/elastify.py as tables for people, which docs/elastify.md shows, and plots.
+
+Every table is made from results.json: {"commit", "machine", "date", "scale", "results": {part:
+{seed: result}}}. It raises KeyError where a part is not there.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROWS = (
+Figures = dict[str, Any]
+NARROW = ("M", "S")
+WAYS = (
     ("a", "router", "nested, learnt sizes"),
     ("b", "uniform", "nested, hand-picked sizes"),
-    ("c", "cut", "prefix, not distilled"),
+    ("c", "cut", "prefix of (b)'s sizes, not distilled"),
     ("d", "scratch", "alone, from scratch"),
     ("e", "alone", "alone, distilled"),
 )
+NESTED = (("router", "learnt sizes"), ("uniform", "hand-picked sizes"),
+          ("unswitched", "hand-picked sizes, no switches in training"))  # fmt: skip
 
 
-def share(values: dict[str, Any]) -> str:
-    """Solved problems with their interval, tokens, and parameters."""
-    low, high = values["interval"]
-    size = f" of {values['parameters'] / 1e3:.0f}k" if "parameters" in values else ""
-    solved = f"{values['solved']:.1%} ({low:.1%} to {high:.1%})"
-    return f"{solved}, tokens {values['tokens_right']:.1%}{size}"
+def rows(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def pareto(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that no other one beats in both latency and accuracy, fastest first."""
-    best, front = -1.0, []
-    for point in sorted(points, key=lambda p: (p["seconds"], -p["accuracy"])):
-        if point["accuracy"] > best:
-            best = point["accuracy"]
-            front.append(point)
-    return front
+def first(results: Figures, part: str) -> Figures:
+    """A part of the first seed."""
+    return next(iter(results[part].values()))
 
 
-def best_gains(points: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Best gains over the full model alone, at latency or accuracy no worse than its own.
-
-    Returns {"accuracy": points gained at equal or lower latency, "latency": times faster at equal
-    or higher accuracy}, over all its thinking budgets; None where it never solves anything.
-    """
-    plain = [p for p in points if p["think"] == p["answer"] == "L" and p["accuracy"] > 0]
-    if not plain:
-        return None
-    gain, faster = 0.0, 1.0
-    for base in plain:
-        for point in points:
-            if point["seconds"] <= base["seconds"]:
-                gain = max(gain, point["accuracy"] - base["accuracy"])
-            if point["accuracy"] >= base["accuracy"]:
-                faster = max(faster, base["seconds"] / point["seconds"])
-    return {"accuracy": gain, "latency": faster}
+def percent(low: float, high: float | None = None) -> str:
+    """A share, or two as a range."""
+    return f"{low:.1%}" if high is None else f"{100 * low:.1f}–{100 * high:.1f}"
 
 
-def table(results: dict[str, Any]) -> str:
-    """All results as Markdown."""
-    lines = []
-    rows = dict(results)
-    if "order" in results:
-        rows["cut"] = {"widths": results["order"]["orders"]["importance"], "tokens": 0}
-    lines += ["| | way | L | M | S | tokens of the family |", "|---|---|---|---|---|---|"]
-    dense = results["parent"]
-    lines.append(f"| | parent | {share(dense['widths']['L'])} | | | {dense['tokens']:,} |")
-    for letter, part, title in ROWS:
-        if part in rows:
-            cells = [
-                share(rows[part]["widths"][name]) if name in rows[part]["widths"] else ""
-                for name in ("L", "M", "S")
-            ]
-            lines.append(f"| {letter} | {title} | {' | '.join(cells)} | {rows[part]['tokens']:,} |")
-    if "order" in results:
-        lines += ["", "| order, before training | M | S |", "|---|---|---|"]
-        for name, widths in results["order"]["orders"].items():
-            cells = [f"{share(widths[w])}, KL {widths[w]['divergence']:.3f}" for w in ("M", "S")]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    if "depth" in results:
-        depth = results["depth"]
-        lines += ["", "| at the parameters of M | cut | distilled alone |", "|---|---|---|"]
-        lines.append(
-            f"| depth: without layers {depth['removed']} | {share(depth['cut'])} | "
-            f"{share(depth['distilled'])} |"
-        )
-        if "alone" in results and "order" in results:
-            cut = results["order"]["orders"]["importance"]["M"]
-            lines.append(f"| width | {share(cut)} | {share(results['alone']['widths']['M'])} |")
-    if "similarity" in results:
-        lines += ["", "Cosine of caches on the same text (published: 0.89 to 0.96):", "",
-                  "| widths | K | V | state |", "|---|---|---|---|"]  # fmt: skip
-        for pair, parts in results["similarity"]["cosine"].items():
-            lines.append(f"| {pair} | {parts['K']:.3f} | {parts['V']:.3f} | {parts['state']:.3f} |")
-    if "control" in results:
-        gains = best_gains(results["control"]["points"])
-        lines += ["", "Pareto front of budget control, asked again with more problems:", "",
-                  "| think | answer | policy | budget | accuracy | ms a problem |",
-                  "|---|---|---|---|---|---|"]  # fmt: skip
-        for p in results["control"]["front"]:
-            budget = "none" if p["budget"] is None else p["budget"]
-            solved = f"{p['accuracy']:.1%} ({p['low']:.1%} to {p['high']:.1%})"
-            lines.append(
-                f"| {p['think']} | {p['answer']} | {p['policy']} | {budget} | {solved} | "
-                f"{1000 * p['seconds']:.2f} |"
+def solved(score: Figures, others: Iterable[Figures] = ()) -> str:
+    """Solved problems, their 95 % interval, what other seeds gave, parameters."""
+    text = f"{percent(score['solved'])} ({percent(*score['interval'])})"
+    rest = [percent(other["solved"]) for other in others]
+    text += f"; other seeds {', '.join(rest)}" if rest else ""
+    return text + (f"; {score['parameters'] / 1e3:.0f}k" if "parameters" in score else "")
+
+
+def greedy(score: Figures) -> str:
+    """Accuracy of greedy decoding with its interval."""
+    return f"{percent(score['accuracy'])} ({percent(score['low'], score['high'])})"
+
+
+def scale_text(figures: Figures) -> str:
+    """What was run, where and when."""
+    scale, machine = figures["scale"], figures["machine"]
+    return (
+        f"Chains of 1 to {scale['operations']} operations; {scale['parent_steps']} steps of the "
+        f"parent, {scale['steps']} of every model alone, {scale['nested_steps']} of a nested run "
+        f"({scale['switches']:.0%} of them across a switch), {scale['tokens']} positions a step; "
+        f"Muon and AdamW throughout. {scale['checks']} held-out problems of each length, solved "
+        "where every token of the solution is the likeliest one; 95 % intervals. Seeds of the "
+        f"trainings: {', '.join(figures['results']['router'])}, the parent has one. "
+        f"{figures['threads']} thread of {machine['processor']} that other work shared, "
+        f"{figures['date']}, commit {figures['commit']}."
+    )
+
+
+def widths_table(figures: Figures) -> str:
+    """Every way to a smaller model, and what the family cost in tokens."""
+    results = figures["results"]
+    parent = first(results, "parent")
+    body = [["", "parent", solved(parent["widths"]["L"]), "", "", f"{parent['tokens']:,}"]]
+    for letter, part, title in WAYS:
+        if part == "cut":
+            runs = [{"widths": first(results, "order")["orders"]["importance"], "tokens": 0}]
+        else:
+            runs = list(results[part].values())
+        cells = []
+        for name in ("L", *NARROW):
+            scores = [run["widths"][name] for run in runs if name in run["widths"]]
+            cells.append(solved(scores[0], scores[1:]) if scores else "")
+        body.append([letter, title, *cells, f"{runs[0]['tokens']:,}"])
+    head = ("", "way", "L", "M", "S", "tokens learnt from, whole family")
+    return rows(head, body) + "\n\n" + tokens_text(results) + "\n\n" + nested_text(results)
+
+
+def tokens_text(results: Figures) -> str:
+    """Token costs beside the published ones."""
+    parent, nested = first(results, "parent")["tokens"], first(results, "router")["tokens"]
+    alone = first(results, "alone")["tokens"]
+    return (
+        f"One nested run learnt from {nested / 1e6:.2f} million tokens. Distilling M and S one by "
+        f"one took {alone / nested:.1f} times as many (published, against sequential compression: "
+        f"7 times); training both from scratch for as long as the parent would take "
+        f"{2 * parent / nested:.1f} times as many (published, against pretraining: 360 times). The "
+        "miniature cannot show such ratios: its parent saw only "
+        f"{parent / nested:.1f} times the tokens of the nested run."
+    )
+
+
+def nested_text(results: Figures) -> str:
+    """Whether one nested run is as good as one run a width, and learnt sizes as picked ones."""
+    parts = []
+    alone, scratch = first(results, "alone")["widths"], first(results, "scratch")["widths"]
+    for part, title in NESTED[:2]:
+        widths = first(results, part)["widths"]
+        text = []
+        for name in NARROW:
+            own, points = widths[name]["solved"], []
+            for other, against in ((alone, "distilled alone"), (scratch, "from scratch")):
+                points.append(f"{100 * (own - other[name]['solved']):+.1f} against {against}")
+            text.append(f"{name} {' and '.join(points)}")
+        parts.append(f"Nested with {title}, in points: {', '.join(text)}.")
+    learnt, picked = (first(results, part)["widths"] for part in ("router", "uniform"))
+    sizes = [
+        f"{name} {learnt[name]['parameters'] / picked[name]['parameters']:.2f}" for name in NARROW
+    ]
+    parts.append(
+        f"Parameters of the learnt sizes over those of the picked ones: {', '.join(sizes)}."
+    )
+    return " ".join(parts)
+
+
+def sizes_table(figures: Figures) -> str:
+    """The sizes that the router chose."""
+    results = figures["results"]
+    body = []
+    for seed, run in results["router"].items():
+        for name in NARROW:
+            sizes = run["sizes"][name]
+            text = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+            body.append([seed, name, text])
+    return rows(("seed", "width", "learnt sizes"), body)
+
+
+def order_table(figures: Figures) -> str:
+    """Importance against random order, before any training."""
+    orders = first(figures["results"], "order")["orders"]
+    body = [
+        [name, *(
+            f"{widths[w]['divergence']:.2f}; {percent(widths[w]['tokens_right'])}; "
+            f"{percent(widths[w]['solved'])}" for w in NARROW
+        )]
+        for name, widths in orders.items()
+    ]  # fmt: skip
+    verdict = []
+    for name in NARROW:
+        own = orders["importance"][name]["divergence"]
+        best = min(o[name]["divergence"] for key, o in orders.items() if key != "importance")
+        word = "closer to the parent than every" if own < best else "not closer than the best"
+        verdict.append(f"{name}: {word} random order ({own:.2f}, best random {best:.2f})")
+    head = ("order", *(f"{w}: KL; tokens right; solved" for w in NARROW))
+    text = f"By divergence, the order of importance is, for {'; '.join(verdict)}."
+    return f"{rows(head, body)}\n\n{text}"
+
+
+def depth_table(figures: Figures) -> str:
+    """Leaving out layers against narrowing, at the parameters of M."""
+    results = figures["results"]
+    depth, alone = first(results, "depth"), first(results, "alone")["widths"]["M"]
+    cut = first(results, "order")["orders"]["importance"]["M"]
+    others = [run["distilled"] for run in list(results["depth"].values())[1:]]
+    rest = [run["widths"]["M"] for run in list(results["alone"].values())[1:]]
+    removed = ", ".join(map(str, depth["removed"]))
+    body = [
+        [
+            f"depth: without layers {removed}",
+            solved(depth["cut"]),
+            solved(depth["distilled"], others),
+        ],
+        ["width: M", solved(cut), solved(alone, rest)],
+    ]
+    return rows(("smaller by", "cut", "then distilled alone"), body)
+
+
+def caches_table(figures: Figures) -> str:
+    """Likeness of caches and accuracy on a transplanted one."""
+    found = first(figures["results"], "caches")
+    body = []
+    for part, title in NESTED:
+        for pair, alike in found[part]["cosine"].items():
+            small = pair.partition("-")[2]
+            cells = []
+            for writer, reader in ((small, "L"), ("L", small)):
+                moved = found[part]["transplanted"][f"{writer}->{reader}"]
+                own = found[part]["alone"][reader]["solved"]
+                cells.append(f"{percent(moved['solved'])}, {100 * (moved['solved'] - own):+.1f}")
+            body.append(
+                [title, pair, *(f"{alike[key]:.2f}" for key in ("K", "V", "state")), *cells]
             )
-        lines += ["", "Budget control, measured on the miniature (not compared with the paper): "
-                  + ("the full model alone solves nothing, so there is nothing to compare."
-                     if gains is None else
-                     f"{gains['accuracy']:+.1%} accuracy at equal latency, "
-                     f"{gains['latency']:.2f}x latency at equal accuracy, over the full model "
-                     "alone.")]  # fmt: skip
-    return "\n".join(lines)
+    head = ("nested run", "widths", "K", "V", "state", "narrow cache, L goes on: solved, points",
+            "L's cache, narrow goes on: solved, points")  # fmt: skip
+    values = [v for part in found.values() if isinstance(part, dict)
+              for alike in part["cosine"].values() for v in alike.values()]  # fmt: skip
+    inside = sum(0.89 <= value <= 0.96 for value in values)
+    return (
+        f"{rows(head, body)}\n\nPublished: cosine 0.89 to 0.96 and -0.75 points for the narrow "
+        f"cache under the full model. Here {inside} of {len(values)} cosines lie in that range."
+    )
 
 
-def draw(out: Path, points: list[dict[str, Any]]) -> None:
-    """Accuracy against latency, a colour per pair of widths."""
+def control_table(figures: Figures) -> str:
+    """The fronts of budget control and the two gains."""
+    control = first(figures["results"], "control")
+    body = []
+    for p in sorted(control["again"], key=lambda p: p["priced"] or p["cpu"]):
+        priced = "" if p["priced"] is None else f"{1000 * p['priced']:.2f}"
+        budget = "none" if p["budget"] is None else str(p["budget"])
+        body.append([f"{p['think']} → {p['answer']}", p["policy"], budget, greedy(p),
+                     f"{1000 * p['cpu']:.2f}", priced])  # fmt: skip
+    head = ("think → answer", "policy", "thinking tokens allowed", "solved", "miniature, CPU ms",
+            "priced, ms")  # fmt: skip
+    count = control["again"][0]["count"]
+    notes = [
+        f"{len(control['points'])} points of {control['points'][0]['count']} problems were asked; "
+        f"the table has both fronts and the full model alone, again with {count} problems. "
+        "CPU ms: one thread, 64 problems at once. Priced: the tokens of each width, at the "
+        f"prices of {control['prices']}."
+    ]
+    for latency, title in (("cpu", "On the miniature"), ("priced", "Priced")):
+        notes.append(gains_text(control["gains"][latency], latency, title))
+    return rows(head, body) + "\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
+def gains_text(gains: Figures, latency: str, title: str) -> str:
+    """The two gains in words, the priced ones beside those of the publication."""
+    if not gains:
+        return f"{title}: the full model alone solved nothing, so nothing can be compared."
+
+    def point(p: Figures) -> str:
+        budget = "no limit" if p["budget"] is None else f"{p['budget']} tokens"
+        return (f"{p['think']} → {p['answer']} {p['policy']}, {budget}: {percent(p['accuracy'])}, "
+                f"{1000 * p[latency]:.2f} ms")  # fmt: skip
+
+    more, less = gains["accuracy"], gains["latency"]
+    beside = ("", "") if latency == "cpu" else (" (published: +16 %)", " (published: 1.9 times)")
+    return (
+        f"{title}: at equal latency {100 * more['gain']:+.1f} points over the full model with a "
+        f"plain budget{beside[0]}: {point(more['by'])} against {point(more['plain'])}; at equal "
+        f"accuracy {less['gain']:.2f} times faster{beside[1]}: {point(less['by'])} against "
+        f"{point(less['plain'])}."
+    )
+
+
+def shipped_table(figures: Figures) -> str:
+    """The nested runs beside the model that is shipped."""
+    found = first(figures["results"], "shipped")
+    titles = {"router": "nested, learnt sizes", "uniform": "nested, hand-picked sizes",
+              "shipped": "shipped model"}  # fmt: skip
+    body = [[title, *(greedy(found["same"][key][name]) for name in ("L", *NARROW))]
+            for key, title in titles.items()]  # fmt: skip
+    longest = ", ".join(f"{n} {greedy(found['longest'][n])}" for n in ("L", *NARROW))
+    return (
+        f"{rows(('model', 'L', 'M', 'S'), body)}\n\nGreedy decoding of the same problems of 1 to "
+        f"{figures['scale']['operations']} operations. The shipped model was trained on up to 5, "
+        f"which the miniature never saw; there it solves: {longest}. So the shipped one stays."
+    )
+
+
+TABLES = {
+    "elastify-scale": scale_text,
+    "elastify-widths": widths_table,
+    "elastify-sizes": sizes_table,
+    "elastify-order": order_table,
+    "elastify-depth": depth_table,
+    "elastify-caches": caches_table,
+    "elastify-control": control_table,
+    "elastify-shipped": shipped_table,
+}
+
+
+def _canvas(width: float, height: float, columns: int) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    pairs: dict[str, list[dict[str, Any]]] = {}
-    for point in points:
-        pairs.setdefault(f"{point['think']} → {point['answer']}", []).append(point)
-    for pair, group in pairs.items():
-        axes.scatter([1000 * p["seconds"] for p in group], [p["accuracy"] for p in group], s=18,
-                     label=pair)  # fmt: skip
-    front = pareto(points)
-    axes.plot([1000 * p["seconds"] for p in front], [p["accuracy"] for p in front], color="0.6")
-    axes.set(xlabel="ms a problem", ylabel="accuracy")
-    axes.legend(fontsize="small")
-    figure.savefig(out, dpi=120)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def write_report(out: Path, head: dict[str, Any], results: dict[str, Any]) -> str:
-    """Writes results.json, results.md and control.png into the folder; returns the table."""
-    data = {**head, "results": results}
+def draw_control(out: Path, control: Figures) -> None:
+    """Accuracy against both latencies: a colour per pair of widths, a line along the front."""
+    from elastify_front import pareto
+
+    figure, panels = _canvas(11, 4.5, 2)
+    for axes, latency in zip(panels, ("cpu", "priced")):
+        pairs: dict[str, list[Figures]] = {}
+        for point in control["points"]:
+            if point[latency] is not None:
+                pairs.setdefault(f"{point['think']} → {point['answer']}", []).append(point)
+        for pair, group in pairs.items():
+            axes.scatter([1000 * p[latency] for p in group], [p["accuracy"] for p in group],
+                         s=14, label=pair)  # fmt: skip
+        front = pareto(control["points"], latency)
+        axes.plot([1000 * p[latency] for p in front], [p["accuracy"] for p in front],
+                  color="0.6", zorder=0)  # fmt: skip
+        plain = pareto([p for p in control["points"] if p["think"] == p["answer"] == "L"], latency)
+        axes.plot([1000 * p[latency] for p in plain], [p["accuracy"] for p in plain],
+                  color="0.2", linestyle="--", zorder=0, label="L, plain budget")  # fmt: skip
+        title = {"cpu": "miniature: CPU ms a problem", "priced": "priced: ms a problem"}[latency]
+        axes.set(xlabel=title, ylabel="accuracy", ylim=(0, 1.02))
+    panels[1].legend(fontsize="small", loc="lower right")
+    figure.savefig(out, dpi=100)
+
+
+def draw_widths(out: Path, results: Figures) -> None:
+    """Solved problems of M and S by every way, with their intervals."""
+    figure, panels = _canvas(9, 3.2, 2)
+    for axes, name in zip(panels, NARROW):
+        ways = [w for w in WAYS if w[1] in results]
+        for place, (_, part, _) in enumerate(ways):
+            for run in results[part].values():
+                score = run["widths"][name]
+                low, high = score["interval"]
+                axes.plot([place, place], [low, high], color="0.6", zorder=0)
+                axes.plot(place, score["solved"], "o", color=f"C{place}")
+        axes.set_xticks(range(len(ways)), [f"({w[0]}) {w[1]}" for w in ways])
+        axes.set(title=name, ylabel="solved", ylim=(-0.02, 1.02))
+    figure.savefig(out, dpi=100)
+
+
+def write_report(out: Path, head: Figures, results: Figures) -> str:
+    """Writes results.json, results.md and the plots into a folder; returns the tables."""
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {**head, "results": results}
     if "control" in results:
-        draw(out / "control.png", results["control"]["points"])
-    (out / "results.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    text = table(results)
+        draw_control(out / "control.png", first(results, "control"))
+    if any(part in results for _, part, _ in WAYS):
+        draw_widths(out / "widths.png", results)
+    text = json.dumps(figures, indent=1) + "\n"
+    (out / "results.json").write_text(text, encoding="utf-8")
+    parts = []
+    for make in TABLES.values():
+        try:
+            parts.append(make(figures))
+        except KeyError:  # of parts that were not asked for
+            continue
+    text = "\n\n".join(parts)
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     return text

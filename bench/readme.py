@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and of the model card from committed measurements.
+"""Fills the tables of README.md, docs/elastify.md and the model card from committed measurements.
 
     python bench/readme.py            # writes them
     python bench/readme.py --check    # fails if a page holds other ones
@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from elastify_report import TABLES as ELASTIFY
 from gpu_tables import gpu_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "bench/results"
 CARD = "elastic_infer/models/reasoner"
 REASONER = f"{CARD}/evaluation.json"
-PAGES = ("README.md", f"{CARD}/README.md")
+PAGES = ("README.md", f"{CARD}/README.md", "docs/elastify.md")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 Figures = dict[str, Any]
 
@@ -186,6 +187,7 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "decode-620m": (f"{RESULTS}/decode-620m.json", decode_table),
     "peer-620m": (f"{RESULTS}/compare-620m.json", peer_table),
     "ops": (f"{RESULTS}/ops-cpu.json", ops_table),
+    **{name: (f"{RESULTS}/elastify/results.json", make) for name, make in ELASTIFY.items()},
 }
 
 # Tables of several files, or of files that need not be there.

@@ -17,9 +17,10 @@ from test_router import CHOICES
 from test_torch_model import random_model
 
 from elastic_infer.config import ModelConfig, full_width, parse_widths, slice_config
-from elastic_infer.elastify import distill
+from elastic_infer.elastify import distill, losses
 from elastic_infer.elastify.corpus import Corpus, IteratorData
-from elastic_infer.elastify.distill import Distiller, divergence, evaluate
+from elastic_infer.elastify.distill import Distiller, evaluate
+from elastic_infer.elastify.losses import divergence, switch_places
 from elastic_infer.elastify.plot import plot_metrics
 from elastic_infer.elastify.settings import Settings, Stage
 from elastic_infer.elastify.torch_model import ElasticNemotronH
@@ -81,7 +82,7 @@ def test_divergence_in_pieces_has_the_gradient_of_the_formula(monkeypatch):
     want = ((p.exp() * (p - q)).sum(-1) * weights).sum()
     (gradient,) = torch.autograd.grad(2.5 * want, student)
     for piece in (4, 1024):
-        monkeypatch.setattr(distill, "PIECE", piece)
+        monkeypatch.setattr(losses, "PIECE", piece)
         got = divergence(teacher, student, weights)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(2.5 * got, student)[0], gradient)
@@ -181,7 +182,7 @@ def test_switch_training_is_the_divergence_behind_the_switch(tmp_path, monkeypat
     table = {"S": {"hidden_size": 48, "mamba_num_heads": 4}, "L": {}}
     ids = torch.randint(0, 48, (4, 12), generator=torch.Generator().manual_seed(3))
     at = [3, 0, 11, 7]
-    monkeypatch.setattr(distill, "_switch_places", lambda batch, seed: (
+    monkeypatch.setattr(distill, "switch_places", lambda batch, seed: (
         torch.tensor(at),
         distill.Batch(batch.ids, (torch.arange(12) >= torch.tensor(at)[:, None]).float()),
     ))  # fmt: skip
@@ -216,12 +217,12 @@ def test_switch_training_is_the_divergence_behind_the_switch(tmp_path, monkeypat
 def test_switches_lie_evenly_where_positions_count():
     weights = torch.tensor([[0.0, 1, 1, 0, 1, 0]]).repeat(3000, 1)
     batch = distill.Batch(torch.zeros(3000, 6, dtype=torch.long), weights)
-    at, kept = distill._switch_places(batch, 1)
+    at, kept = switch_places(batch, 1)
     counts = torch.bincount(at, minlength=6).tolist()
     assert counts[0] == counts[3] == counts[5] == 0
     assert all(abs(counts[i] - 1000) < 150 for i in (1, 2, 4))
     assert kept.weights[at == 2].unique(dim=0).tolist() == [[0, 0, 1, 0, 1, 0]]
-    every, _ = distill._switch_places(distill.Batch(batch.ids, None), 1)
+    every, _ = switch_places(distill.Batch(batch.ids, None), 1)
     assert every.unique().tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -289,6 +290,31 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path):
         for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "killed/metrics.jsonl")
     ]
     assert lines[0] == lines[1]
+
+
+def test_muon_learns_faster_than_adamw_and_continues_to_the_same_weights(tmp_path):
+    run = {"stages": (Stage(30, 24, 4),), "accumulate": 1, "lr": 3e-3, "save_every": 7}
+    losses = {
+        kind: Distiller(
+            random_model(3), corpus(), tmp_path / kind, settings(**run, optimiser=kind)
+        ).run().losses["S"]
+        for kind in ("adamw", "muon")
+    }
+    assert losses["muon"] < losses["adamw"]
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, steps, line):
+        if step == 10:
+            raise Stop
+
+    given = settings(**run, optimiser="muon")
+    with pytest.raises(Stop):
+        Distiller(random_model(3), corpus(), tmp_path / "again", given).run(stop)
+    again = Distiller(random_model(3), corpus(), tmp_path / "again", given)
+    assert again.step == 7
+    assert again.run().losses["S"] == losses["muon"]
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -408,6 +434,7 @@ def test_bad_settings_and_data_are_refused(tmp_path):
         ({"names": ("a", "a", "b")}, "3 different ones"),
         ({"precision": "fp8"}, "precision must be"),
         ({"lr": 0}, "lr must be positive"),
+        ({"optimiser": "sgd"}, "optimiser must be adamw or muon, got 'sgd'"),
         ({"switch_probability": 1.5}, "must lie in 0..1, got 1.5"),
         ({"budgets": (1.0,), "switch_probability": 0.5, "stages": (Stage(1, 8),)},
          "must be 0 with one budget"),

@@ -192,7 +192,58 @@ ROW = {
 }  # fmt: skip
 MACHINE = {"processor": "P", "cpus": 2, "load": 0.1}
 EVALUATED = {**SCORE, "by_operations": {str(n): SCORE for n in range(1, 6)}}
+TRAINED = {"solved": 0.5, "interval": [0.4, 0.6], "tokens_right": 0.9, "parameters": 2000,
+           "divergence": 0.25}  # fmt: skip
+ALL_WIDTHS = {
+    "widths": {"L": TRAINED, "M": TRAINED, "S": {**TRAINED, "solved": 0.25}}, "tokens": 1_000_000
+}  # fmt: skip
+CUT = {**ALL_WIDTHS["widths"], "S": {**TRAINED, "divergence": 4.0}}
+CACHES = {"cosine": {"L-S": {"K": 0.9, "V": 0.5, "state": 0.99}}, "alone": ALL_WIDTHS["widths"],
+          "transplanted": {"S->L": TRAINED, "L->S": TRAINED}}  # fmt: skip
+POINT = {**SCORE, "think": "S", "answer": "L", "policy": "carry", "budget": None, "cpu": 0.002,
+         "priced": 0.005}  # fmt: skip
+GAIN = {"accuracy": {"gain": 0.25, "plain": POINT, "by": POINT},
+        "latency": {"gain": 1.5, "plain": POINT, "by": POINT}}  # fmt: skip
+ELASTIFIED = {
+    "commit": "c0ffee", "machine": MACHINE, "date": "d", "threads": 1,
+    "scale": {"operations": 3, "parent_steps": 9, "steps": 5, "nested_steps": 7, "switches": 0.3,
+              "tokens": 64, "checks": 20},
+    "results": {part: {"0": values} for part, values in {
+        "parent": {**ALL_WIDTHS, "tokens": 5_000_000}, "scratch": ALL_WIDTHS,
+        "uniform": ALL_WIDTHS, "alone": {**ALL_WIDTHS, "tokens": 1_500_000},
+        "order": {"orders": {"importance": ALL_WIDTHS["widths"], "random 0": CUT}},
+        "depth": {"removed": [2, 5], "cut": TRAINED, "distilled": TRAINED},
+        "caches": {"router": CACHES, "uniform": CACHES, "unswitched": CACHES, "seconds": 1.0},
+        "control": {"points": [POINT], "again": [POINT], "prices": "`p.json`",
+                    "gains": {"cpu": {}, "priced": GAIN}},
+        "shipped": {"same": {k: {"L": SCORE, "M": SCORE, "S": SCORE} for k in
+                             ("router", "uniform", "shipped")},
+                    "longest": {"L": SCORE, "M": SCORE, "S": SCORE}},
+    }.items()} | {"router": {seed: {**ALL_WIDTHS, "sizes": {"M": {"hidden_size": 48}, "S": {}}}
+                             for seed in ("0", "1")}},
+}  # fmt: skip
 SAMPLES = {
+    "elastify-scale": (ELASTIFIED, ["Chains of 1 to 3 operations; 9 steps", "trainings: 0, 1,"]),
+    "elastify-widths": (ELASTIFIED, [
+        "| a | nested, learnt sizes | 50.0% (40.0–60.0); other seeds 50.0%; 2k |",
+        "took 1.5 times as many", "would take 10.0 times", "S +0.0 against distilled alone",
+    ]),
+    "elastify-sizes": (ELASTIFIED, ["| 1 | M | hidden_size 48 |"]),
+    "elastify-order": (ELASTIFIED, [
+        "| random 0 | 0.25; 90.0%; 50.0% | 4.00; 90.0%; 50.0% |", "M: not closer than the best",
+        "S: closer to the parent than every random order (0.25, best random 4.00)",
+    ]),
+    "elastify-depth": (ELASTIFIED, ["| depth: without layers 2, 5 | 50.0%", "| width: M | 50.0%"]),
+    "elastify-caches": (ELASTIFIED, [
+        "| learnt sizes | L-S | 0.90 | 0.50 | 0.99 | 50.0%, +0.0 | 50.0%, +25.0 |",
+        "3 of 9 cosines",
+    ]),
+    "elastify-control": (ELASTIFIED, [
+        "| S → L | carry | none | 95.5% (91.7–97.6) | 2.00 | 5.00 |", "prices of `p.json`",
+        "On the miniature: the full model alone solved nothing",
+        "1.50 times faster (published: 1.9",
+    ]),
+    "elastify-shipped": (ELASTIFIED, ["| shipped model | 95.5% (91.7–97.6) |", "one stays"]),
     "demo": (
         {"rows": [ROW], "bench": {"file": "f.json", "machine": MACHINE, "threads": 2, "date": "d"},
          "problems": 200, "threads": 2, "machine": MACHINE, "date": "2026-01-02"},

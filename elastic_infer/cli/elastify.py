@@ -136,7 +136,11 @@ def make_elastic(
     probabilities: Annotated[
         str | None, typer.Option(help="Of the budgets in the last stage; default: equal.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of the weights.")] = 1e-4,
+    optimiser: Annotated[
+        str, typer.Option(help="adamw; or muon for matrices, on one process.")
+    ] = "adamw",
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate of the weights.")] = 1e-4,
+    muon_lr: Annotated[float, typer.Option(help="Muon's learning rate.")] = 0.02,
     router_lr: Annotated[float, typer.Option(help="Learning rate of the router.")] = 1e-2,
     router_steps: Annotated[
         int | None, typer.Option(help="Updates after which sizes stay fixed; default: never.")
@@ -175,7 +179,9 @@ def make_elastic(
         choices=None if choices is None else read_json(choices),
         per_layer=per_layer,
         accumulate=accumulate,
+        optimiser=optimiser,
         lr=lr,
+        muon_lr=muon_lr,
         router_lr=router_lr,
         router_steps=router_steps,
         switch_probability=switch_probability,

@@ -26,6 +26,8 @@ from torch import Tensor
 from elastic_infer.config import Width, count_parameters, full_width
 from elastic_infer.elastify.corpus import Batch, as_data
 from elastic_infer.elastify.distributed import Group
+from elastic_infer.elastify.losses import divergence, switch_places
+from elastic_infer.elastify.optimiser import MuonAdam
 from elastic_infer.elastify.router import (
     DEAD_ZONE,
     Router,
@@ -37,65 +39,11 @@ from elastic_infer.elastify.settings import Settings, Stage
 from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
 
-__all__ = ["Distiller", "Result", "Settings", "Stage", "divergence", "evaluate"]
+__all__ = ["Distiller", "Result", "Settings", "Stage", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
 STATE, METRICS = "state.pt", "metrics.jsonl"
-PIECE = 1024  # rows of logits whose probabilities exist at once
-
-
-def divergence(teacher: Tensor, student: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sum over positions of sum_v p_v (log p_v - log q_v): KL(teacher | student).
-
-    Args:
-        teacher, student: logits [B, T, V].
-        weights: [B, T]; positions of weight 0 do not count, None: all do.
-
-    Returns:
-        0-d float32 tensor, not divided by the number of positions.
-    """
-    if weights is None:
-        weights = torch.ones(teacher.shape[:2], device=teacher.device)
-    keep = (weights > 0).flatten()
-    return _Divergence.apply(teacher.flatten(0, 1), student.flatten(0, 1), keep)
-
-
-class _Divergence(torch.autograd.Function):
-    """KL over rows of logits, a piece at a time: probabilities of all rows never exist at once.
-
-    Gradient of a student row: softmax(student) - softmax(teacher) where the row counts.
-    """
-
-    @staticmethod
-    def forward(ctx, teacher: Tensor, student: Tensor, keep: Tensor) -> Tensor:
-        ctx.save_for_backward(teacher, student, keep)
-        total = torch.zeros((), device=student.device)
-        for t, s, k in zip(*(x.split(PIECE) for x in (teacher, student, keep))):
-            p, q = t.float().log_softmax(-1), s.float().log_softmax(-1)
-            total += ((p.exp() * (p - q)).sum(-1) * k).sum()
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        teacher, student, keep = ctx.saved_tensors
-        out = torch.empty_like(student)
-        pieces = (x.split(PIECE) for x in (teacher, student, keep, out))
-        for t, s, k, piece in zip(*pieces):
-            change = s.float().softmax(-1) - t.float().softmax(-1)
-            piece.copy_(change * (k[:, None] * grad))
-        return None, out, None
-
-
-def _switch_places(batch: Batch, seed: int) -> tuple[Tensor, Batch]:
-    """Draws where each row switches, evenly among the positions that count, and leaves only those
-    from there on: (at [B], batch with weights)."""
-    ids, weights = batch
-    learnt = torch.ones(ids.shape) if weights is None else (weights > 0).float().cpu()
-    generator = torch.Generator().manual_seed(seed)
-    at = ((torch.rand(ids.shape, generator=generator) + 1) * learnt).argmax(1)
-    kept = learnt * (torch.arange(ids.shape[1])[None] >= at[:, None])
-    return at, Batch(ids, kept.to(ids.device))
 
 
 def _positions(batch: Batch) -> Tensor:
@@ -204,18 +152,13 @@ class Distiller:
         self.teacher.requires_grad_(False).eval()
         self.group.shard(self.teacher)
         self.group.shard(self.model, stay_whole=settings.switch_probability > 0)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimiser = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
+        self.optimiser = self._make_optimiser()
         self.router_optimiser = None
         if router is not None:
             router.to(device)
+            group = {"params": router.parameters(), "base_lr": settings.router_lr}
             self.router_optimiser = torch.optim.AdamW(
-                router.parameters(), lr=settings.router_lr, weight_decay=0.0
+                [group], lr=settings.router_lr, weight_decay=0.0
             )
         self.step, self.tokens = 0, 0
         self.saved: int | None = None
@@ -226,6 +169,25 @@ class Distiller:
                 partial.unlink()
         self.group.barrier()
         self._resume()
+
+    def _make_optimiser(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        if settings.optimiser == "muon":
+            if self.group.size > 1:
+                raise InvalidRequest(
+                    f"distill: optimiser must be adamw with {self.group.size} processes, got muon, "
+                    "which needs whole matrices"
+                )
+            return MuonAdam(
+                self.model, settings.muon_lr, settings.lr, decay=settings.weight_decay
+            )
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [
+            {"params": params, "weight_decay": decay, "base_lr": settings.lr}
+            for params, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
+        ]
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
 
     # The run's state on disk --------------------------------------------------------------------
 
@@ -315,7 +277,7 @@ class Distiller:
         writer, at = None, None
         if draw.random() < settings.switch_probability:
             writer = draw.choice([other for other in settings.names if other != name])
-            at, batch = _switch_places(batch, settings.seed * 1_000_003 + micro)
+            at, batch = switch_places(batch, settings.seed * 1_000_003 + micro)
             at = self.group.rows(at)
         part = self.group.part(batch)
         count = self.group.sum(_positions(part))
@@ -359,13 +321,10 @@ class Distiller:
     def _update(self) -> float:
         """One step of both optimisers; returns the norm of the weights' gradient."""
         settings, rate = self.settings, self.settings.rate(self.step)
-        for optimiser, base in (
-            (self.optimiser, settings.lr),
-            (self.router_optimiser, settings.router_lr),
-        ):
+        for optimiser in (self.optimiser, self.router_optimiser):
             if optimiser is not None:
                 for group in optimiser.param_groups:
-                    group["lr"] = base * rate
+                    group["lr"] = group["base_lr"] * rate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm):

@@ -53,16 +53,17 @@ class Settings:
     the budgets limit. choices: {axis: allowed sizes}, None = `router.default_choices`. per_layer:
     whether every layer chooses its own sizes. stages: one after another (8K tokens with equal
     probabilities, then 49K with 0.5, 0.3, 0.2 in the publication). accumulate: micro-steps per
-    update; each has a budget of its own. lr, router_lr: AdamW learning rates. warmup: updates of
-    linear rise. final_lr: share of the rates at the end of the cosine. weight_decay: of matrices.
-    clip: largest norm of the gradient. temperature, logit_scale: first and last value.
-    budget_weight: of the budget loss. router_inner: width of the router. hard_share: share of
-    micro-steps with a hard choice. router_steps: updates after which the router and the widths
-    stay fixed, None = never. switch_probability: share of micro-steps in which the drawn width, at
-    its exported sizes, goes on from the cache that another width left, as after a switch by "carry"
-    (the router learns nothing in them). precision: "float32", "bfloat16" or "auto" (bfloat16 on
-    CUDA).
-    save_every: updates between checkpoints of the run. validation_batches: held-out batches.
+    update; each has a budget of its own. optimiser: "adamw", or "muon" for the matrices inside
+    mixers with AdamW for all else (one process). lr, router_lr: AdamW learning rates; muon_lr:
+    Muon's. warmup: updates of linear rise. final_lr: share of the rates at the end of the cosine.
+    weight_decay: of matrices. clip: largest norm of the gradient. temperature, logit_scale: first
+    and last value. budget_weight: of the budget loss. router_inner: width of the router.
+    hard_share: share of micro-steps with a hard choice. router_steps: updates after which the
+    router and the widths stay fixed, None = never. switch_probability: share of micro-steps in
+    which the drawn width, at its exported sizes, goes on from the cache that another width left, as
+    after a switch by "carry" (the router learns nothing in them). precision: "float32", "bfloat16"
+    or "auto" (bfloat16 on CUDA). save_every: updates between checkpoints of the run.
+    validation_batches: held-out batches.
     """
 
     stages: tuple[Stage, ...]
@@ -72,7 +73,9 @@ class Settings:
     choices: Mapping[str, Sequence[int]] | None = None
     per_layer: bool = False
     accumulate: int = 1
+    optimiser: str = "adamw"
     lr: float = 1e-4
+    muon_lr: float = 0.02
     router_lr: float = 1e-2
     warmup: int = 60
     final_lr: float = 0.1
@@ -107,6 +110,10 @@ class Settings:
             raise InvalidRequest(
                 f"settings: precision must be auto, float32 or bfloat16, got {self.precision!r}"
             )
+        if self.optimiser not in ("adamw", "muon"):
+            raise InvalidRequest(
+                f"settings: optimiser must be adamw or muon, got {self.optimiser!r}"
+            )
         if not (0 <= self.switch_probability <= 1):
             raise InvalidRequest(
                 f"settings: switch_probability must lie in 0..1, got {self.switch_probability!r}"
@@ -116,7 +123,8 @@ class Settings:
                 "settings: switch_probability must be 0 with one budget, got "
                 f"{self.switch_probability!r}"
             )
-        for name in ("lr", "router_lr", "clip", "accumulate", "save_every", "router_inner"):
+        rates = ("lr", "muon_lr", "router_lr")
+        for name in (*rates, "clip", "accumulate", "save_every", "router_inner"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise InvalidRequest(f"settings: {name} must be positive, got {value!r}")

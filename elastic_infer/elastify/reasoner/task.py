@@ -7,9 +7,12 @@ import re
 import zlib
 from dataclasses import dataclass
 
+from elastic_infer.errors import InvalidRequest
+
 MAX_OPERATIONS = 5
 MAX_RESULT = 999
 HELD_OUT_OF_1000 = 20
+LONGEST_SEARCH = 400_000  # draws; the rarest problem of one operation is one in 30,000 of them
 THINK, END_THINK = "<think>", "</think>"
 
 
@@ -67,15 +70,24 @@ def training_problem(generator: random.Random, operations: int) -> Problem:
 def held_out_problems(seed: int, count: int, operations: int | None = None) -> list[Problem]:
     """`count` different held-out problems: of `operations`, or of 1 to 5 in equal numbers.
 
-    There are only a few hundred held-out problems of one operation; ask for no more of them.
+    Raises:
+        InvalidRequest: there are not as many; of one operation there are a few hundred.
     """
     generator = random.Random(seed)
     found: dict[str, Problem] = {}
+    draws = 0  # since the last one that was found
     while len(found) < count:
+        draws += 1
+        if draws > LONGEST_SEARCH:
+            raise InvalidRequest(
+                f"held_out_problems: count must be at most the problems there are, got {count} of "
+                f"{operations or 'mixed'} operations, found {len(found)}"
+            )
         size = operations or len(found) % MAX_OPERATIONS + 1
         problem = draw_problem(generator, size)
         if is_held_out(problem.expression) and problem.expression not in found:
             found[problem.expression] = problem
+            draws = 0
     return list(found.values())
 
 

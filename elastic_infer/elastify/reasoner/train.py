@@ -63,7 +63,7 @@ class Trainer:
     """One run in one folder."""
 
     def __init__(self, out: Path, settings: Settings, seed: int = 0) -> None:
-        from .optimiser import MuonAdam
+        from elastic_infer.elastify.optimiser import MuonAdam
 
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.settings = out, settings

@@ -1,0 +1,47 @@
+"""Which points of a grid are worth having, and what they gain over the full model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Point = dict[str, Any]
+
+
+def pareto(points: Sequence[Point], latency: str) -> list[Point]:
+    """The points that no other one beats in both latency and accuracy, fastest first."""
+    best, front = -1.0, []
+    known = [p for p in points if p[latency] is not None]
+    for point in sorted(known, key=lambda p: (p[latency], -p["accuracy"])):
+        if point["accuracy"] > best:
+            best = point["accuracy"]
+            front.append(point)
+    return front
+
+
+def is_plain(point: Point) -> bool:
+    """Whether the full model does everything: what gains are measured against."""
+    return point["think"] == point["answer"] == "L"
+
+
+def best_gains(points: Sequence[Point], latency: str) -> dict[str, Any]:
+    """Best gains over the full model with a plain budget.
+
+    Returns:
+        {"accuracy": share gained at no more latency than some plain point, "latency": times faster
+        at no less accuracy than some plain point, and the two pairs of points}; plain points that
+        solve nothing do not count, and without any {} is returned.
+    """
+    known = [p for p in points if p[latency] is not None]
+    plain = [p for p in known if is_plain(p) and p["accuracy"] > 0]
+    if not plain:
+        return {}
+    gains = [(p["accuracy"] - b["accuracy"], i, j) for i, b in enumerate(plain)
+             for j, p in enumerate(known) if p[latency] <= b[latency]]  # fmt: skip
+    ratios = [(b[latency] / p[latency], i, j) for i, b in enumerate(plain)
+              for j, p in enumerate(known) if p["accuracy"] >= b["accuracy"]]  # fmt: skip
+    out: dict[str, Any] = {}
+    for name, pairs in (("accuracy", gains), ("latency", ratios)):
+        value, base, other = max(pairs)
+        out[name] = {"gain": value, "plain": plain[base], "by": known[other]}
+    return out
