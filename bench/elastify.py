@@ -116,10 +116,13 @@ class Bench:
         self.picked = parse_widths(self.config, WIDTHS)
         self.whole = count_parameters(self.config, full_width(self.config)).total
 
+    def file(self, name: str) -> Path:
+        """Where a part's result is; the parent is one for all seeds."""
+        return self.out / f"{name}{'' if name == 'parent' else self.tag}.json"
+
     def part(self, name: str) -> dict[str, Any]:
         """The result of a part: read where it was made before."""
-        tag = "" if name == "parent" else self.tag
-        path = self.out / f"{name}{tag}.json"
+        path = self.file(name)
         if not path.is_file():
             print(f"{name}, seed {self.seed} …", flush=True)
             start = time.monotonic()
@@ -387,6 +390,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0],
                         help="of the comparison trainings; the parent is the same")  # fmt: skip
     parser.add_argument("--prices", type=Path, help="measured step times of the large shapes")
+    parser.add_argument("--report", action="store_true", help="tables of the parts that are there")
     parser.add_argument("--results", type=Path, help="folder that gets the tables and plots")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
@@ -397,8 +401,10 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for seed in given.seeds:
         bench = Bench(out, scale, seed, given.prices)
-        bench.part("parent")
         for name in PARTS:
+            if given.report and not bench.file(name).is_file():
+                continue
+            bench.part("parent")
             wanted = name == "parent" or name in given.parts
             if wanted and (seed == given.seeds[0] or name in REPEATED):
                 for before in NEEDED.get(name, ()):

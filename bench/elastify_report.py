@@ -56,14 +56,19 @@ def greedy(score: Figures) -> str:
 
 def scale_text(figures: Figures) -> str:
     """What was run, where and when."""
-    scale, machine = figures["scale"], figures["machine"]
+    scale, machine, results = figures["scale"], figures["machine"], figures["results"]
+    more: dict[str, list[str]] = {}
+    for part, runs in results.items():
+        for seed in list(runs)[1:]:
+            more.setdefault(seed, []).append(part)
+    seeds = "".join(f"; seed {seed} too for {', '.join(parts)}" for seed, parts in more.items())
     return (
         f"Chains of 1 to {scale['operations']} operations; {scale['parent_steps']} steps of the "
         f"parent, {scale['steps']} of every model alone, {scale['nested_steps']} of a nested run "
         f"({scale['switches']:.0%} of them across a switch), {scale['tokens']} positions a step; "
         f"Muon and AdamW throughout. {scale['checks']} held-out problems of each length, solved "
-        "where every token of the solution is the likeliest one; 95 % intervals. Seeds of the "
-        f"trainings: {', '.join(figures['results']['router'])}, the parent has one. "
+        f"where every token of the solution is the likeliest one; 95 % intervals. Seed "
+        f"{next(iter(results['router']))}{seeds}; the parent has one seed. "
         f"{figures['threads']} thread of {machine['processor']} that other work shared, "
         f"{figures['date']}, commit {figures['commit']}."
     )

@@ -223,7 +223,9 @@ ELASTIFIED = {
                              for seed in ("0", "1")}},
 }  # fmt: skip
 SAMPLES = {
-    "elastify-scale": (ELASTIFIED, ["Chains of 1 to 3 operations; 9 steps", "trainings: 0, 1,"]),
+    "elastify-scale": (ELASTIFIED, [
+        "Chains of 1 to 3 operations; 9 steps", "Seed 0; seed 1 too for router;",
+    ]),
     "elastify-widths": (ELASTIFIED, [
         "| a | nested, learnt sizes | 50.0% (40.0–60.0); other seeds 50.0%; 2k |",
         "took 1.5 times as many", "would take 10.0 times", "S +0.0 against distilled alone",

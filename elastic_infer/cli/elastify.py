@@ -136,9 +136,7 @@ def make_elastic(
     probabilities: Annotated[
         str | None, typer.Option(help="Of the budgets in the last stage; default: equal.")
     ] = None,
-    optimiser: Annotated[
-        str, typer.Option(help="adamw; or muon for matrices, on one process.")
-    ] = "adamw",
+    optimiser: Annotated[str, typer.Option(help="adamw, or muon on one process.")] = "adamw",
     lr: Annotated[float, typer.Option(help="AdamW's learning rate of the weights.")] = 1e-4,
     muon_lr: Annotated[float, typer.Option(help="Muon's learning rate.")] = 0.02,
     router_lr: Annotated[float, typer.Option(help="Learning rate of the router.")] = 1e-2,
