@@ -3,211 +3,24 @@
 // Weight image on the CPU: tiles of 64 rows (N) x 64 columns (K), [N/64][K/64], each contiguous.
 //   bf16 tile: [32 pairs of k][64 rows][2]  (8 KiB): lane = row
 //   f32  tile: [64 k][64 rows]              (16 KiB)
+// and codes with scales as gemm_codes.h says.
 // A Panel points at up to kMaxRows activation rows, where they lie if they can be used as they are;
 // tile_row() multiplies them with one row of tiles. Order of summation: within a K tile each
 // product is added in ascending k to a sum that starts at zero; the first tile's sum is taken and
 // the others are added in ascending order. It does not depend on the number of rows, on their
-// widths, or on threads. (With pairs, two products at a time.)
+// widths, or on threads. (With pairs, two products at a time.) NVFP4: the products of 16 columns
+// likewise, from zero; then that sum times its block scale is added to the row's, fused.
 #pragma once
-#include "vec.h"
+#include "gemm_codes.h"
 
 namespace ei::EI_ISA {
 
-constexpr int kTile = 64;
-constexpr int kMicroRows = 6;  // activation rows that share one pass over a tile
-constexpr int kBlocks = 4;     // such blocks that pass over a tile while it is in the first cache
-constexpr int kMaxRows = 256;  // rows of one panel
-constexpr int kCopyRows = 24;  // from this many rows on, a panel's rows are copied side by side
-constexpr int kMaxBlocks = (kMaxRows + kMicroRows - 1) / kMicroRows;
-constexpr int64_t kBf16TileBytes = kTile * kTile * 2;
-constexpr int64_t kF32TileBytes = kTile * kTile * 4;
-
-inline int64_t tile_bytes(DType w) { return w == DType::f32 ? kF32TileBytes : kBf16TileBytes; }
-inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
-
-// F32: float tiles and activations. widen: bf16 tiles, float activations. pairs: bf16 both.
-enum class Weights { f32, widen, pairs };
-
-// Up to kMicroRows activation rows. Columns beyond a row's own up to `k` are zeros.
-struct RowBlock {
-  const char* x[kMicroRows];
-  int64_t step;  // bytes from one K tile of a row to the next
-  int rows, k;
+// Room for the sums of kBlocks blocks, and for one widened tile with its block scales.
+struct Totals {
+  alignas(64) float sum[kBlocks * kMicroRows * kTile];
+  alignas(64) float widened[kTile * kTile];
+  alignas(64) float scales[kTile / kScaleBlock * kTile];
 };
-
-struct Panel {
-  RowBlock block[kMaxBlocks];
-  int blocks = 0, rows = 0, k = 0;  // k: widest of all
-  Weights kind = Weights::f32;
-};
-
-// How activations of type T meet weights of type w.
-template <class T>
-inline Weights kind_of(DType w) {
-  if (w == DType::f32) return Weights::f32;
-  return V::kPairs && sizeof(T) == 2 ? Weights::pairs : Weights::widen;
-}
-
-// Scratch bytes that fill_panel() may need for `rows` rows of K columns.
-inline int64_t panel_bytes(int64_t rows, int64_t K) {
-  return tiles(K) * kTile * 4 * std::min<int64_t>(rows, kMaxRows);
-}
-
-// Copies columns [c, c + n) of a row of k as T or float; columns from k on are zeros.
-template <class T>
-inline void copy_columns(const T* x, int c, int n, int k, bool pairs, char* to) {
-  const int kept = std::clamp(k - c, 0, n);
-  if (pairs) {
-    std::memcpy(to, x + c, kept * 2);
-    std::memset(to + kept * 2, 0, (n - kept) * 2);
-    return;
-  }
-  float* f = reinterpret_cast<float*>(to);
-  for (int i = 0; i < kept; i += V::kLanes) store(f + i, V::load(x + c + i));
-  std::memset(f + kept, 0, (n - kept) * 4);
-}
-
-// Builds a panel of rows [0, rows): row(i) gives the i-th row's first element, k(i) how many of its
-// columns count, a multiple of 16. Rows are copied into `scratch` ([block][K tile][row][64]) where
-// their type is not the one that is multiplied, where rows of one block differ in k, and where
-// there are many. share(n, f) calls f(b, ...) for b in [0, n).
-template <class T, class Row, class Size, class Share>
-inline void fill_panel(Panel& p, DType w, int rows, char* scratch, Row row, Size k, Share share) {
-  p.kind = kind_of<T>(w);
-  p.rows = rows;
-  p.blocks = (rows + kMicroRows - 1) / kMicroRows;
-  p.k = 0;
-  const bool pairs = p.kind == Weights::pairs;
-  const bool as_they_lie = (pairs || sizeof(T) == 4) && rows < kCopyRows;
-  const int row_bytes = kTile * (pairs ? 2 : 4);
-  char* room[kMaxBlocks];
-  bool copied = false;
-  for (int b = 0; b < p.blocks; ++b) {
-    RowBlock& block = p.block[b];
-    const int first = b * kMicroRows;
-    block.rows = std::min(kMicroRows, rows - first);
-    int widest = 0, least = 1 << 30;
-    for (int i = 0; i < block.rows; ++i) {
-      widest = std::max(widest, k(first + i));
-      least = std::min(least, k(first + i));
-    }
-    block.k = widest;
-    p.k = std::max(p.k, widest);
-    if (as_they_lie && least == widest) {
-      for (int i = 0; i < block.rows; ++i)
-        block.x[i] = reinterpret_cast<const char*>(row(first + i));
-      block.step = row_bytes;
-      room[b] = nullptr;
-      continue;
-    }
-    for (int i = 0; i < block.rows; ++i) block.x[i] = scratch + i * row_bytes;
-    block.step = block.rows * row_bytes;
-    room[b] = scratch;
-    copied = true;
-    scratch += tiles(widest) * block.step;
-  }
-  if (!copied) return;
-  share(p.blocks, [&](int64_t b, int = 0) {
-    const RowBlock& block = p.block[b];
-    if (!room[b]) return;
-    for (int i = 0; i < block.rows; ++i) {
-      const int r = static_cast<int>(b) * kMicroRows + i;
-      char* to = room[b] + i * row_bytes;
-      for (int c = 0; c < block.k; c += kTile, to += block.step)
-        copy_columns(row(r), c, std::min(kTile, block.k - c), k(r), pairs, to);
-    }
-  });
-}
-
-// For fill_panel(): the calling thread alone.
-struct Alone {
-  template <class F>
-  void operator()(int64_t n, F f) const {
-    for (int64_t i = 0; i < n; ++i) f(i);
-  }
-};
-
-// totals[m][lanes of this column group] (+)= sum over n k's; MR rows, NR vectors of lanes.
-// x: each row's values at this K tile.
-template <int MR, int NR, Weights W>
-inline void micro(const char* w, const char* const* x, int n, float* totals, bool first) {
-  constexpr int L = V::kLanes;
-  V acc[MR][NR];
-  for (int m = 0; m < MR; ++m)
-    for (int j = 0; j < NR; ++j) acc[m][j] = V::set(0.0f);
-  if constexpr (W == Weights::f32) {
-    const float* f = reinterpret_cast<const float*>(w);
-    for (int k = 0; k < n; ++k) {
-      V wv[NR];
-      for (int j = 0; j < NR; ++j) wv[j] = V::load(f + k * kTile + j * L);
-      for (int m = 0; m < MR; ++m) {
-        const V xv = V::set(reinterpret_cast<const float*>(x[m])[k]);
-        for (int j = 0; j < NR; ++j) acc[m][j] = fma(wv[j], xv, acc[m][j]);
-      }
-    }
-  } else if constexpr (W == Weights::widen) {
-    const uint32_t* b = reinterpret_cast<const uint32_t*>(w);
-    for (int k = 0; k < n; k += 2) {
-      for (int j = 0; j < NR; ++j) {
-        V even, odd;
-        load_pairs(b + (k / 2) * kTile + j * L, even, odd);
-        for (int m = 0; m < MR; ++m) {
-          const float* f = reinterpret_cast<const float*>(x[m]);
-          acc[m][j] = fma(even, V::set(f[k]), acc[m][j]);
-          acc[m][j] = fma(odd, V::set(f[k + 1]), acc[m][j]);
-        }
-      }
-    }
-  } else {
-    const uint32_t* b = reinterpret_cast<const uint32_t*>(w);
-    for (int k = 0; k < n / 2; ++k) {
-      uint32_t pair[MR];
-      for (int m = 0; m < MR; ++m) std::memcpy(&pair[m], x[m] + k * 4, 4);
-      for (int j = 0; j < NR; ++j)
-        for (int m = 0; m < MR; ++m)
-          acc[m][j] = dot_pairs(acc[m][j], b + k * kTile + j * L, pair[m]);
-    }
-  }
-  // Unrolled, so that the sums are stored from registers.
-  if (first) {
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-      for (int j = 0; j < NR; ++j) store(totals + m * kTile + j * L, acc[m][j]);
-    return;
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-    for (int j = 0; j < NR; ++j) {
-      float* t = totals + m * kTile + j * L;
-      store(t, add(V::load(t), acc[m][j]));
-    }
-}
-
-// All 64 lanes for MR rows, NR vectors at a time (enough independent sums to hide latency).
-template <int MR, Weights W>
-inline void micro_rows(const char* w, const char* const* x, int n, float* totals, bool first) {
-  constexpr int L = V::kLanes, kVectors = kTile / L;
-  constexpr int want = MR == 1 ? 8 : MR == 2 ? 4 : L == 16 ? 4 : 2;
-  constexpr int NR = want < kVectors ? want : kVectors;
-  const int lane_bytes = 4;  // one float, or one pair of bf16
-  for (int j = 0; j < kTile; j += NR * L)
-    micro<MR, NR, W>(w + j * lane_bytes, x, n, totals + j, first);
-}
-
-template <Weights W>
-inline void micro_any(int rows, const char* w, const char* const* x, int n, float* totals,
-                      bool first) {
-  switch (rows) {
-    case 1: return micro_rows<1, W>(w, x, n, totals, first);
-    case 2: return micro_rows<2, W>(w, x, n, totals, first);
-    case 3: return micro_rows<3, W>(w, x, n, totals, first);
-    case 4: return micro_rows<4, W>(w, x, n, totals, first);
-    case 5: return micro_rows<5, W>(w, x, n, totals, first);
-    default: return micro_rows<6, W>(w, x, n, totals, first);
-  }
-}
 
 // Float image of the first n columns of a bf16 tile.
 inline void widen_tile(const char* w, int n, float* out) {
@@ -221,37 +34,47 @@ inline void widen_tile(const char* w, int n, float* out) {
     }
 }
 
-// One block of rows times K tile t.
+// One block of rows times K tile t. `scales`: those of an expanded NVFP4 tile, null for all others.
 template <Weights W>
-inline void block_tile(const RowBlock& block, const char* w, int t, float* totals) {
+inline void block_tile(const RowBlock& block, const char* w, int t, float* totals,
+                       const float* scales = nullptr) {
   const int n = std::min(kTile, block.k - t * kTile);
   if (n <= 0) return;
   const char* x[kMicroRows];
   for (int i = 0; i < block.rows; ++i) x[i] = block.x[i] + t * block.step;
-  micro_any<W>(block.rows, w, x, n, totals, t == 0);
+  if (scales)
+    micro_scaled<W>(block.rows, w, scales, x, n, totals, t == 0);
+  else
+    micro_any<W>(block.rows, w, x, n, totals, t == 0);
 }
 
-// Room for the sums of kBlocks blocks, and for one widened tile.
-struct Totals {
-  alignas(64) float sum[kBlocks * kMicroRows * kTile];
-  alignas(64) float widened[kTile * kTile];
-};
-
-template <Weights W>
+// The blocks [first, end) times one row of tiles.
+template <Weights W, DType Tile>
 inline void tile_row_as(const Panel& p, int first, int end, const char* image_row, Totals& totals) {
-  constexpr int64_t bytes = W == Weights::f32 ? kF32TileBytes : kBf16TileBytes;
   constexpr int sums = kMicroRows * kTile;
+  // What a tile that several blocks share is expanded to.
+  constexpr Weights expanded = W == Weights::pairs ? Weights::pairs : Weights::f32;
+  constexpr bool nvfp4 = Tile == DType::nvfp4;
+  const bool alone = end - first == 1;
+  const bool expand = Tile == DType::fp8 || (!alone && (nvfp4 || W == Weights::widen));
+  char* image = reinterpret_cast<char*>(totals.widened);
   int k = 0;
   for (int b = first; b < end; ++b) k = std::max(k, p.block[b].k);
-  const bool widen = W == Weights::widen && end - first > 1;
   for (int t = 0; t * kTile < k; ++t) {
-    const char* w = image_row + t * bytes;
-    if (widen) widen_tile(w, std::min(kTile, k - t * kTile), totals.widened);
+    const char* w = image_row + t * tile_bytes(Tile);
+    const int n = std::min(kTile, k - t * kTile);
+    if constexpr (quantised(Tile)) {
+      if (expand) expand_tile<expanded, Tile>(w, n, image, totals.scales);
+    } else {
+      if (expand) widen_tile(w, n, totals.widened);
+    }
     for (int b = first; b < end; ++b) {
       float* out = totals.sum + (b - first) * sums;
-      if (widen)
-        block_tile<Weights::f32>(p.block[b], reinterpret_cast<const char*>(totals.widened), t, out);
-      else
+      if (expand)
+        block_tile<expanded>(p.block[b], image, t, out, nvfp4 ? totals.scales : nullptr);
+      else if constexpr (nvfp4)
+        block_codes<W>(p.block[b], w, t, out);
+      else if constexpr (Tile != DType::fp8)
         block_tile<W>(p.block[b], w, t, out);
     }
   }
@@ -259,28 +82,38 @@ inline void tile_row_as(const Panel& p, int first, int end, const char* image_ro
     if (p.block[b].k == 0) std::memset(totals.sum + (b - first) * sums, 0, sums * 4);
 }
 
-// Calls out(row, sums) for every row of the panel with its 64 sums over one row of weight tiles.
-template <class Out>
-inline void tile_row(const Panel& p, const char* image_row, Totals& totals, Out out) {
-  for (int first = 0; first < p.blocks; first += kBlocks) {
-    const int end = std::min(first + kBlocks, p.blocks);
-    switch (p.kind) {
-      case Weights::f32: tile_row_as<Weights::f32>(p, first, end, image_row, totals); break;
-      case Weights::widen: tile_row_as<Weights::widen>(p, first, end, image_row, totals); break;
-      default: tile_row_as<Weights::pairs>(p, first, end, image_row, totals);
-    }
-    const int rows = std::min(p.rows, end * kMicroRows);
-    for (int r = first * kMicroRows; r < rows; ++r)
-      out(r, totals.sum + (r - first * kMicroRows) * kTile);
-  }
+template <DType Tile>
+inline void tile_row_of(const Panel& p, int first, int end, const char* image_row, Totals& totals) {
+  if constexpr (V::kPairs)
+    if (p.kind == Weights::pairs)
+      return tile_row_as<Weights::pairs, Tile>(p, first, end, image_row, totals);
+  tile_row_as<Weights::widen, Tile>(p, first, end, image_row, totals);
 }
 
-// Stores the first n of 64 sums.
-template <class O>
-inline void store_sums(const float* sums, O* out, int n) {
-  int c = 0;
-  for (; c + V::kLanes <= n; c += V::kLanes) store(out + c, V::load(sums + c));
-  for (; c < n; ++c) from_float(sums[c], out[c]);
+// Calls out(row, sums) for every row of the panel with its 64 sums over one row of weight tiles,
+// times `scale` where tiles are quantised.
+template <class Out>
+inline void tile_row(const Panel& p, const char* image_row, Totals& totals, Out out,
+                     float scale = 1.0f) {
+  const V factor = V::set(p.tile == DType::nvfp4 ? scale * kBlockFactor : scale);
+  for (int first = 0; first < p.blocks; first += kBlocks) {
+    const int end = std::min(first + kBlocks, p.blocks);
+    switch (p.tile) {
+      case DType::f32:
+        tile_row_as<Weights::f32, DType::f32>(p, first, end, image_row, totals);
+        break;
+      case DType::fp8: tile_row_of<DType::fp8>(p, first, end, image_row, totals); break;
+      case DType::nvfp4: tile_row_of<DType::nvfp4>(p, first, end, image_row, totals); break;
+      default: tile_row_of<DType::bf16>(p, first, end, image_row, totals);
+    }
+    const int rows = std::min(p.rows, end * kMicroRows);
+    for (int r = first * kMicroRows; r < rows; ++r) {
+      float* sums = totals.sum + (r - first * kMicroRows) * kTile;
+      if (quantised(p.tile))
+        for (int c = 0; c < kTile; c += V::kLanes) store(sums + c, mul(V::load(sums + c), factor));
+      out(r, sums);
+    }
+  }
 }
 
 }  // namespace ei::EI_ISA

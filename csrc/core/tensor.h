@@ -11,7 +11,8 @@
 
 namespace ei {
 
-// The first six are what ops take; the others exist so that errors can name what was given.
+// The first six are what ops take; fp8 and nvfp4 are what the tiles of a weight image may hold, never
+// a tensor's own dtype; the others exist so that errors can name what was given.
 enum class DType : int32_t {
   f32,
   bf16,
@@ -19,6 +20,8 @@ enum class DType : int32_t {
   i32,
   i64,
   u8,
+  fp8,
+  nvfp4,
   f64,
   i8,
   i16,
@@ -36,6 +39,8 @@ inline const char* dtype_name(DType t) {
     case DType::i32: return "int32";
     case DType::i64: return "int64";
     case DType::u8: return "uint8";
+    case DType::fp8: return "FP8";
+    case DType::nvfp4: return "NVFP4";
     case DType::f64: return "float64";
     case DType::i8: return "int8";
     case DType::i16: return "int16";
@@ -54,6 +59,18 @@ inline int64_t dtype_size(DType t) {
     case DType::bf16:
     case DType::f16: return 2;
     default: return 1;
+  }
+}
+
+constexpr bool quantised(DType w) { return w == DType::fp8 || w == DType::nvfp4; }
+
+// Bytes of one 64x64 tile of weights.
+constexpr int64_t tile_bytes(DType w) {
+  switch (w) {
+    case DType::f32: return 64 * 64 * 4;
+    case DType::bf16: return 64 * 64 * 2;
+    case DType::fp8: return 64 * 64;
+    default: return 64 * 64 / 2 + 64 * 64 / 16;  // NVFP4: codes, then block scales
   }
 }
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "codes.h"
 #include "tensor.h"
 
 #ifndef EI_ISA

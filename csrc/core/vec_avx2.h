@@ -79,4 +79,57 @@ inline V dot_pairs(V acc, const uint32_t* w, uint32_t x) {
   return fma(wo, xo, fma(we, xe, acc));
 }
 
+// Never called: without a bf16 dot product codes become floats.
+struct Pairs {};
+void e2m1_pairs(const uint32_t* p, Pairs* out);
+void e4m3_pairs(const uint32_t* p, Pairs* out);
+void store(uint32_t* p, const Pairs& a);
+
+// What the product of a code and a block scale, as given below, lacks to its value: codes come
+// doubled, scales divided by 2^8.
+constexpr float kBlockFactor = 128.0f;
+// kLanes block scales / 2^8: E4M3 is float16 with a smaller exponent (they are not negative).
+inline V e4m3_scales(const uint8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 7))};
+}
+template <int Byte>
+inline V signed_byte(__m256i v) {
+  if constexpr (Byte < 3) v = _mm256_slli_epi32(v, 24 - 8 * Byte);
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(v, 24))};
+}
+// 8 columns of kLanes rows of an NVFP4 tile as floats, doubled.
+inline void e2m1_floats(const uint32_t* p, V* out) {
+  const __m256i twice = _mm256_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12, 0,
+                                         1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i low = _mm256_shuffle_epi8(twice, _mm256_and_si256(v, nibble));
+  const __m256i high =
+      _mm256_shuffle_epi8(twice, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
+  out[0] = signed_byte<0>(low);
+  out[1] = signed_byte<2>(low);
+  out[2] = signed_byte<0>(high);
+  out[3] = signed_byte<2>(high);
+  out[4] = signed_byte<1>(low);
+  out[5] = signed_byte<3>(low);
+  out[6] = signed_byte<1>(high);
+  out[7] = signed_byte<3>(high);
+}
+template <int Byte>
+inline V e4m3_byte(__m256i v) {
+  if constexpr (Byte < 3) v = _mm256_slli_epi32(v, 24 - 8 * Byte);
+  // Sign, exponent and mantissa in a float's places; then the exponent's other bias, exactly.
+  v = _mm256_and_si256(_mm256_srai_epi32(v, 4), _mm256_set1_epi32(static_cast<int>(0x87f00000u)));
+  return mul({_mm256_castsi256_ps(v)}, V::set(0x1p120f));
+}
+// 4 columns of kLanes rows of an FP8 tile as floats.
+inline void e4m3_floats(const uint32_t* p, V* out) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  out[0] = e4m3_byte<0>(v);
+  out[1] = e4m3_byte<2>(v);
+  out[2] = e4m3_byte<1>(v);
+  out[3] = e4m3_byte<3>(v);
+}
+
 }  // namespace ei::EI_ISA

@@ -58,6 +58,78 @@ inline V dot_pairs(V acc, const uint32_t* w, uint32_t x) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)wv, (__m512bh)xv)};
 }
 
+// kLanes pairs of bf16.
+struct Pairs {
+  __m512i v;
+};
+inline void store(uint32_t* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
+inline V dot_pairs(V acc, Pairs w, uint32_t x) {
+  const __m512i xv = _mm512_set1_epi32(static_cast<int>(x));
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)xv)};
+}
+inline void halves(Pairs p, V& even, V& odd) {
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(p.v, 16));
+  odd.v =
+      _mm512_castsi512_ps(_mm512_and_si512(p.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// What the product of a code and a block scale, as given below, lacks to its value.
+constexpr float kBlockFactor = 256.0f;
+// kLanes block scales / 2^8: E4M3 is float16 with a smaller exponent (they are not negative).
+inline V e4m3_scales(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7))};
+}
+// Values of E2M1 as bf16, twice: an index's fifth bit belongs to the next code.
+struct E2m1Table {
+  alignas(64) uint16_t v[32] = {0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,  //
+                                0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,  //
+                                0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,  //
+                                0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+};
+// 8 columns of kLanes rows of an NVFP4 tile, as pairs.
+inline void e2m1_pairs(const uint32_t* p, Pairs* out) {
+  static constexpr E2m1Table table;
+  const __m512i t = _mm512_load_si512(table.v), v = _mm512_loadu_si512(p);
+  out[0].v = _mm512_permutexvar_epi16(v, t);
+  out[1].v = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), t);
+  out[2].v = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), t);
+  out[3].v = _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), t);
+}
+// The same as floats.
+inline void e2m1_floats(const uint32_t* p, V* out) {
+  Pairs pairs[4];
+  e2m1_pairs(p, pairs);
+  for (int s = 0; s < 4; ++s) halves(pairs[s], out[2 * s], out[2 * s + 1]);
+}
+// The E4M3 values in the high bytes of the 16-bit lanes, as bf16.
+inline __m512i e4m3_high_bytes(__m512i v) {
+  // Multiples of 2^-9 by the mantissa; an index is that alone where the exponent is zero.
+  static constexpr struct {
+    alignas(64) uint16_t v[32] = {0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+  } subnormal;
+  const __m512i places = _mm512_set1_epi16(static_cast<short>(0x87f0));
+  const __m512i kept = _mm512_and_si512(_mm512_srai_epi16(v, 4), places);
+  __m512i r = _mm512_add_epi16(kept, _mm512_set1_epi16(120 << 7));
+  const __mmask32 small = _mm512_testn_epi16_mask(v, _mm512_set1_epi16(0x7800));
+  r = _mm512_mask_permutexvar_epi16(r, small, _mm512_srli_epi16(v, 8),
+                                    _mm512_load_si512(subnormal.v));
+  // r | (v & sign)
+  return _mm512_ternarylogic_epi32(r, v, _mm512_set1_epi16(static_cast<short>(0x8000)), 0xf8);
+}
+// 4 columns of kLanes rows of an FP8 tile, as pairs.
+inline void e4m3_pairs(const uint32_t* p, Pairs* out) {
+  const __m512i v = _mm512_loadu_si512(p);
+  out[0].v = e4m3_high_bytes(_mm512_slli_epi16(v, 8));
+  out[1].v = e4m3_high_bytes(v);
+}
+// The same as floats.
+inline void e4m3_floats(const uint32_t* p, V* out) {
+  Pairs pairs[2];
+  e4m3_pairs(p, pairs);
+  for (int s = 0; s < 2; ++s) halves(pairs[s], out[2 * s], out[2 * s + 1]);
+}
+
 // How to pick 16 of 48 values in three vectors: from the first two, then from the third.
 struct Pick {
   alignas(64) int low[16];

@@ -103,4 +103,50 @@ inline V dot_pairs(V acc, const uint32_t* w, uint32_t x) {
   return fma(wo, V::set(xo), fma(we, V::set(xe), acc));
 }
 
+// kLanes pairs of bf16.
+struct Pairs {
+  uint32_t v[8];
+};
+inline void store(uint32_t* p, const Pairs& a) { std::memcpy(p, a.v, sizeof a.v); }
+inline V dot_pairs(V acc, const Pairs& w, uint32_t x) { return dot_pairs(acc, w.v, x); }
+
+// What the product of a code and a block scale, as given below, lacks to its value.
+constexpr float kBlockFactor = 1.0f;
+// kLanes block scales.
+inline V e4m3_scales(const uint8_t* p) {
+  V r;
+  for (int i = 0; i < 8; ++i) r.v[i] = e4m3_to_float(p[i]);
+  return r;
+}
+inline uint32_t bf16_pair(float even, float odd) {  // of values that bf16 holds exactly
+  uint32_t e, o;
+  std::memcpy(&e, &even, 4);
+  std::memcpy(&o, &odd, 4);
+  return e >> 16 | (o & 0xffff0000u);
+}
+// 8 columns of kLanes rows of an NVFP4 tile, as pairs.
+inline void e2m1_pairs(const uint32_t* p, Pairs* out) {
+  for (int s = 0; s < 4; ++s)
+    for (int i = 0; i < 8; ++i)
+      out[s].v[i] =
+          bf16_pair(e2m1_to_float(p[i] >> (4 * s) & 15), e2m1_to_float(p[i] >> (16 + 4 * s) & 15));
+}
+// The same as floats.
+inline void e2m1_floats(const uint32_t* p, V* out) {
+  for (int k = 0; k < 8; ++k)
+    for (int i = 0; i < 8; ++i) out[k].v[i] = e2m1_to_float(p[i] >> (k % 2 * 16 + k / 2 * 4) & 15);
+}
+// 4 columns of kLanes rows of an FP8 tile, as pairs.
+inline void e4m3_pairs(const uint32_t* p, Pairs* out) {
+  for (int s = 0; s < 2; ++s)
+    for (int i = 0; i < 8; ++i)
+      out[s].v[i] = bf16_pair(e4m3_to_float(p[i] >> (8 * s) & 255),
+                              e4m3_to_float(p[i] >> (16 + 8 * s) & 255));
+}
+// The same as floats.
+inline void e4m3_floats(const uint32_t* p, V* out) {
+  for (int k = 0; k < 4; ++k)
+    for (int i = 0; i < 8; ++i) out[k].v[i] = e4m3_to_float(p[i] >> (k % 2 * 16 + k / 2 * 8) & 255);
+}
+
 }  // namespace ei::EI_ISA

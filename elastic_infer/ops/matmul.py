@@ -7,9 +7,19 @@ from dataclasses import dataclass
 import torch
 
 from .. import _C
+from ..quantization.formats import BLOCK
+from ._quantised import (
+    FP8,
+    NAN_SCALE,
+    NVFP4,
+    TILE,
+    check_codes,
+    dequantise,
+    draw_codes,
+    image_dtype,
+    tile_bytes,
+)
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows
-
-TILE = 64
 
 
 def tile_count(n: int) -> int:
@@ -30,13 +40,21 @@ class Segment:
 class TiledWeight:
     """A matrix stored once, as 64x64 tiles ``[rows/64][columns/64]``, zero-padded.
 
-    image: [row tiles, column tiles, tile bytes] uint8. columns: K, the row length in elements.
-    segments: the runs of rows; each starts its own tile, so every prefix of each is whole tiles.
+    image: [row tiles, column tiles, tile bytes] uint8; the bytes of a tile tell what it holds
+    (`dtype`). columns: K, the row length in elements. segments: the runs of rows; each starts its
+    own tile, so every prefix of each is whole tiles. scale: [segments] float32 that FP8 and NVFP4
+    codes are multiplied with, None for float32 and bfloat16.
     """
 
     image: torch.Tensor
     columns: int
     segments: tuple[Segment, ...]
+    scale: torch.Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, bfloat16, float8_e4m3fn (FP8) or float4_e2m1fn_x2 (NVFP4)."""
+        return image_dtype(self.image)
 
     @property
     def rows(self) -> int:
@@ -47,24 +65,47 @@ class TiledWeight:
         segment_rows: list[int], columns: int, dtype: torch.dtype, memory=None
     ) -> TiledWeight:
         """Room for a matrix whose segments have `segment_rows` rows, outputs side by side.
-        memory: a `WeightMemory` to take it from, or None."""
+
+        Args:
+            dtype: float32, bfloat16, float8_e4m3fn (FP8) or float4_e2m1fn_x2 (NVFP4); K of NVFP4
+                is a multiple of 16.
+            memory: a `WeightMemory` to take it from, or None.
+        """
         segments, tile, column = [], 0, 0
         for rows in segment_rows:
             segments.append(Segment(tile, column, rows))
             tile, column = tile + tile_count(rows), column + rows
-        itemsize = torch.empty(0, dtype=dtype).element_size()
-        shape = (tile, tile_count(columns), TILE * TILE * itemsize)
+        shape = (tile, tile_count(columns), tile_bytes(dtype))
         image = memory.empty(*shape) if memory else torch.empty(shape, dtype=torch.uint8)
-        return TiledWeight(image, columns, tuple(segments))
+        return TiledWeight(image, columns, tuple(segments), empty_scale(len(segments), dtype))
 
-    def fill(self, segment: int, source: torch.Tensor, run=None) -> None:
-        """Packs `source` [rows, columns] (float32 or bfloat16) into one segment."""
-        expected = (self.segments[segment].rows, self.columns)
-        if tuple(source.shape) != expected:
-            raise ValueError(
-                f"matmul_pack: source must have shape {list(expected)}, got {list(source.shape)}"
-            )
-        _C.matmul_pack(source, self.image, self.segments[segment].tile_row, run)
+    def fill(
+        self,
+        segment: int,
+        source: torch.Tensor,
+        run=None,
+        *,
+        block_scales: torch.Tensor | None = None,
+        scale: float | None = None,
+        check: bool = True,
+    ) -> None:
+        """Packs one segment.
+
+        Args:
+            source: [rows, K] float32 or bfloat16; [rows, K] uint8 E4M3 codes for FP8 tiles;
+                [rows, K/2] uint8 pairs of E2M1 codes, low four bits = even k, for NVFP4 tiles.
+            run: None, or a Pool.
+            block_scales: [rows, K/16] uint8 E4M3, for NVFP4 tiles alone.
+            scale: what codes times block scales are multiplied with, for FP8 and NVFP4 tiles.
+            check: whether to look for NaN among codes and block scales.
+
+        Raises: ValueError naming the argument that does not fit.
+        """
+        place = self.segments[segment]
+        pack_tiles(
+            self.image, place.tile_row, (place.rows, self.columns), source, block_scales, check, run
+        )
+        put_scale(self.scale, segment, scale)
 
     @staticmethod
     def pack(weight: torch.Tensor, segment_rows: list[int] | None = None, run=None) -> TiledWeight:
@@ -85,6 +126,131 @@ class TiledWeight:
             at += n
         return tiled
 
+    @staticmethod
+    def pack_codes(
+        codes: torch.Tensor,
+        block_scales: torch.Tensor | None,
+        scale: torch.Tensor,
+        segment_rows: list[int] | None = None,
+        run=None,
+        *,
+        check: bool = True,
+    ) -> TiledWeight:
+        """Tiles of a quantised matrix, as `nvfp4_quantize` or `fp8_quantize` gives it.
+
+        Args:
+            codes: [N, K/2] uint8 (NVFP4) or [N, K] uint8 (FP8).
+            block_scales: [N, K/16] uint8 (NVFP4) or None (FP8).
+            scale: [segments] float32.
+            segment_rows: rows of each segment, or None for one segment.
+            run: None, or a Pool.
+            check: whether to look for NaN among codes and block scales.
+
+        Raises: ValueError naming the argument that does not fit.
+        """
+        dtype, columns = code_shape(codes, 2, block_scales)
+        rows = segment_rows or [codes.shape[0]]
+        check_scales(scale, [len(rows)])
+        if sum(rows) != codes.shape[0]:
+            raise ValueError(
+                f"matmul_pack: segment_rows must add up to the codes' {codes.shape[0]} rows, "
+                f"got {rows}"
+            )
+        tiled = TiledWeight.empty(rows, columns, dtype)
+        at = 0
+        for i, n in enumerate(rows):
+            blocks = None if block_scales is None else block_scales[at : at + n]
+            tiled.fill(
+                i, codes[at : at + n], run, block_scales=blocks, scale=float(scale[i]), check=check
+            )
+            at += n
+        return tiled
+
+
+def empty_scale(count: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Room for the `count` scales of an image of `dtype`, NaN until they are put in; None where
+    there are none."""
+    return torch.full((count,), torch.nan) if dtype in (FP8, NVFP4) else None
+
+
+def put_scale(scales: torch.Tensor | None, index: int, scale: float | None) -> None:
+    """Keeps the scale of one segment or expert.
+
+    Raises: ValueError when it is missing, not finite or negative, or given without need.
+    """
+    if scales is None:
+        if scale is not None:
+            raise ValueError(
+                f"matmul_pack: scale must be None for float32 and bfloat16 tiles, got {scale}"
+            )
+        return
+    if scale is None or not 0 <= scale < float("inf"):
+        raise ValueError(f"matmul_pack: scale must be finite and not negative, got {scale}")
+    scales[index] = scale
+
+
+def check_scales(scale: torch.Tensor, shape: list[int]) -> None:
+    """Raises: ValueError unless `scale` is a contiguous float32 tensor of this shape."""
+    if not isinstance(scale, torch.Tensor):
+        raise ValueError(f"matmul_pack: scale must be a tensor, got {type(scale).__name__}")
+    if scale.dtype != torch.float32 or list(scale.shape) != shape or not scale.is_contiguous():
+        got = f"{str(scale.dtype)[6:]}{list(scale.shape)} with strides {list(scale.stride())}"
+        raise ValueError(f"matmul_pack: scale must be contiguous float32{shape}, got {got}")
+
+
+def code_shape(
+    codes: torch.Tensor, ndim: int, block_scales: torch.Tensor | None
+) -> tuple[torch.dtype, int]:
+    """The image dtype and the K of codes [..., N, K/2] with block scales, or [..., N, K] without.
+
+    Raises: ValueError unless both are tensors of `ndim` dimensions that belong together.
+    """
+    for name, value in (("source", codes), ("block_scales", block_scales)):
+        if value is None and name == "block_scales":
+            continue
+        if not isinstance(value, torch.Tensor) or value.ndim != ndim:
+            got = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(
+                f"matmul_pack: {name} must be a tensor of {ndim} dimensions, got {got}"
+            )
+    if block_scales is None:
+        return FP8, codes.shape[-1]
+    expected = [*codes.shape[:-1], codes.shape[-1] * 2 // BLOCK]
+    if list(block_scales.shape) != expected:
+        raise ValueError(
+            f"matmul_pack: block_scales must have shape {expected}, got {list(block_scales.shape)}"
+        )
+    return NVFP4, 2 * codes.shape[-1]
+
+
+def pack_tiles(
+    image: torch.Tensor,
+    tile_row: int,
+    shape: tuple[int, int],
+    source: torch.Tensor,
+    block_scales: torch.Tensor | None,
+    check: bool,
+    run,
+) -> None:
+    """Packs a matrix of `shape` (rows, K) into an image [row tiles, column tiles, tile bytes].
+
+    Args: as of :meth:`TiledWeight.fill`; tile_row: the first row of tiles to write.
+
+    Raises: ValueError naming the argument that does not fit.
+    """
+    dtype = image_dtype(image)
+    rows, K = shape
+    expected = [rows, K // 2 if dtype == NVFP4 else K]
+    if list(source.shape) != expected:
+        raise ValueError(
+            f"matmul_pack: source must have shape {expected}, got {list(source.shape)}"
+        )
+    if dtype == NVFP4 and block_scales is None:
+        raise ValueError("matmul_pack: block_scales must be given for NVFP4 tiles, got None")
+    if check and dtype in (FP8, NVFP4) and source.dtype == torch.uint8:
+        check_codes("matmul_pack", source, block_scales)
+    _C.matmul_pack(source, image, tile_row, block_scales, run)
+
 
 def matmul(
     x: torch.Tensor,
@@ -103,7 +269,7 @@ def matmul(
     Args:
         x: [R, K] float32 or bfloat16; exactly zero is assumed between a row's own k and the widest
             k of its block, so nothing beyond a row's own k is read.
-        weight: the tiled matrix; bfloat16 tiles with either x, float32 tiles with float32 x.
+        weight: the tiled matrix; float32 tiles with float32 x, all others with either x.
         out: [R, N] float32 or bfloat16.
         activation: "none" or "relu2" (the projection is rounded to x's dtype, then relu squared).
         row_width: [R] int32 index of each row's width, or None: every row uses everything.
@@ -117,8 +283,9 @@ def matmul(
     """
     segments = [(s.tile_row, s.column, s.rows) for s in weight.segments]
     _C.matmul(
-        x, weight.image, weight.columns, out, segments, activation, row_width, k_sizes, n_sizes, run
-    )
+        x, weight.image, weight.columns, weight.scale, out, segments, activation, row_width,
+        k_sizes, n_sizes, run,
+    )  # fmt: skip
     return out
 
 
@@ -126,9 +293,17 @@ def _split(case: Case) -> list[int]:
     return list(case["segments"])
 
 
+def _plain_weight(a: Arguments, dtype: torch.dtype) -> torch.Tensor:
+    if "weight" in a:
+        return a["weight"]
+    scale = a["scale"].repeat_interleave(torch.tensor(a["segments"]))[:, None]
+    return dequantise(a["codes"], a["block_scales"], scale, dtype)
+
+
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
-    x, w, out = a["x"], a["weight"], torch.zeros_like(a["out"])
+    x, out = a["x"], torch.zeros_like(a["out"])
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    w = _plain_weight(a, wide)
     for r, k in enumerate(width_rows(a, "k_sizes")):
         y = torch.nn.functional.linear(x[r, :k].to(wide), w[:, :k].to(wide))
         if a["activation"] == "relu2":
@@ -151,16 +326,35 @@ def _cases():
            "n": ((16, 100, 1), (64, 100, 3)), "act": "none"}  # fmt: skip
     yield {"R": 300, "K": 80, "segments": (72,), "k": (32, 80), "n": ((24,), (72,)),
            "act": "none"}  # fmt: skip
+    for weights in ("fp8", "nvfp4"):
+        yield {"R": 1, "K": 16, "segments": (16,), "k": (16,), "n": ((16,),), "act": "none",
+               "weights": weights}  # fmt: skip
+        yield {"R": 1, "K": 176, "segments": (80, 8), "k": (48, 176), "n": ((40, 4), (80, 8)),
+               "act": "none", "weights": weights}  # fmt: skip
+        yield {"R": 29, "K": 208, "segments": (130, 40), "k": (64, 144, 208),
+               "n": ((32, 8), (96, 40), (130, 1)), "act": "relu2", "weights": weights}  # fmt: skip
+        yield {"R": 7, "K": 96, "segments": (64, 100, 3), "k": (48, 96),
+               "n": ((16, 100, 1), (64, 100, 3)), "act": "none", "weights": weights}  # fmt: skip
     for R in (1, 8, 256):
-        yield {"R": R, "K": 2688, "segments": (4096, 4096, 1024, 1024, 64), "k": (2688,),
-               "n": ((4096, 4096, 1024, 1024, 64),), "act": "none", "bench": True}  # fmt: skip
+        for weights in ({}, {"weights": "fp8"}, {"weights": "nvfp4"}):
+            yield {"R": R, "K": 2688, "segments": (4096, 4096, 1024, 1024, 64), "k": (2688,),
+                   "n": ((4096, 4096, 1024, 1024, 64),), "act": "none",
+                   "bench": True} | weights  # fmt: skip
+
+
+def _weights(case: Case, N: int, K: int, dtype: torch.dtype, generator) -> Arguments:
+    if "weights" not in case:
+        return {"weight": randn(generator, N, K, dtype=dtype, scale=K**-0.5)}
+    drawn = draw_codes(generator, N, K, form=case["weights"])
+    steps = torch.arange(1.0, len(case["segments"]) + 1)
+    return drawn | {"scale": drawn["scale"] * steps}
 
 
 def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
     R, K, N = case["R"], case["K"], sum(case["segments"])
     a = {
         "x": randn(generator, R, K, dtype=dtype),
-        "weight": randn(generator, N, K, dtype=dtype, scale=K**-0.5),
+        **_weights(case, N, K, dtype, generator),
         "segments": case["segments"],
         "out": torch.empty(R, N, dtype=dtype),
         "activation": case["act"],
@@ -175,7 +369,12 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
 
 def _call(a: Arguments, run) -> None:
     given = dict(a)
-    given["weight"] = TiledWeight.pack(a["weight"], list(given.pop("segments")))
+    segments = list(given.pop("segments"))
+    if "weight" in a:
+        given["weight"] = TiledWeight.pack(a["weight"], segments)
+    else:
+        codes, blocks, scale = (given.pop(n) for n in ("codes", "block_scales", "scale"))
+        given["weight"] = TiledWeight.pack_codes(codes, blocks, scale, segments, check=False)
     matmul(run=run, **given)
 
 
@@ -184,12 +383,43 @@ def _poison(a: Arguments) -> None:
     k_max = max(width_rows(a, "k_sizes"))
     for r, k in enumerate(width_rows(a, "k_sizes")):
         a["x"][r, k:] = nan  # a row's own prefix is all that is read
-    a["weight"][:, k_max:] = nan
+    _poison_columns(a, k_max)
     used = a["n_sizes"][a["row_width"].long()].max(0).values.tolist()
     at = 0
     for s, rows in enumerate(a["segments"]):
-        a["weight"][at + used[s] : at + rows] = nan
+        _poison_rows(a, slice(at + used[s], at + rows))
         at += rows
+
+
+def _poison_columns(a: Arguments, k: int) -> None:
+    if "weight" in a:
+        a["weight"][:, k:] = float("nan")
+    elif a["block_scales"] is None:
+        a["codes"][:, k:] = NAN_SCALE
+    else:
+        a["block_scales"][:, k // BLOCK :] = NAN_SCALE
+
+
+def _poison_rows(a: Arguments, rows: slice) -> None:
+    if "weight" in a:
+        a["weight"][rows] = float("nan")
+    elif a["block_scales"] is None:
+        a["codes"][rows] = NAN_SCALE
+    else:
+        a["block_scales"][rows] = NAN_SCALE
+
+
+def _cut_weight(a: Arguments, rows: torch.Tensor, k: int) -> Arguments:
+    if "weight" in a:
+        return {"weight": a["weight"][rows][:, :k].contiguous()}
+    codes, blocks = a["codes"][rows], a["block_scales"]
+    if blocks is None:
+        return {"codes": codes[:, :k].contiguous(), "block_scales": None, "scale": a["scale"]}
+    return {
+        "codes": codes[:, : k // 2].contiguous(),
+        "block_scales": blocks[rows][:, : k // BLOCK].contiguous(),
+        "scale": a["scale"],
+    }
 
 
 def _sliced(a: Arguments):
@@ -202,7 +432,7 @@ def _sliced(a: Arguments):
         columns = torch.cat([torch.arange(b, b + m) for b, m in zip(starts, n)])
         cut = {
             "x": a["x"][rows, :k].contiguous(),
-            "weight": a["weight"][columns][:, :k].contiguous(),
+            **_cut_weight(a, columns, k),
             "segments": tuple(n),
             "out": torch.empty(len(rows), sum(n), dtype=a["out"].dtype),
             "activation": a["activation"],
@@ -220,13 +450,19 @@ def _row(a: Arguments, r: int):
 
 def _cost(case: Case, itemsize: int) -> tuple[int, int]:
     R, K, N = case["R"], case["K"], sum(case["segments"])
-    return (N * K + R * (K + N)) * itemsize, 2 * R * N * K
+    weights = N * K * weight_bytes(case, itemsize)
+    return int(weights + R * (K + N) * itemsize), 2 * R * N * K
+
+
+def weight_bytes(case: Case, itemsize: int) -> float:
+    """Bytes per weight of a case, whose float weights have `itemsize`."""
+    return {"fp8": 1.0, "nvfp4": 0.5625}.get(case.get("weights"), itemsize)
 
 
 SPECS = [
     OpSpec(
         name="matmul", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
         outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
-        rows=lambda a: a["x"].shape[0],
+        rows=lambda a: a["x"].shape[0], cuda=lambda case: "weights" not in case,
     )
 ]  # fmt: skip

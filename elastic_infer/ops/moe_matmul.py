@@ -7,20 +7,38 @@ from dataclasses import dataclass
 import torch
 
 from .. import _C
+from ..quantization.formats import BLOCK
+from ._quantised import NAN_SCALE, dequantise, draw_codes, image_dtype, tile_bytes
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows
-from .matmul import TILE, tile_count
+from .matmul import (
+    check_scales,
+    code_shape,
+    empty_scale,
+    pack_tiles,
+    put_scale,
+    tile_count,
+    weight_bytes,
+)
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
     """One matrix per expert, each stored once as 64x64 tiles, zero-padded.
 
-    image: [E, row tiles, column tiles, tile bytes] uint8. rows, columns: of every expert's matrix.
+    image: [E, row tiles, column tiles, tile bytes] uint8; the bytes of a tile tell what it holds
+    (`dtype`). rows, columns: of every expert's matrix. scale: [E] float32 that FP8 and NVFP4 codes
+    are multiplied with, None for float32 and bfloat16.
     """
 
     image: torch.Tensor
     rows: int
     columns: int
+    scale: torch.Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, bfloat16, float8_e4m3fn (FP8) or float4_e2m1fn_x2 (NVFP4)."""
+        return image_dtype(self.image)
 
     @property
     def experts(self) -> int:
@@ -30,23 +48,33 @@ class ExpertWeights:
     def empty(
         experts: int, rows: int, columns: int, dtype: torch.dtype, memory=None
     ) -> ExpertWeights:
-        """Room for `experts` matrices [rows, columns] of float32 or bfloat16. memory: a
+        """Room for `experts` matrices [rows, columns]. dtype: as of `TiledWeight.empty`. memory: a
         `WeightMemory` to take it from, or None."""
-        itemsize = torch.empty(0, dtype=dtype).element_size()
-        shape = (experts, tile_count(rows), tile_count(columns), TILE * TILE * itemsize)
+        shape = (experts, tile_count(rows), tile_count(columns), tile_bytes(dtype))
         image = memory.empty(*shape) if memory else torch.empty(shape, dtype=torch.uint8)
-        return ExpertWeights(image, rows, columns)
+        return ExpertWeights(image, rows, columns, empty_scale(experts, dtype))
 
-    def fill(self, expert: int, source: torch.Tensor, run=None) -> None:
-        """Packs `source` [rows, columns] (float32 or bfloat16) as the matrix of one expert."""
-        if tuple(source.shape) != (self.rows, self.columns):
-            raise ValueError(
-                f"matmul_pack: source must have shape {[self.rows, self.columns]}, "
-                f"got {list(source.shape)}"
-            )
+    def fill(
+        self,
+        expert: int,
+        source: torch.Tensor,
+        run=None,
+        *,
+        block_scales: torch.Tensor | None = None,
+        scale: float | None = None,
+        check: bool = True,
+    ) -> None:
+        """Packs the matrix of one expert.
+
+        Args: as of `TiledWeight.fill`.
+
+        Raises: ValueError naming the argument that does not fit.
+        """
         if not 0 <= expert < self.experts:
             raise ValueError(f"matmul_pack: expert must be in [0, {self.experts}), got {expert}")
-        _C.matmul_pack(source, self.image[expert], 0, run)
+        shape = (self.rows, self.columns)
+        pack_tiles(self.image[expert], 0, shape, source, block_scales, check, run)
+        put_scale(self.scale, expert, scale)
 
     @staticmethod
     def pack(weight: torch.Tensor, run=None) -> ExpertWeights:
@@ -57,6 +85,34 @@ class ExpertWeights:
         packed = ExpertWeights.empty(*weight.shape, weight.dtype)
         for e in range(weight.shape[0]):
             packed.fill(e, weight[e], run)
+        return packed
+
+    @staticmethod
+    def pack_codes(
+        codes: torch.Tensor,
+        block_scales: torch.Tensor | None,
+        scale: torch.Tensor,
+        run=None,
+        *,
+        check: bool = True,
+    ) -> ExpertWeights:
+        """Tiles of quantised matrices.
+
+        Args:
+            codes: [E, rows, K/2] uint8 (NVFP4) or [E, rows, K] uint8 (FP8).
+            block_scales: [E, rows, K/16] uint8 (NVFP4) or None (FP8).
+            scale: [E] float32.
+            run: None, or a Pool.
+            check: whether to look for NaN among codes and block scales.
+
+        Raises: ValueError naming the argument that does not fit.
+        """
+        dtype, columns = code_shape(codes, 3, block_scales)
+        check_scales(scale, [codes.shape[0]])
+        packed = ExpertWeights.empty(codes.shape[0], codes.shape[1], columns, dtype)
+        for e in range(codes.shape[0]):
+            blocks = None if block_scales is None else block_scales[e]
+            packed.fill(e, codes[e], run, block_scales=blocks, scale=float(scale[e]), check=check)
         return packed
 
 
@@ -85,7 +141,7 @@ def moe_matmul(
 
     Args:
         x: [R, D] float32 or bfloat16; nothing beyond a row's own k is read.
-        up: E matrices [F, D]; bfloat16 tiles with either x, float32 tiles with float32 x.
+        up: E matrices [F, D]; float32 tiles with float32 x, all others with either x.
         down: E matrices [D, F], tiles as `up`.
         ids: [R, J] int32 experts of each row, in [0, E). Experts that no row names are not read.
         weights: [R, J] float32.
@@ -110,23 +166,31 @@ def moe_matmul(
             f"{[up.rows, up.columns]}, got {[down.rows, down.columns]}"
         )
     _C.moe_matmul(
-        x, up.image, down.image, up.columns, up.rows, ids, weights, out, shared, workspace,
-        row_width, k_sizes, f_sizes, run,
+        x, up.image, down.image, up.columns, up.rows, up.scale, down.scale, ids, weights, out,
+        shared, workspace, row_width, k_sizes, f_sizes, run,
     )  # fmt: skip
     return out
+
+
+def _plain_weights(a: Arguments, name: str, dtype: torch.dtype) -> torch.Tensor:
+    if name in a:
+        return a[name]
+    scale = a[f"{name}_scale"][:, None, None]
+    return dequantise(a[f"{name}_codes"], a[f"{name}_block_scales"], scale, dtype)
 
 
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     x, out = a["x"], torch.zeros_like(a["out"])
     wide = torch.promote_types(x.dtype, torch.float32)
+    up, down = (_plain_weights(a, name, wide) for name in ("up", "down"))
     linear = torch.nn.functional.linear
     for r, (k, f) in enumerate(zip(width_rows(a, "k_sizes"), width_rows(a, "f_sizes"))):
         total = torch.zeros(k, dtype=wide)
         for j in torch.argsort(a["ids"][r], stable=True).tolist():
             e = int(a["ids"][r, j])
-            middle = linear(x[r, :k].to(wide), a["up"][e, :f, :k].to(wide)).to(x.dtype)
+            middle = linear(x[r, :k].to(wide), up[e, :f, :k].to(wide)).to(x.dtype)
             middle = torch.relu(middle).square()
-            y = linear(middle.to(wide), a["down"][e, :k, :f].to(wide)).to(x.dtype)
+            y = linear(middle.to(wide), down[e, :k, :f].to(wide)).to(x.dtype)
             total += y.to(wide) * a["weights"][r, j].to(wide)
         if a["shared"] is not None:
             total += a["shared"][r, :k].to(wide)
@@ -142,9 +206,24 @@ def _cases():
            "f": (96, 16, 80), "shared": True}  # fmt: skip
     yield {"R": 150, "D": 80, "E": 3, "J": 2, "F": 80, "k": (48, 80), "f": (80, 64),
            "shared": False}  # fmt: skip
+    for weights in ("fp8", "nvfp4"):
+        yield {"R": 1, "D": 80, "E": 5, "J": 3, "F": 48, "k": (48, 80), "f": (32, 48),
+               "shared": True, "weights": weights}  # fmt: skip
+        yield {"R": 19, "D": 144, "E": 12, "J": 4, "F": 96, "k": (64, 112, 144),
+               "f": (96, 16, 80), "shared": True, "weights": weights}  # fmt: skip
+        yield {"R": 70, "D": 80, "E": 3, "J": 2, "F": 80, "k": (48, 80), "f": (80, 64),
+               "shared": False, "weights": weights}  # fmt: skip
     for R in (1, 8, 256):
-        yield {"R": R, "D": 1024, "E": 64, "J": 6, "F": 512, "k": (1024,), "f": (512,),
-               "shared": True, "bench": True}  # fmt: skip
+        for weights in ({}, {"weights": "nvfp4"}):
+            yield {"R": R, "D": 1024, "E": 64, "J": 6, "F": 512, "k": (1024,), "f": (512,),
+                   "shared": True, "bench": True} | weights  # fmt: skip
+
+
+def _weights(case: Case, name: str, shape, dtype: torch.dtype, generator) -> Arguments:
+    if "weights" not in case:
+        return {name: randn(generator, *shape, dtype=dtype, scale=shape[-1] ** -0.5)}
+    drawn = draw_codes(generator, *shape, form=case["weights"])
+    return {f"{name}_{part}": value for part, value in drawn.items()}
 
 
 def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
@@ -152,8 +231,8 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
     draw = torch.rand(R, E, generator=generator)
     return {
         "x": randn(generator, R, D, dtype=dtype),
-        "up": randn(generator, E, F, D, dtype=dtype, scale=D**-0.5),
-        "down": randn(generator, E, D, F, dtype=dtype, scale=F**-0.5),
+        **_weights(case, "up", (E, F, D), dtype, generator),
+        **_weights(case, "down", (E, D, F), dtype, generator),
         "ids": draw.argsort(1)[:, :J].to(torch.int32).contiguous(),
         "weights": torch.rand(R, J, generator=generator),
         "out": torch.empty(R, D, dtype=dtype),
@@ -166,8 +245,13 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
 
 def _call(a: Arguments, run) -> None:
     given = dict(a)
-    up = given["up"] = ExpertWeights.pack(a["up"])
-    given["down"] = ExpertWeights.pack(a["down"])
+    for name in ("up", "down"):
+        if name in a:
+            given[name] = ExpertWeights.pack(a[name])
+            continue
+        parts = [given.pop(f"{name}_{part}") for part in ("codes", "block_scales", "scale")]
+        given[name] = ExpertWeights.pack_codes(*parts, check=False)
+    up = given["up"]
     ids, x = (v if isinstance(v, torch.Tensor) else torch.empty(0) for v in (a["ids"], a["x"]))
     R, J = (*ids.shape, 1, 1)[:2]  # moe_matmul itself refuses what is no tensor or of other rank
     size = moe_workspace_bytes(R, J, up.experts, up.columns, up.rows, x.dtype)
@@ -181,13 +265,38 @@ def _poison(a: Arguments) -> None:
         a["x"][r, k:] = nan
         if a["shared"] is not None:
             a["shared"][r, k:] = nan
-    for e in range(a["up"].shape[0]):  # what none of an expert's own rows uses
+    for e in range(
+        (a["up"] if "up" in a else a["up_codes"]).shape[0]
+    ):  # what none of an expert's own rows uses
         rows = (a["ids"] == e).any(1).nonzero().flatten().tolist()
         k, f = max((ks[r] for r in rows), default=0), max((fs[r] for r in rows), default=0)
-        a["up"][e, f:] = nan
-        a["up"][e, :, k:] = nan
-        a["down"][e, k:] = nan
-        a["down"][e, :, f:] = nan
+        _poison_expert(a, "up", e, f, k)
+        _poison_expert(a, "down", e, k, f)
+
+
+def _poison_expert(a: Arguments, name: str, e: int, rows: int, columns: int) -> None:
+    blocks = a.get(f"{name}_block_scales")
+    if name in a:
+        matrix, value, columns = a[name][e], float("nan"), columns
+    elif blocks is None:
+        matrix, value, columns = a[f"{name}_codes"][e], NAN_SCALE, columns
+    else:
+        matrix, value, columns = blocks[e], NAN_SCALE, columns // BLOCK
+    matrix[rows:] = value
+    matrix[:, columns:] = value
+
+
+def _cut_experts(a: Arguments, name: str, rows: int, columns: int) -> Arguments:
+    if name in a:
+        return {name: a[name][:, :rows, :columns].contiguous()}
+    blocks, per_byte = a[f"{name}_block_scales"], 1
+    if blocks is not None:
+        blocks, per_byte = blocks[:, :rows, : columns // BLOCK].contiguous(), 2
+    return {
+        f"{name}_codes": a[f"{name}_codes"][:, :rows, : columns // per_byte].contiguous(),
+        f"{name}_block_scales": blocks,
+        f"{name}_scale": a[f"{name}_scale"],
+    }
 
 
 def _sliced(a: Arguments):
@@ -197,8 +306,8 @@ def _sliced(a: Arguments):
             continue
         cut = {
             "x": a["x"][rows, :k].contiguous(),
-            "up": a["up"][:, :f, :k].contiguous(),
-            "down": a["down"][:, :k, :f].contiguous(),
+            **_cut_experts(a, "up", f, k),
+            **_cut_experts(a, "down", k, f),
             "ids": a["ids"][rows].clone(),
             "weights": a["weights"][rows].clone(),
             "out": torch.empty(len(rows), k, dtype=a["out"].dtype),
@@ -218,14 +327,16 @@ def _row(a: Arguments, r: int):
 def _cost(case: Case, itemsize: int) -> tuple[int, int]:
     R, D, E, J, F = (case[name] for name in "RDEJF")
     read = E * (1 - (1 - J / E) ** R)  # experts that some row names, for evenly spread rows
-    traffic = 2 * read * D * F + R * D * (3 if case["shared"] else 2)
-    return int(traffic * itemsize) + R * J * 8, 4 * R * J * D * F
+    rows = R * D * (3 if case["shared"] else 2) * itemsize
+    traffic = 2 * read * D * F * weight_bytes(case, itemsize) + rows
+    return int(traffic) + R * J * 8, 4 * R * J * D * F
 
 
 SPECS = [
     OpSpec(
         name="moe_matmul", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
         outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
-        rows=lambda a: a["x"].shape[0], keep_dtype=("weights",),
+        rows=lambda a: a["x"].shape[0], cuda=lambda case: "weights" not in case,
+        keep_dtype=("weights",),
     )
 ]  # fmt: skip

@@ -11,6 +11,7 @@
 // Speed: not yet measured on a GPU. Floor: the weight's prefix read once (up to about 180 rows),
 //   then the products.
 #include "../../core/gemv.cuh"
+#include "../../core/image.h"
 #include "../../core/launch.cuh"
 #include "../../core/mma_tile.cuh"
 #include "matmul.h"
@@ -154,6 +155,7 @@ void launch_output(const MatmulArgs& a, const CudaCall& call) {
 }
 
 void launch_matmul(const MatmulArgs& a, const CudaCall& call) {
+  require_float_image("matmul", "w", a.w_dtype);
   require_aligned("matmul", "x", a.x);
   a.out.dtype == DType::bf16 ? launch_output<bf16>(a, call) : launch_output<float>(a, call);
 }
@@ -174,6 +176,7 @@ __global__ void __launch_bounds__(kPackThreads) pack(const __grid_constant__ Pac
 }
 
 void launch_pack(const PackArgs& a, const CudaCall& call) {
+  require_float_image("matmul_pack", "image", a.w_dtype);
   const dim3 grid(static_cast<unsigned>(ceil_div(a.source.shape[0], kTile)),
                   static_cast<unsigned>(a.image.shape[1]));
   const bool s16 = a.source.dtype == DType::bf16, w16 = a.w_dtype == DType::bf16;

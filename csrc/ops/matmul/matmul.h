@@ -1,5 +1,8 @@
 // matmul: out[r, c] = sum over k < k_r of x[r, k] * W[row(c), k], on tiled weights.
 //
+// W is float32, bfloat16, FP8 (E4M3 code times its segment's scale) or NVFP4 (E2M1 code times the
+// E4M3 scale of its 16 columns times its segment's scale).
+//
 // W is an image of 64x64 tiles [N tiles][K tiles][tile bytes] (csrc/core/gemm.h). Its rows come in
 // segments: segment s starts at tile row tile_row[s], has rows[s] rows, and its first row goes to
 // output column column[s]. Row r of x uses the first k_sizes[w] columns and writes the first
@@ -18,7 +21,8 @@ enum class Activation : int { none = 0, relu2 = 1 };
 struct MatmulArgs {
   Tensor x;          // [R, K] f32 or bf16, rows dense
   Tensor w;          // [N tiles, K tiles, tile bytes] u8
-  DType w_dtype;     // f32 or bf16, from the tile's bytes
+  DType w_dtype;     // what tiles hold: f32, bf16, fp8 or nvfp4, from their bytes
+  Tensor scale;      // [segments] f32 for fp8 and nvfp4, else absent
   Tensor out;        // [R, N] f32 or bf16, rows dense
   Tensor row_width;  // [R] i32, may be absent
   Tensor k_sizes;    // [W] i32
@@ -32,8 +36,10 @@ EI_CPU_KERNEL(matmul, MatmulArgs)
 
 // Packs rows of a plain matrix into tiles of an image.
 struct PackArgs {
-  Tensor source;  // [N, K] f32 or bf16, rows dense
-  Tensor image;   // [N tiles, K tiles, tile bytes] u8; tiles touched are fully written
+  Tensor source;        // [N, K] f32 or bf16; u8 codes [N, K] (fp8) or [N, K/2] (nvfp4), low four
+                        // bits = even k; rows dense
+  Tensor block_scales;  // [N, K/16] u8, E4M3, rows dense; nvfp4 alone
+  Tensor image;         // [N tiles, K tiles, tile bytes] u8; tiles touched are fully written
   DType w_dtype;
   int tile_row;  // first tile row of the image to write
 };

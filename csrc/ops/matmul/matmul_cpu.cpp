@@ -78,7 +78,8 @@ void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
       for (int r = 0; r < rows; ++r) widest = std::max(widest, wanted(r));
       const int64_t row = a.tile_row[t.segment] + t.first / kTile;
       if (widest > 0)
-        tile_row(panel, a.w.ptr<char>() + row * row_bytes, totals, write);
+        tile_row(panel, a.w.ptr<char>() + row * row_bytes, totals, write,
+                 a.scale ? a.scale.ptr<float>()[t.segment] : 1.0f);
       else
         for (int r = 0; r < rows; ++r) write(r, totals.sum);
     }
@@ -104,19 +105,63 @@ void pack_tile(const S* rows, int64_t stride, int n, int k, DType to, char* tile
     }
 }
 
-template <class S>
-void pack(const PackArgs& a, Pool& pool) {
-  const int64_t N = a.source.shape[0], K = a.source.shape[1];
+// Codes and block scales of n rows of k columns, as gemm_codes.h lays them out.
+void pack_codes(const uint8_t* codes, int64_t stride, const uint8_t* scales, int64_t scale_stride,
+                int n, int k, char* tile) {
+  const bool nvfp4 = scales != nullptr;
+  std::memset(tile, 0, tile_bytes(nvfp4 ? DType::nvfp4 : DType::fp8));
+  uint32_t* words = reinterpret_cast<uint32_t*>(tile);
+  for (int r = 0; r < n; ++r)
+    for (int c = 0; c < k; ++c) {
+      if (nvfp4) {
+        const uint32_t code = codes[r * stride + c / 2] >> (c % 2 * 4) & 15;
+        words[c / kNvfp4Group * kTile + r] |= code << nvfp4_shift(c % kNvfp4Group);
+      } else {
+        const uint32_t code = codes[r * stride + c];
+        words[c / kFp8Group * kTile + r] |= code << fp8_shift(c % kFp8Group);
+      }
+    }
+  if (!nvfp4) return;
+  for (int r = 0; r < n; ++r)
+    for (int b = 0; b < k / kScaleBlock; ++b)
+      reinterpret_cast<uint8_t*>(tile)[kCodeBytes + b * kTile + r] = scales[r * scale_stride + b];
+}
+
+// Calls f(row of tiles, column of tiles, tile, rows, columns) for all tiles that the source's
+// K columns and those beyond touch.
+template <class F>
+void for_tiles(const PackArgs& a, int64_t K, Pool& pool, F f) {
+  const int64_t N = a.source.shape[0];
   const int64_t image_tiles = a.image.shape[1], bytes = tile_bytes(a.w_dtype);
   pool.run(tiles(N), [&](int64_t t, int) {
     for (int64_t c = 0; c < image_tiles; ++c) {
       char* tile = a.image.ptr<char>() + ((a.tile_row + t) * image_tiles + c) * bytes;
       const int64_t k = std::clamp<int64_t>(K - c * kTile, 0, kTile);
-      pack_tile(a.source.ptr<S>() + t * kTile * a.source.stride[0] + c * kTile, a.source.stride[0],
-                static_cast<int>(std::min<int64_t>(kTile, N - t * kTile)), static_cast<int>(k),
-                a.w_dtype, tile);
+      f(t, c, tile, static_cast<int>(std::min<int64_t>(kTile, N - t * kTile)),
+        static_cast<int>(k));
     }
   });
+}
+
+template <class S>
+void pack(const PackArgs& a, Pool& pool) {
+  const int64_t stride = a.source.stride[0];
+  for_tiles(a, a.source.shape[1], pool, [&](int64_t t, int64_t c, char* tile, int n, int k) {
+    pack_tile(a.source.ptr<S>() + t * kTile * stride + c * kTile, stride, n, k, a.w_dtype, tile);
+  });
+}
+
+void pack_quantised(const PackArgs& a, Pool& pool) {
+  const bool nvfp4 = a.w_dtype == DType::nvfp4;
+  const int64_t stride = a.source.stride[0], per_byte = nvfp4 ? 2 : 1;
+  const int64_t scale_stride = a.block_scales.stride[0];
+  for_tiles(a, a.source.shape[1] * per_byte, pool,
+            [&](int64_t t, int64_t c, char* tile, int n, int k) {
+              const uint8_t* scales = a.block_scales.ptr<uint8_t>();
+              if (nvfp4) scales += t * kTile * scale_stride + c * kTile / kScaleBlock;
+              const int64_t at = t * kTile * stride + c * kTile / per_byte;
+              pack_codes(a.source.ptr<uint8_t>() + at, stride, scales, scale_stride, n, k, tile);
+            });
 }
 
 }  // namespace
@@ -130,6 +175,7 @@ void matmul(const MatmulArgs& a, Pool& pool) {
 }
 
 void matmul_pack(const PackArgs& a, Pool& pool) {
+  if (quantised(a.w_dtype)) return pack_quantised(a, pool);
   a.source.dtype == DType::bf16 ? pack<bf16>(a, pool) : pack<float>(a, pool);
 }
 

@@ -2,6 +2,7 @@
 #include "moe_matmul.h"
 
 #include "../../core/check.h"
+#include "../../core/image.h"
 #include "../../core/step.h"
 #include "../../core/widths.h"
 
@@ -9,13 +10,6 @@ namespace py = pybind11;
 
 namespace ei {
 namespace {
-
-DType experts_dtype(Checker& check, const Tensor& w, const char* name) {
-  const int64_t bytes = w.ndim ? w.shape[w.ndim - 1] : 0;
-  if (bytes == 64 * 64 * 2) return DType::bf16;
-  if (bytes == 64 * 64 * 4) return DType::f32;
-  check.fail(name, "have tiles of 8192 (bfloat16) or 16384 (float32) bytes", w.describe());
-}
 
 void check_ids(Checker& check, const Tensor& ids, int64_t E) {
   for (int64_t r = 0; r < ids.shape[0]; ++r)
@@ -28,8 +22,9 @@ void check_ids(Checker& check, const Tensor& ids, int64_t E) {
 }
 
 void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& down, int64_t D,
-                      int64_t F, const TensorArg& ids, const TensorArg& weights,
-                      const TensorArg& out, const TensorArg& shared, const TensorArg& workspace,
+                      int64_t F, const TensorArg& up_scale, const TensorArg& down_scale,
+                      const TensorArg& ids, const TensorArg& weights, const TensorArg& out,
+                      const TensorArg& shared, const TensorArg& workspace,
                       const TensorArg& row_width, const TensorArg& k_sizes,
                       const TensorArg& f_sizes, const py::object& run) {
   Checker check("moe_matmul");
@@ -41,9 +36,9 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
   check.range(F % 16, "F modulo 16", 0, 0);
   check(up, "up").dtype({DType::u8}).shape({"E", F_tiles, D_tiles, "tile bytes"}).contiguous();
   check(down, "down").dtype({DType::u8}).shape({"E", D_tiles, F_tiles, "tile bytes"}).contiguous();
-  const DType w_dtype = experts_dtype(check, up, "up");
-  if (w_dtype == DType::f32 && x.dtype != DType::f32)
-    check.fail("up", "be a bfloat16 image when x is bfloat16", "a float32 image");
+  const DType w_dtype = image_dtype(check, up, "up", x.dtype);
+  check_scale(check, up_scale, "up_scale", w_dtype, "E");
+  check_scale(check, down_scale, "down_scale", w_dtype, "E");
   check(ids, "ids").dtype({DType::i32}).shape({"R", "J"}).rows_dense();
   check(weights, "weights").dtype({DType::f32}).shape({"R", "J"}).rows_dense();
   check(out, "out").dtype({x.dtype}).shape({"R", "D"}).rows_dense();
@@ -64,19 +59,19 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
   widths.sizes(f_sizes, "f_sizes", F, 16);
   if (!runner.step && !ids.cuda) check_ids(check, ids, E);
   const int64_t rows = std::min<int64_t>(R * J, 256), tiles = std::max(D_tiles, F_tiles);
-  submit(
-      runner, moe_matmul_cpu,
-      MoeMatmulArgs{x, up, down, w_dtype, F, ids, weights, out, shared, workspace, row_width,
-                    k_sizes, f_sizes},
-      {&x, &up, &down, &ids, &weights, &out, &shared, &workspace, &row_width, &k_sizes, &f_sizes},
-      tiles * rows * 64 * 6 + rows * 64 * 4 + 64 * 64 * 4 + rows * 8 + 1024);
+  submit(runner, moe_matmul_cpu,
+         MoeMatmulArgs{x, up, down, w_dtype, up_scale, down_scale, F, ids, weights, out, shared,
+                       workspace, row_width, k_sizes, f_sizes},
+         {&x, &up, &down, &up_scale, &down_scale, &ids, &weights, &out, &shared, &workspace,
+          &row_width, &k_sizes, &f_sizes},
+         tiles * rows * 64 * 6 + rows * 64 * 4 + 64 * 64 * 4 + rows * 8 + 1024);
 }
 
 const RegisterOp registered([](py::module_& m) {
   m.def("moe_matmul", moe_matmul_entry, py::arg("x"), py::arg("up"), py::arg("down"), py::arg("D"),
-        py::arg("F"), py::arg("ids"), py::arg("weights"), py::arg("out"), py::arg("shared"),
-        py::arg("workspace"), py::arg("row_width"), py::arg("k_sizes"), py::arg("f_sizes"),
-        py::arg("run"));
+        py::arg("F"), py::arg("up_scale"), py::arg("down_scale"), py::arg("ids"),
+        py::arg("weights"), py::arg("out"), py::arg("shared"), py::arg("workspace"),
+        py::arg("row_width"), py::arg("k_sizes"), py::arg("f_sizes"), py::arg("run"));
   m.def("moe_workspace_bytes",
         [](int64_t R, int64_t J, int64_t E, int64_t D, int64_t F, int64_t itemsize) {
           return moe_workspace(R, J, E, D, F, itemsize).bytes;

@@ -18,6 +18,7 @@
 // Speed: not yet measured on a GPU. Floor: the weights of the distinct experts that rows name.
 // Source: the sorted form is common to public grouped products; no public code was used.
 #include "../../core/gemv.cuh"
+#include "../../core/image.h"
 #include "../../core/launch.cuh"
 #include "../../core/mma_tile.cuh"
 #include "moe_matmul.h"
@@ -285,6 +286,7 @@ void launch_many(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
 }
 
 void launch_moe_matmul(const MoeMatmulArgs& a, const CudaCall& call) {
+  require_float_image("moe_matmul", "up", a.w_dtype);
   require_aligned("moe_matmul", "x", a.x);
   require_aligned("moe_matmul", "shared", a.shared);
   require_aligned("moe_matmul", "out", a.out);

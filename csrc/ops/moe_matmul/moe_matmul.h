@@ -13,19 +13,21 @@
 namespace ei {
 
 struct MoeMatmulArgs {
-  Tensor x;          // [R, D] f32 or bf16, rows dense
-  Tensor up;         // [E, F tiles, D tiles, tile bytes] u8
-  Tensor down;       // [E, D tiles, F tiles, tile bytes] u8
-  DType w_dtype;     // of both
-  int64_t F;         // expert width
-  Tensor ids;        // [R, J] i32
-  Tensor weights;    // [R, J] f32
-  Tensor out;        // [R, D], type of x
-  Tensor shared;     // [R, D], type of x, may be absent
-  Tensor workspace;  // moe_workspace().bytes
-  Tensor row_width;  // [R] i32, may be absent
-  Tensor k_sizes;    // [W] i32
-  Tensor f_sizes;    // [W] i32
+  Tensor x;           // [R, D] f32 or bf16, rows dense
+  Tensor up;          // [E, F tiles, D tiles, tile bytes] u8
+  Tensor down;        // [E, D tiles, F tiles, tile bytes] u8
+  DType w_dtype;      // what the tiles of both hold: f32, bf16, fp8 or nvfp4
+  Tensor up_scale;    // [E] f32 for fp8 and nvfp4, else absent
+  Tensor down_scale;  // [E] f32, as up_scale
+  int64_t F;          // expert width
+  Tensor ids;         // [R, J] i32
+  Tensor weights;     // [R, J] f32
+  Tensor out;         // [R, D], type of x
+  Tensor shared;      // [R, D], type of x, may be absent
+  Tensor workspace;   // moe_workspace().bytes
+  Tensor row_width;   // [R] i32, may be absent
+  Tensor k_sizes;     // [W] i32
+  Tensor f_sizes;     // [W] i32
 };
 
 // Where things lie in the workspace, as byte offsets. n = R * J routed rows ("entries").

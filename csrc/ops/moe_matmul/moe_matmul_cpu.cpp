@@ -93,6 +93,8 @@ void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int
   const int in = up ? m.D : m.F, out_size = up ? m.F : m.D;
   const int64_t row_bytes = tiles(in) * tile_bytes(m.a.w_dtype);
   const char* image = (up ? m.a.up : m.a.down).ptr<char>() + expert * tiles(out_size) * row_bytes;
+  const Tensor& scales = up ? m.a.up_scale : m.a.down_scale;
+  const float scale = scales ? scales.ptr<float>()[expert] : 1.0f;
   Totals totals;
   for (int at = m.begin[expert]; at < m.begin[expert + 1]; at += kMaxRows) {
     const int rows = std::min(kMaxRows, m.begin[expert + 1] - at);
@@ -111,11 +113,14 @@ void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int
         [&](int i) { return up ? m.k(source(i)) : m.f(source(i)); }, Alone());
     X* out = reinterpret_cast<X*>(up ? m.middle : m.result) + static_cast<int64_t>(at) * out_size;
     for (int t = first; t < end && t * kTile < widest; ++t)
-      tile_row(panel, image + t * row_bytes, totals, [&](int i, const float* sums) {
-        const int n = std::clamp(wanted(i) - t * kTile, 0, kTile);
-        X* to = out + static_cast<int64_t>(i) * out_size + t * kTile;
-        up ? store_up(sums, to, n) : store_sums(sums, to, n);
-      });
+      tile_row(
+          panel, image + t * row_bytes, totals,
+          [&](int i, const float* sums) {
+            const int n = std::clamp(wanted(i) - t * kTile, 0, kTile);
+            X* to = out + static_cast<int64_t>(i) * out_size + t * kTile;
+            up ? store_up(sums, to, n) : store_sums(sums, to, n);
+          },
+          scale);
   }
 }
 

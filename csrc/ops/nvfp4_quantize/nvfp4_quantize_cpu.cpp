@@ -1,0 +1,36 @@
+// Computes: nvfp4_quantize (nvfp4_quantize.h).
+// Layout: a row of weights as floats in scratch, then 16 of them at a time.
+// Work split: parts are rows.
+// Scratch: K floats per thread.
+// Limits: K is a multiple of 16.
+// Speed: plain C++ for every instruction set; it runs once per checkpoint.
+// Source: core/codes.h.
+#include "nvfp4_quantize.h"
+
+#include "../../core/quantise.h"
+
+namespace ei::EI_ISA {
+
+void nvfp4_quantize(const Nvfp4QuantizeArgs& a, Pool& pool) {
+  const int64_t N = a.weight.shape[0], K = a.weight.shape[1];
+  pool.run(N, [&](int64_t r, int thread) {
+    float* x = reinterpret_cast<float*>(pool.scratch(thread));
+    if (!finite_row("nvfp4_quantize", a.weight, r, x, pool)) return;
+    uint8_t* codes = a.codes.ptr<uint8_t>() + r * a.codes.stride[0];
+    uint8_t* scales = a.block_scales.ptr<uint8_t>() + r * a.block_scales.stride[0];
+    for (int64_t c = 0; c < K; c += kScaleBlock) {
+      float amax = 0.0f;
+      for (int i = 0; i < kScaleBlock; ++i) amax = std::max(amax, std::fabs(x[c + i]));
+      const uint8_t code = amax == 0.0f ? 0 : e4m3_from_float(amax / (kE2m1Max * a.scale));
+      const float step = e4m3_to_float(code) * a.scale;
+      scales[c / kScaleBlock] = code;
+      for (int i = 0; i < kScaleBlock; i += 2) {
+        const uint8_t low = step == 0.0f ? 0 : e2m1_from_float(x[c + i] / step);
+        const uint8_t high = step == 0.0f ? 0 : e2m1_from_float(x[c + i + 1] / step);
+        codes[(c + i) / 2] = static_cast<uint8_t>(low | high << 4);
+      }
+    }
+  });
+}
+
+}  // namespace ei::EI_ISA
