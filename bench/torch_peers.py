@@ -12,8 +12,11 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from elastic_infer.ops import registry
 from elastic_infer.ops._segments import spans
 from elastic_infer.ops._spec import Arguments
+from elastic_infer.ops.matmul import plain_weight
+from elastic_infer.ops.moe_matmul import plain_weights
 
 Peer = Callable[[], None]
 
@@ -56,7 +59,7 @@ def rms_norm(a: Arguments) -> Peer:
 
 def matmul(a: Arguments) -> Peer:
     """torch.mm into the output: the library behind F.linear."""
-    weight = a["weight"].T
+    weight = plain_weight(a, a["x"].dtype).T
 
     def run():
         torch.mm(a["x"], weight, out=a["out"])
@@ -239,15 +242,34 @@ def moe_route(a: Arguments) -> Peer:
     return run
 
 
+def nvfp4_quantize(a: Arguments) -> Peer:
+    """Whole-tensor operations in the order of the definition."""
+    return _quantiser("nvfp4_quantize", a)
+
+
+def fp8_quantize(a: Arguments) -> Peer:
+    """A division and a cast."""
+    return _quantiser("fp8_quantize", a)
+
+
+def _quantiser(name: str, a: Arguments) -> Peer:
+    def run():
+        for output, value in registry()[name].reference(a).items():
+            a[output][:] = value
+
+    return run
+
+
 def moe_matmul(a: Arguments) -> Peer:
     """A loop over the experts that rows name: gather, two F.linear, index_add."""
+    up, down = (plain_weights(a, name, a["x"].dtype) for name in ("up", "down"))
 
     def run():
         total = torch.zeros(a["out"].shape)
         for e in a["ids"].unique().tolist():
             rows, place = (a["ids"] == e).nonzero(as_tuple=True)
-            middle = F.relu(F.linear(a["x"][rows], a["up"][e])).square()
-            y = F.linear(middle, a["down"][e]) * a["weights"][rows, place, None]
+            middle = F.relu(F.linear(a["x"][rows], up[e])).square()
+            y = F.linear(middle, down[e]) * a["weights"][rows, place, None]
             total.index_add_(0, rows, y.float())
         a["out"][:] = total + a["shared"]
 
@@ -277,5 +299,6 @@ PEERS: dict[str, Callable[[Arguments], Peer]] = {
     for f in (
         embed, rms_norm, matmul, causal_conv, ssm_step, ssm_scan, gated_norm, kv_append,
         attention_decode, attention_prefill, moe_route, moe_matmul, sample,
+        nvfp4_quantize, fp8_quantize,
     )
 }  # fmt: skip

@@ -25,6 +25,8 @@ CASES = {
     "attention_prefill": {"tokens": (9,), "context": (60,), "Hq": 6, "Hkv": 2, "K": 16,
                           "widths": None},
     "moe_route": {"R": 6, "D": 32, "E": 8, "J": 2, "k": (32,), "e": (8,), "ties": False},
+    "nvfp4_quantize": {"N": 3, "K": 32, "scale": "own", "kind": "normal"},
+    "fp8_quantize": {"N": 3, "K": 32, "scale": "own"},
     "moe_matmul": {"R": 6, "D": 32, "E": 4, "J": 2, "F": 32, "k": (32,), "f": (32,),
                    "shared": True},
 }  # fmt: skip

@@ -87,7 +87,7 @@ def last_cases():
             yield pytest.param(spec, case, id=f"{spec.name} {kind}" if kind else spec.name)
 
 
-@pytest.mark.parametrize("spec, case", last_cases())
+@pytest.mark.parametrize("spec, case", list(last_cases()))
 def test_refusal(spec, case):
     """Law 8: every tensor argument of wrong rank, dtype, size or stride is refused, naming the op;
     the only changes accepted are ones that are another valid problem."""

@@ -2,9 +2,9 @@
 //
 //   FP8 tile:   [16 groups of 4 columns][64 rows] words (4 KiB); the bytes of a word are the codes
 //               of columns 0, 2, 1, 3, so that a vector of words gives pairs of columns.
-//   NVFP4 tile: [8 groups of 8 columns][64 rows] words (2 KiB); the low half of a word has the codes
-//               of the even columns, the high half those of the odd ones, in ascending order from
-//               the lowest four bits; then [4 blocks of 16 columns][64 rows] block scales (256 B).
+//   NVFP4 tile: [8 groups of 8 columns][64 rows] words (2 KiB); the low half of a word has the
+//               codes of the even columns, the high half those of the odd ones, ascending from the
+//               lowest four bits; then [4 blocks of 16 columns][64 rows] block scales (256 B).
 //
 // Codes become bf16 or float exactly. What is left to multiply with, the tensor's scale and
 // kBlockFactor, is applied to the finished sums.

@@ -11,8 +11,8 @@
 
 namespace ei {
 
-// The first six are what ops take; fp8 and nvfp4 are what the tiles of a weight image may hold, never
-// a tensor's own dtype; the others exist so that errors can name what was given.
+// The first six are what ops take; fp8 and nvfp4 are what the tiles of a weight image may hold,
+// never a tensor's own dtype; the others exist so that errors can name what was given.
 enum class DType : int32_t {
   f32,
   bf16,

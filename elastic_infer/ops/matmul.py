@@ -293,7 +293,8 @@ def _split(case: Case) -> list[int]:
     return list(case["segments"])
 
 
-def _plain_weight(a: Arguments, dtype: torch.dtype) -> torch.Tensor:
+def plain_weight(a: Arguments, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of an op's arguments; of codes the values, in `dtype`."""
     if "weight" in a:
         return a["weight"]
     scale = a["scale"].repeat_interleave(torch.tensor(a["segments"]))[:, None]
@@ -303,7 +304,7 @@ def _plain_weight(a: Arguments, dtype: torch.dtype) -> torch.Tensor:
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     x, out = a["x"], torch.zeros_like(a["out"])
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    w = _plain_weight(a, wide)
+    w = plain_weight(a, wide)
     for r, k in enumerate(width_rows(a, "k_sizes")):
         y = torch.nn.functional.linear(x[r, :k].to(wide), w[:, :k].to(wide))
         if a["activation"] == "relu2":

@@ -172,7 +172,9 @@ def moe_matmul(
     return out
 
 
-def _plain_weights(a: Arguments, name: str, dtype: torch.dtype) -> torch.Tensor:
+def plain_weights(a: Arguments, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """The matrices `name` ("up" or "down") [E, N, K] of an op's arguments; of codes the values,
+    in `dtype`."""
     if name in a:
         return a[name]
     scale = a[f"{name}_scale"][:, None, None]
@@ -182,7 +184,7 @@ def _plain_weights(a: Arguments, name: str, dtype: torch.dtype) -> torch.Tensor:
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     x, out = a["x"], torch.zeros_like(a["out"])
     wide = torch.promote_types(x.dtype, torch.float32)
-    up, down = (_plain_weights(a, name, wide) for name in ("up", "down"))
+    up, down = (plain_weights(a, name, wide) for name in ("up", "down"))
     linear = torch.nn.functional.linear
     for r, (k, f) in enumerate(zip(width_rows(a, "k_sizes"), width_rows(a, "f_sizes"))):
         total = torch.zeros(k, dtype=wide)

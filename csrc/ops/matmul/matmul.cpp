@@ -80,7 +80,7 @@ void pack_entry(const TensorArg& source, const TensorArg& image, int64_t tile_ro
     else
       check(source, "source").dtype({DType::f32, DType::bf16});
     if (block_scales)
-      check.fail("block_scales", std::string("be absent for a ") + dtype_name(dtype) + " image",
+      check.fail("block_scales", std::string("be absent for ") + dtype_name(dtype) + " tiles",
                  block_scales.describe());
   }
   check(image, "image").dtype({DType::u8}).shape({"N tiles", "K tiles", "tile bytes"}).contiguous();
@@ -93,10 +93,10 @@ void pack_entry(const TensorArg& source, const TensorArg& image, int64_t tile_ro
 
 const RegisterOp registered([](py::module_& m) {
   m.def("matmul", matmul_entry, py::arg("x"), py::arg("w"), py::arg("K"), py::arg("scale"),
-        py::arg("out"),        py::arg("segments"), py::arg("activation"), py::arg("row_width"), py::arg("k_sizes"),
-        py::arg("n_sizes"), py::arg("run"));
+        py::arg("out"), py::arg("segments"), py::arg("activation"), py::arg("row_width"),
+        py::arg("k_sizes"), py::arg("n_sizes"), py::arg("run"));
   m.def("matmul_pack", pack_entry, py::arg("source"), py::arg("image"), py::arg("tile_row"),
-        py::arg("block_scales"),        py::arg("run"));
+        py::arg("block_scales"), py::arg("run"));
 });
 
 }  // namespace

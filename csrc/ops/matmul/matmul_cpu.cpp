@@ -137,8 +137,7 @@ void for_tiles(const PackArgs& a, int64_t K, Pool& pool, F f) {
     for (int64_t c = 0; c < image_tiles; ++c) {
       char* tile = a.image.ptr<char>() + ((a.tile_row + t) * image_tiles + c) * bytes;
       const int64_t k = std::clamp<int64_t>(K - c * kTile, 0, kTile);
-      f(t, c, tile, static_cast<int>(std::min<int64_t>(kTile, N - t * kTile)),
-        static_cast<int>(k));
+      f(t, c, tile, static_cast<int>(std::min<int64_t>(kTile, N - t * kTile)), static_cast<int>(k));
     }
   });
 }
