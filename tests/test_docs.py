@@ -150,7 +150,7 @@ def test_ops_that_the_design_names_are_those_there_are():
     from elastic_infer.ops import registry
 
     text = " ".join(page("DESIGN.md").split("edits no list. The ops:")[1].split("\n\n")[0].split())
-    named = {word for word in re.findall(r"\b[a-z_]+\b", text) if "_" in word or word in registry()}
+    named = {w for w in re.findall(r"\b[a-z_0-9]+\b", text) if "_" in w or w in registry()}
     missing = set(registry()) - named
     assert missing == set()
 
