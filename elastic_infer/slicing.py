@@ -318,9 +318,7 @@ def slice_checkpoint(
         return checkpoint.part(source, rows, cols)
 
     write_safetensors(out, specs, cut_part, shard_bytes, progress)
-    copy_side_files(checkpoint.folder, out)
-    if (checkpoint.folder / SIDECAR).is_file():
-        shutil.copyfile(checkpoint.folder / SIDECAR, out / SIDECAR)
+    copy_side_files(checkpoint.folder, out, (SIDECAR,))
     if "elastic" in raw:
         logger.info("slice: %s has per-layer sizes: %s is an elastic checkpoint", width_name, out)
     text = json.dumps(raw, indent=2) + "\n"
@@ -350,9 +348,10 @@ def part_sources(
     return out
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copies the tokenizer and generation files that ``source`` has; returns their names."""
-    copied = [name for name in SIDE_FILES if (source / name).is_file()]
+def copy_side_files(source: Path, target: Path, more: tuple[str, ...] = ()) -> list[str]:
+    """Copies the tokenizer and generation files, and those of ``more``, that ``source`` has;
+    returns their names."""
+    copied = [name for name in (*SIDE_FILES, *more) if (source / name).is_file()]
     for name in copied:
         shutil.copyfile(source / name, target / name)
     return copied

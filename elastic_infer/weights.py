@@ -2,13 +2,14 @@
 
 Rank-major: Mamba head ``i * G + g`` here is the i-th head of group g in the checkpoint, and query
 head ``i * Hkv + h`` the i-th of KV head h, so that the heads of every width are a flat prefix.
-Only what the served width needs is read from the checkpoint.
+Only what the served width needs is read from the checkpoint. Quantised matrices are kept as codes:
+no dequantised copy is made. A permutation of heads moves whole blocks of 16 columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -16,10 +17,14 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig, Width
 from .devices import CPU, Device
 from .memory import WeightMemory
+from .ops._quantised import FP8, NVFP4
 from .ops.matmul import TiledWeight
 from .ops.moe_matmul import ExpertWeights
+from .quantization.formats import Packed
+from .quantization.stored import check_fused
 
 Progress = Callable[[str, int], None]
+_CODES = {"fp8": FP8, "nvfp4": NVFP4}  # how the images name their formats
 
 
 def rank_major(total: int, kept: int, groups: int) -> list[int]:
@@ -85,7 +90,10 @@ LayerWeights = MambaWeights | AttentionWeights | MlpWeights | MoeWeights
 
 @dataclass
 class Weights:
-    """All weights of the served width."""
+    """All weights of the served width.
+
+    formats: {checkpoint name: "nvfp4" or "fp8"} of the matrices that are quantised.
+    """
 
     embedding: torch.Tensor  # [V, D] row-major
     layers: list[LayerWeights]
@@ -93,6 +101,7 @@ class Weights:
     head: TiledWeight
     served: Width
     dtype: torch.dtype
+    formats: dict[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +113,7 @@ def _nbytes(value) -> int:
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, (TiledWeight, ExpertWeights)):
-        return _nbytes(value.image)
+        return _nbytes(value.image) + _nbytes(value.scale)
     if isinstance(value, list):
         return sum(_nbytes(v) for v in value)
     if isinstance(value, LayerWeights):
@@ -115,9 +124,9 @@ def _nbytes(value) -> int:
 class WeightLoader:
     """Reads the served width of a checkpoint into tiles.
 
-    checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of matmul weights,
-    norms and activations. run: a Pool for packing. progress: called with (what, bytes).
-    device: where they go, slice by slice; tiles are filled there.
+    checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of activations,
+    norms and the matmul weights that are not quantised. run: a Pool for packing. progress: called
+    with (what, bytes). device: where they go, slice by slice; tiles are filled there.
     """
 
     def __init__(
@@ -135,8 +144,12 @@ class WeightLoader:
         self.device, self._memory = device, WeightMemory(device.place)
 
     def load(self) -> Weights:
-        """Reads and packs everything."""
+        """Reads and packs everything.
+
+        Raises: CheckpointError for a quantised tensor that cannot be used.
+        """
         c = self.config
+        check_fused(c, self.checkpoint.formats)
         readers = {"M": self._mamba, "*": self._attention, "-": self._mlp, "E": self._moe}
         embedding = self._read("backbone.embeddings.weight", cols=slice(0, self.D))
         layers = [readers[kind](i) for i, kind in enumerate(c.layers)]
@@ -148,6 +161,7 @@ class WeightLoader:
             head=self._tiled([(name, slice(0, c.vocab_size))], slice(0, self.D)),
             served=self.served,
             dtype=self.dtype,
+            formats=self.checkpoint.formats,
         )
 
     def _read(self, name: str, rows=None, cols=None, dtype: torch.dtype | None = None):
@@ -158,12 +172,46 @@ class WeightLoader:
 
     def _tiled(self, parts: list[tuple[str, object]], cols, dtype=None) -> TiledWeight:
         """A tiled matrix whose segments are (tensor, rows) of `parts`, all cut to `cols`."""
+        if parts[0][0] in self.checkpoint.quantized:
+            return self._tiled_codes(parts, cols)
         first = self._read(*parts[0], cols, dtype)
         counts = [_count(rows) for _, rows in parts]
         tiled = TiledWeight.empty(counts, first.shape[1], first.dtype, self._memory)
         for i, (name, rows) in enumerate(parts):
             tiled.fill(i, first if i == 0 else self._read(name, rows, cols, dtype), self.run)
         return tiled
+
+    def _packed(self, name: str, rows, cols) -> Packed:
+        """Rows and columns of a quantised matrix."""
+        packed = self.checkpoint.packed(name, rows, cols)
+        if self.progress:
+            blocks = packed.block_scales
+            self.progress(name, packed.codes.numel() + (0 if blocks is None else blocks.numel()))
+        return packed
+
+    def _tiled_codes(self, parts: list[tuple[str, object]], cols) -> TiledWeight:
+        """The same of quantised matrices of one format; every segment has its tensor's scale."""
+        first = self._packed(*parts[0], cols)
+        counts = [_count(rows) for _, rows in parts]
+        tiled = TiledWeight.empty(counts, first.shape[1], _CODES[first.format], self._memory)
+        for i, (name, rows) in enumerate(parts):
+            codes, blocks, scale = first if i == 0 else self._packed(name, rows, cols)
+            tiled.fill(i, codes, self.run, block_scales=blocks, scale=scale, check=False)
+        return tiled
+
+    def _experts(self, at: str, matrix: str, rows: int, cols: int, count: int) -> ExpertWeights:
+        """The first `count` experts' matrices of a layer, cut to `rows` and `cols`."""
+        kind = self.checkpoint.formats.get(f"{at}experts.0.{matrix}.weight")
+        dtype = self.dtype if kind is None else _CODES[kind]
+        out = ExpertWeights.empty(count, rows, cols, dtype, self._memory)
+        for e in range(count):
+            name = f"{at}experts.{e}.{matrix}.weight"
+            if kind is None:
+                out.fill(e, self._read(name, slice(0, rows), slice(0, cols)), self.run)
+                continue
+            codes, blocks, scale = self._packed(name, slice(0, rows), slice(0, cols))
+            out.fill(e, codes, self.run, block_scales=blocks, scale=scale, check=False)
+        return out
 
     def _norm(self, layer: int) -> torch.Tensor:
         return self._read(f"backbone.layers.{layer}.norm.weight", slice(0, self.D))
@@ -221,13 +269,8 @@ class WeightLoader:
     def _moe(self, layer: int) -> MoeWeights:
         at, served = f"backbone.layers.{layer}.mixer.", self.served
         E, F = served.n_routed_experts[layer], served.moe_intermediate_size[layer]
-        up = ExpertWeights.empty(E, F, self.D, self.dtype, self._memory)
-        down = ExpertWeights.empty(E, self.D, F, self.dtype, self._memory)
-        for e in range(E):
-            name = f"{at}experts.{e}."
-            hidden, inner = slice(0, self.D), slice(0, F)
-            up.fill(e, self._read(name + "up_proj.weight", inner, hidden), self.run)
-            down.fill(e, self._read(name + "down_proj.weight", hidden, inner), self.run)
+        up = self._experts(at, "up_proj", F, self.D, E)
+        down = self._experts(at, "down_proj", self.D, F, E)
         gate = [(at + "gate.weight", slice(0, E))]
         shared = served.moe_shared_expert_intermediate_size[layer]
         shared_up, shared_down = self._up_down(at + "shared_experts.", shared)

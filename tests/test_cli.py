@@ -254,7 +254,7 @@ def test_info_of_a_hub_repository_fetches_no_weights(folder, tmp_path, monkeypat
     facts = json.loads(run("info", "owner/name", "--revision", "v1", "--json").stdout)
     assert list(facts["widths"]) == ["S", "M", "L"] and not facts["tensors_checked"]
     assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
-    assert asked["allow_patterns"] == ["config.json", "elastic_widths.json"]
+    assert asked["allow_patterns"] == ["config.json", "hf_quant_config.json", "elastic_widths.json"]
 
 
 def test_info_shows_ranges_of_per_layer_sizes(tmp_path):

@@ -16,7 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-from . import chatting, demo, elastify, generation, inspection, slices  # noqa: E402
+from . import chatting, demo, elastify, generation, inspection, quantizing, slices  # noqa: E402
 
 demo.add_to(app)
 generation.add_to(app)
@@ -24,6 +24,7 @@ chatting.add_to(app)
 inspection.add_to(app)
 slices.add_to(app)
 elastify.add_to(app)
+quantizing.add_to(app)
 
 
 def main() -> None:

@@ -147,7 +147,9 @@ def mean_bytes(engine: Engine, tokens: dict[str, int], how: str | Plan) -> float
     served = model.weights.served
     tracked = None if isinstance(how, str) or how.policy.kind == "exact" else served
     each = {
-        name: bytes_per_token(engine.config, engine.widths[name], model.weights.dtype, tracked)
+        name: bytes_per_token(
+            engine.config, engine.widths[name], model.weights.dtype, tracked, model.weights.formats
+        )
         for name in tokens
     }
     return sum(each[name] * count for name, count in tokens.items()) / sum(tokens.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,9 @@ from rich.table import Table
 from elastic_infer.errors import InvalidRequest
 
 from . import common as c
+
+if TYPE_CHECKING:
+    from elastic_infer.checkpoint import Checkpoint
 
 HELP = (
     "Make a trained nemotron_h checkpoint elastic: rank all components on calibration data, sort "
@@ -39,7 +42,10 @@ Memory = Annotated[
     str | None, typer.Option(help="Memory of a new width: 16GB or 16GiB, cache included.")
 ]
 Active = Annotated[bool, typer.Option("--active", help="The budget counts active parameters.")]
-Bits = Annotated[float, typer.Option(help="Bits per weight, for --memory.")]
+Bits = Annotated[
+    float | None,
+    typer.Option(help="Bits per weight, for --memory; default: 16, or those of quantised weights."),
+]
 Context = Annotated[int, typer.Option(help="Tokens of KV cache, for --memory.")]
 Name = Annotated[str, typer.Option(help="Name of the new width; default: what it costs.")]
 Write = Annotated[bool, typer.Option("--write/--dry-run", help="Add it to the table, or not.")]
@@ -219,13 +225,26 @@ def show_result(folder: Path) -> None:
     c.console().print(escape(str(folder)), soft_wrap=True)
 
 
+def checkpoint_bits(checkpoint: Checkpoint) -> float:
+    """Mean bits per parameter of a quantised checkpoint in memory; 16 for any other."""
+    import torch
+
+    from elastic_infer.config import full_width
+    from elastic_infer.footprint import mean_bits
+
+    if not checkpoint.formats:
+        return 16.0
+    config = checkpoint.config
+    return mean_bits(config, full_width(config), torch.bfloat16, checkpoint.formats)
+
+
 def answer_budget(
     model: str,
     budget: str | None = None,
     memory: str | None = None,
     *,
     active: bool = False,
-    bits: float = 16.0,
+    bits: float | None = None,
     context: int = 131072,
     name: str = "",
     write: bool = True,
@@ -235,13 +254,16 @@ def answer_budget(
     """Prints the width that a budget gets and adds it to the checkpoint's table.
 
     model: elastic checkpoint with a router. budget, memory: exactly one, as text. active: budget
-    counts the parameters of one token. bits, context: of the memory. name: of the new width.
+    counts the parameters of one token. bits, context: of the memory; None: the mean bits of a
+    quantised checkpoint's weights, else 16. name: of the new width.
     write: add it to the table. revision, widths: as of `Checkpoint.open`.
     """
     from elastic_infer.config import width_to_dict
     from elastic_infer.elastify.budget import add_width, width_for_text
 
     checkpoint = c.open_checkpoint(model, revision, widths)
+    if bits is None:
+        bits = checkpoint_bits(checkpoint)
     answer = width_for_text(
         checkpoint,
         budget,

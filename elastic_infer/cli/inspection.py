@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,14 +43,15 @@ _AXES = {
 
 @dataclass
 class Opened:
-    """Sizes of a checkpoint. stored: dtype name of its weights. checked: whether its tensors were
-    looked at, too."""
+    """Sizes of a checkpoint. stored: dtype name of its plain weights. formats: of the quantised
+    ones by name. checked: whether its tensors were looked at, too."""
 
     config: ModelConfig
     widths: dict[str, Width]
     default_width: str
     source: str
     stored: str
+    formats: dict[str, str]
     checked: bool
 
 
@@ -103,15 +105,18 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
     """
     from elastic_infer.checkpoint import WIDTHS_NAME, resolve_folder
     from elastic_infer.config import ModelConfig, default_width_name, parse_widths
+    from elastic_infer.quantization.published import SIDECAR, read_published
+    from elastic_infer.quantization.stored import stated_formats
+    from elastic_infer.slicing import expected_shapes
     from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, read_json
 
     local = Path(model).expanduser().is_dir()
-    folder = resolve_folder(model, revision, ("config.json", WIDTHS_NAME))
+    folder = resolve_folder(model, revision, ("config.json", SIDECAR, WIDTHS_NAME))
     if local and any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
         checkpoint = c.open_checkpoint(model, revision, widths)
         stored = str(checkpoint.dtype_of("backbone.embeddings.weight")).removeprefix("torch.")
         return Opened(checkpoint.config, checkpoint.widths, checkpoint.default_width,
-                      checkpoint.widths_source, stored, True)  # fmt: skip
+                      checkpoint.widths_source, stored, checkpoint.formats, True)  # fmt: skip
     config = ModelConfig.from_folder(folder)
     beside = folder / WIDTHS_NAME
     table, source = config.elastic, "config.json" if config.elastic else "no table"
@@ -119,7 +124,9 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
         path = beside if widths is None else Path(widths).expanduser()
         table, source = read_json(path), str(path)
     found = parse_widths(config, table)
-    return Opened(config, found, default_width_name(found, table), source, config.dtype, False)
+    formats = stated_formats(expected_shapes(config), read_published(config.raw, folder))
+    default = default_width_name(found, table)
+    return Opened(config, found, default, source, config.dtype, formats, False)
 
 
 def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
@@ -131,22 +138,23 @@ def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
     from elastic_infer.config import count_parameters, kv_bytes_per_token
     from elastic_infer.footprint import bytes_per_token, fit, item_size, weight_bytes
 
-    config = opened.config
+    config, formats = opened.config, opened.formats
     run = torch.float32 if opened.stored in ("float32", "float16") else torch.bfloat16
     length = min(length, config.max_position_embeddings)
     rows = {}
     for name, width in opened.widths.items():
-        counts, room = count_parameters(config, width), fit(config, width, run, memory, length)
+        counts = count_parameters(config, width)
+        room = fit(config, width, run, memory, length, formats=formats)
         rows[name] = {
             "hidden_size": width.hidden_size,
             **{key: sizes(config, width, key) for key in _AXES if has(config, key)},
             "parameters": counts.total,
             "active_parameters": counts.active_without_embedding,
             "weight_bytes": {
-                kind: weight_bytes(config, width, getattr(torch, kind))
+                kind: weight_bytes(config, width, getattr(torch, kind), formats)
                 for kind in ("bfloat16", "float32")
             },
-            "weight_bytes_per_token": bytes_per_token(config, width, run),
+            "weight_bytes_per_token": bytes_per_token(config, width, run, formats=formats),
             "state_bytes_per_sequence": slot_bytes(config, width, run),
             "working_bytes": room.working,
             "sequences_that_fit": room.sequences,
@@ -157,6 +165,7 @@ def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "stored_dtype": opened.stored,
+        "quantized_tensors": dict(sorted(Counter(formats.values()).items())),
         "run_dtype": str(run).removeprefix("torch."),
         "tensors_checked": opened.checked,
         "width_table": opened.source,
@@ -193,7 +202,7 @@ def show(model: str, opened: Opened, facts: dict[str, Any]) -> None:
     screen.print(
         f"layers {facts['pattern']} (M Mamba-2, * attention, - MLP, E experts), vocabulary "
         f"{facts['vocab_size']}, context {facts['max_position_embeddings']}, stored as "
-        f"{facts['stored_dtype']}", soft_wrap=True, markup=False,
+        f"{stored_text(facts)}", soft_wrap=True, markup=False,
     )  # fmt: skip
     screen.print(f"widths from {facts['width_table']}, default {facts['default_width']}; KV cache "
                  f"{facts['kv_bytes_per_token']} bytes per token at every width",
@@ -205,6 +214,13 @@ def show(model: str, opened: Opened, facts: dict[str, Any]) -> None:
         f"{', '.join(k for k in kernels['usable'] if k != kernels['used']) or 'no other'}); "
         "no CUDA kernels in this version", soft_wrap=True, markup=False,
     )  # fmt: skip
+
+
+def stored_text(facts: dict[str, Any]) -> str:
+    """The stored dtype, and how many matrices are quantised."""
+    counts = facts["quantized_tensors"]
+    parts = [f"{number} matrices in {name.upper()}" for name, number in counts.items()]
+    return " and ".join([facts["stored_dtype"], *parts])
 
 
 def width_table(facts: dict[str, Any]) -> Table:
@@ -226,7 +242,8 @@ def width_table(facts: dict[str, Any]) -> Table:
     line("parameters", lambda r: count(r["parameters"]))
     line("active per token", lambda r: count(r["active_parameters"]))
     for kind in ("bfloat16", "float32"):
-        line(f"weights, {kind}", lambda r, kind=kind: size_text(r["weight_bytes"][kind]))
+        title = f"weights, {kind}" if not facts["quantized_tensors"] else f"weights, rest {kind}"
+        line(title, lambda r, kind=kind: size_text(r["weight_bytes"][kind]))
     line("weights read per token", lambda r: size_text(r["weight_bytes_per_token"]))
     line("state per sequence", lambda r: size_text(r["state_bytes_per_sequence"]))
     table.add_section()

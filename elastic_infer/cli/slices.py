@@ -84,7 +84,7 @@ def derive(
     budget: budgets.Budget = None,
     memory: budgets.Memory = None,
     active: budgets.Active = False,
-    bits: budgets.Bits = 16.0,
+    bits: budgets.Bits = None,
     context: budgets.Context = 131072,
     name: budgets.Name = "",
     write: budgets.Write = True,

@@ -16,16 +16,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic_infer.config import ATTENTION, MOE, ModelConfig
 from elastic_infer.errors import CheckpointError
 from elastic_infer.quantization.formats import BLOCK, Packed
 from elastic_infer.quantization.published import SUPPORTED, Published
 from elastic_infer.tensor_files import Axis, Selection, TensorFiles, axis_ranges
 
-__all__ = ["StoredWeight", "find_stored", "read_packed", "stored_selections", "stored_weights"]
+__all__ = [
+    "PLAIN_NAMES",
+    "StoredWeight",
+    "check_fused",
+    "find_stored",
+    "read_packed",
+    "stated_formats",
+    "stored_selections",
+    "stored_weights",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _EXTRAS = ("input_scale", "input_global_scale", "k_scale", "v_scale", "weight_shape")
-_PLAIN = (".embeddings.weight", ".gate.weight")
+PLAIN_NAMES = (".embeddings.weight", ".gate.weight")  # never quantised
 _TEXT = {torch.uint8: "uint8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 
@@ -80,7 +90,7 @@ def find_stored(
     if dtype in _FLOATS:
         _check_plain(files, name, module, published)
         return None
-    if len(shape) != 2 or name.endswith(_PLAIN):
+    if len(shape) != 2 or name.endswith(PLAIN_NAMES):
         _refuse(
             files, codes,
             "be float32, bfloat16 or float16 (embedding, router, convolution and vectors are not "
@@ -281,3 +291,46 @@ def stored_weights(
         if found is not None:
             out[name] = found
     return out
+
+
+def stated_formats(
+    expected: Mapping[str, tuple[int, ...]], published: Published | None
+) -> dict[str, str]:
+    """{name: format} that a checkpoint's config alone lets expect of `expected` {name: shape};
+    what the files hold decides (`stored_weights`)."""
+    out = {}
+    for name, shape in expected.items():
+        if published is None or len(shape) != 2 or name.endswith(PLAIN_NAMES):
+            continue
+        found = published.format_of(name.removesuffix(".weight"))
+        if found is not None:
+            out[name] = found
+    return out
+
+
+def check_fused(config: ModelConfig, formats: Mapping[str, str]) -> None:
+    """Refuses matrices that are one in memory but differ in their format: q, k and v of a layer,
+    and all experts of a layer, up and down.
+
+    Args:
+        config: of the checkpoint. formats: {name: "nvfp4" or "fp8"} of the quantised matrices.
+
+    Raises: CheckpointError naming two that differ.
+    """
+    for layer, kind in enumerate(config.layers):
+        at = f"backbone.layers.{layer}.mixer."
+        if kind == ATTENTION:
+            names = [f"{at}{part}_proj.weight" for part in "qkv"]
+        elif kind == MOE:
+            experts = [f"{at}experts.{e}." for e in range(config.n_routed_experts)]
+            names = [f"{e}{part}_proj.weight" for e in experts for part in ("up", "down")]
+        else:
+            continue
+        first = formats.get(names[0])
+        for name in names:
+            if formats.get(name) != first:
+                raise CheckpointError(
+                    f"checkpoint: {name} must have the format of {names[0]}, with which it is one "
+                    f"matrix in memory: {first or 'not quantised'}, got "
+                    f"{formats.get(name) or 'not quantised'}"
+                )
