@@ -24,6 +24,7 @@ from elastic_infer.slicing import (
     EMBEDDING,
     Selection,
     hull,
+    part_sources,
     selection_shape,
     tensor_selections,
 )
@@ -150,18 +151,19 @@ def _compare(whole: Checkpoint, part: TensorFiles, width: Width, name: str) -> N
     selections = tensor_selections(whole.config, width)
     if whole.config.tie_word_embeddings and HEAD in part:  # a slice of a tied model has a head
         sources[HEAD], selections[HEAD] = EMBEDDING, selections[EMBEDDING]
-    for tensor, kept in selections.items():
+    stored = part_sources(whole, {n: (sources[n], kept) for n, kept in selections.items()})
+    for tensor, (source, kept) in stored.items():
         if tensor not in part:
             absent += 1
             continue
-        want = selection_shape(whole.shape_of(sources[tensor]), kept)
+        want = selection_shape(whole.part_spec(source)[0], kept)
         got = part.shape_of(tensor)
         if got != want:
             raise CheckpointError(
                 f"derive_widths: {tensor} of {name} must have shape {list(want)} as its "
                 f"config.json says, got {list(got)}"
             )
-        _compare_one(whole, part, tensor, sources[tensor], kept, name)
+        _compare_one(whole, part, tensor, source, kept, name)
     if absent:
         logger.warning("derive_widths: %d tensors of %s are absent: not compared", absent, name)
 
@@ -179,12 +181,21 @@ def _compare_one(
     whole: Checkpoint, part: TensorFiles, tensor: str, source: str, kept: Selection, name: str
 ) -> None:
     shape, dtype = part.shape_of(tensor), part.dtype_of(tensor)
+    if not shape:
+        if part.tensor(tensor).item() != whole.part(source).item():
+            raise CheckpointError(
+                f"derive_widths: {tensor} of {name} must be that of the full checkpoint, got "
+                f"{part.tensor(tensor).item()!r} for {whole.part(source).item()!r}"
+            )
+        return
     row_bytes = max(1, torch.Size(shape[1:]).numel()) * dtype.itemsize
     step = max(1, _BLOCK_BYTES // row_bytes)
     for start in range(0, shape[0], step):
         stop = min(shape[0], start + step)
         got = part.tensor(tensor, slice(start, stop))
-        want = whole.tensor(source, _part_of(kept.rows, start, stop), kept.cols).to(dtype)
+        want = whole.part(source, _part_of(kept.rows, start, stop), kept.cols).to(dtype)
+        if dtype == torch.float8_e4m3fn:  # compared as bits
+            got, want = got.view(torch.uint8), want.view(torch.uint8)
         differs = (got != want) & ~(got.isnan() & want.isnan())
         if not bool(differs.any()):
             continue

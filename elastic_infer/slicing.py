@@ -27,6 +27,7 @@ __all__ = [
     "expected_shapes",
     "hull",
     "is_uniform",
+    "part_sources",
     "selection_shape",
     "slice_checkpoint",
     "slice_state_dict",

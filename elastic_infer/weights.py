@@ -126,6 +126,8 @@ class WeightLoader:
 
     checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of activations,
     norms and the matmul weights that are not quantised. run: a Pool for packing. progress: called
+    checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of activations,
+    norms and the matmul weights that are not quantised. run: a Pool for packing. progress: called
     with (what, bytes). device: where they go, slice by slice; tiles are filled there.
     """
 
