@@ -239,14 +239,14 @@ def test_rounding_in_training_is_that_of_the_codes(kind):
     torch.testing.assert_close(one.detach(), want[0], rtol=1e-6, atol=1e-9)
 
 
-def distilled(tmp_path, steps=12, lr=2e-3):
+def distilled(tmp_path, steps=12, lr=4e-4):
     checkpoint = base(tmp_path, torch.float32)
     formats = choose_formats(checkpoint.config, checkpoint.names, ALL)
     quantizer = Quantizer(checkpoint, formats)
     packed = dict(quantizer.each())
     generator = torch.Generator().manual_seed(0)
-    data = [torch.randint(3, 130, (4, 24), generator=generator) for _ in range(3)]
-    held = torch.randint(3, 130, (4, 24), generator=generator)
+    data = [torch.randint(3, 130, (4, 24), generator=generator) for _ in range(steps)]
+    held = torch.randint(3, 130, (8, 24), generator=generator)
     settings = DistillSettings(steps=steps, lr=lr)
     found = distill_quantized(checkpoint, packed, IteratorData(data, [held]), settings)
     return checkpoint, formats, quantizer, packed, found
