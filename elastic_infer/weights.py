@@ -126,8 +126,6 @@ class WeightLoader:
 
     checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of activations,
     norms and the matmul weights that are not quantised. run: a Pool for packing. progress: called
-    checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of activations,
-    norms and the matmul weights that are not quantised. run: a Pool for packing. progress: called
     with (what, bytes). device: where they go, slice by slice; tiles are filled there.
     """
 
@@ -189,7 +187,9 @@ class WeightLoader:
         if self.progress:
             blocks = packed.block_scales
             self.progress(name, packed.codes.numel() + (0 if blocks is None else blocks.numel()))
-        return packed
+        place = self.device.place
+        blocks = None if packed.block_scales is None else packed.block_scales.to(place)
+        return Packed(packed.codes.to(place), blocks, packed.scale)
 
     def _tiled_codes(self, parts: list[tuple[str, object]], cols) -> TiledWeight:
         """The same of quantised matrices of one format; every segment has its tensor's scale."""
