@@ -159,6 +159,35 @@ def training_table(figures: Figures) -> str:
     return grid(head, [row])
 
 
+def quantized_table(figures: Figures) -> str:
+    """What each width solves with quantised weights."""
+    widths = list(figures["ways"]["bf16"]["widths"])
+    rows = []
+    for name, way in figures["ways"].items():
+        read = way["widths"][widths[-1]]["weight_bytes_per_token"]
+        lines = way.get("error", {}).values()  # of the scales' search; none for bf16
+        error = ", ".join(f"{line['relative_error'][widths[-1]]:.1%}" for line in lines)
+        rows.append([
+            name, *(share(way["widths"][w]) for w in widths), f"{way['size'] / 1e6:.2f} MB",
+            f"{read / 1e3:.0f} kB", error or "-",
+        ])  # fmt: skip
+    count = figures["ways"]["bf16"]["widths"][widths[0]]["count"]
+    head = ("weights", *(f"`{w}` solves, %" for w in widths), "file",
+            f"read per token, `{widths[-1]}`", "error of the weights")  # fmt: skip
+    told = next((way["distilled"] for way in figures["ways"].values() if "distilled" in way), None)
+    note = f"{count} problems, 95 % intervals; {measured(figures)}."
+    if told is not None:
+        before, after = (
+            ", ".join(f"{w} {told[key][w]:.4f}" for w in widths)
+            for key in ("loss_before", "loss_after")
+        )
+        note += (
+            f" Distillation: {told['steps']} steps, {told['minutes']} minutes; held-out divergence "
+            f"from the bf16 model at the same width before: {before}; after: {after}."
+        )
+    return f"{grid(head, rows)}\n\n{note}"
+
+
 def ops_table(figures: Figures) -> str:
     """Every op beside torch: {"rows": [{"op", "case", "us", ...}]} of `ops.py`."""
     rows = [
@@ -186,6 +215,7 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "reasoner-training": (f"{CARD}/training.json", training_table),
     "decode-620m": (f"{RESULTS}/decode-620m.json", decode_table),
     "peer-620m": (f"{RESULTS}/compare-620m.json", peer_table),
+    "quantized": (f"{CARD}/quantized.json", quantized_table),
     "ops": (f"{RESULTS}/ops-cpu.json", ops_table),
     **{name: (f"{RESULTS}/elastify/results.json", make) for name, make in ELASTIFY.items()},
 }

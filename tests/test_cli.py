@@ -17,7 +17,7 @@ from elastic_infer.cli import chatting, common, generation, inspection, slices
 from elastic_infer.config import count_parameters, kv_bytes_per_token, state_bytes
 from elastic_infer.footprint import bytes_per_token, fit, weight_bytes
 
-COMMANDS = ("demo", "generate", "chat", "info", "slice", "widths", "elastify")
+COMMANDS = ("demo", "generate", "chat", "info", "slice", "widths", "elastify", "quantize")
 
 
 @pytest.fixture(scope="module")

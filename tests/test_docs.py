@@ -283,6 +283,19 @@ SAMPLES = {
          "peer": "llama.cpp bf16", "threads": 2, "machine": MACHINE, "date": "d"},
         ["| decode | 100 | 80 | 1.25 |", "L 100 tokens/s, 90%", "took 0.91", "at most 1.02"],
     ),
+    "quantized": (
+        {"ways": {
+            "bf16": {"size": 2_150_000,
+                     "widths": {"L": {**SCORE, "weight_bytes_per_token": 1549000}}},
+            "nvfp4, distilled": {
+                "size": 900_000, "widths": {"L": {**SCORE, "weight_bytes_per_token": 500000}},
+                "error": {"nvfp4": {"relative_error": {"L": 0.0812}}},
+                "distilled": {"steps": 9, "minutes": 1.5, "loss_before": {"L": 0.5},
+                              "loss_after": {"L": 0.25}}},
+         }, "machine": MACHINE, "date": "d"},
+        ["| bf16 | 95.5% (91.7–97.6) | 2.15 MB | 1549 kB | - |", "| 0.90 MB | 500 kB | 8.1% |",
+         "9 steps, 1.5 minutes", "before: L 0.5000; after: L 0.2500"],
+    ),
     "ops": (
         {"rows": [{"op": "embed", "case": "R=1 V=2", "us": 1.26, "gb_s": 3.14, "gflop_s": 0.0,
                    "percent_of_roof": 41.8, "roof": "read", "ratio": 2.5}],
