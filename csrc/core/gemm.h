@@ -15,12 +15,14 @@
 
 namespace ei::EI_ISA {
 
-// Room for the sums of kBlocks blocks, and for one widened tile with its block scales.
+// Room for the sums of kCodeBlocks blocks, and for one widened tile with its block scales.
 struct Totals {
-  alignas(64) float sum[kBlocks * kMicroRows * kTile];
+  alignas(64) float sum[kCodeBlocks * kMicroRows * kTile];
   alignas(64) float widened[kTile * kTile];
   alignas(64) float scales[kTile / kScaleBlock * kTile];
 };
+
+constexpr int kAhead = 2;  // tiles that are fetched before they are needed
 
 // Float image of the first n columns of a bf16 tile.
 inline void widen_tile(const char* w, int n, float* out) {
@@ -60,7 +62,8 @@ inline void tile_row_as(const Panel& p, int first, int end, const char* image_ro
   char* image = reinterpret_cast<char*>(totals.widened);
   int k = 0;
   for (int b = first; b < end; ++b) k = std::max(k, p.block[b].k);
-  for (int t = 0; t * kTile < k; ++t) {
+  const int tiles_read = static_cast<int>(tiles(k));
+  for (int t = 0; t < tiles_read; ++t) {
     const char* w = image_row + t * tile_bytes(Tile);
     const int n = std::min(kTile, k - t * kTile);
     if constexpr (quantised(Tile)) {
@@ -73,7 +76,10 @@ inline void tile_row_as(const Panel& p, int first, int end, const char* image_ro
       if (expand)
         block_tile<expanded>(p.block[b], image, t, out, nvfp4 ? totals.scales : nullptr);
       else if constexpr (nvfp4)
-        block_codes<W>(p.block[b], w, t, out);
+        block_codes<W>(p.block[b], w, t, out,
+                       t + kAhead < tiles_read ? w + kAhead * tile_bytes(Tile)
+                                               : image_row + p.row_bytes +
+                                                     (t + kAhead - tiles_read) * tile_bytes(Tile));
       else if constexpr (Tile != DType::fp8)
         block_tile<W>(p.block[b], w, t, out);
     }
@@ -96,8 +102,9 @@ template <class Out>
 inline void tile_row(const Panel& p, const char* image_row, Totals& totals, Out out,
                      float scale = 1.0f) {
   const V factor = V::set(p.tile == DType::nvfp4 ? scale * kBlockFactor : scale);
-  for (int first = 0; first < p.blocks; first += kBlocks) {
-    const int end = std::min(first + kBlocks, p.blocks);
+  const int together = quantised(p.tile) ? kCodeBlocks : kBlocks;
+  for (int first = 0; first < p.blocks; first += together) {
+    const int end = std::min(first + together, p.blocks);
     switch (p.tile) {
       case DType::f32:
         tile_row_as<Weights::f32, DType::f32>(p, first, end, image_row, totals);

@@ -2,9 +2,10 @@
 //
 //   FP8 tile:   [16 groups of 4 columns][64 rows] words (4 KiB); the bytes of a word are the codes
 //               of columns 0, 2, 1, 3, so that a vector of words gives pairs of columns.
-//   NVFP4 tile: [8 groups of 8 columns][64 rows] words (2 KiB); the low half of a word has the
-//               codes of the even columns, the high half those of the odd ones, ascending from the
-//               lowest four bits; then [4 blocks of 16 columns][64 rows] block scales (256 B).
+//   NVFP4 tile: 4 groups of 16 rows, each [8 groups of 8 columns][16 rows] words (512 B); the low
+//               half of a word has the codes of the even columns, the high half those of the odd
+//               ones, ascending from the lowest four bits; then [4 blocks of 16 columns][16 rows]
+//               block scales (64 B). One row of x reads it from the first to the last byte.
 //
 // Codes become bf16 or float exactly. What is left to multiply with, the tensor's scale and
 // kBlockFactor, is applied to the finished sums.
@@ -14,7 +15,18 @@
 namespace ei::EI_ISA {
 
 constexpr int kNvfp4Group = 8, kFp8Group = 4;  // columns per word
-constexpr int kCodeBytes = kTile * kTile / 2;  // of an NVFP4 tile, before its scales
+constexpr int kRowGroup = 16;                  // rows of an NVFP4 tile that lie together
+constexpr int kGroupBytes = kRowGroup * kTile / 2 + kRowGroup * kTile / kScaleBlock;
+
+// The word of row r and columns c to c + 7 of an NVFP4 tile, and the scale of that row's block.
+inline const uint32_t* nvfp4_word(const char* tile, int c, int r) {
+  return reinterpret_cast<const uint32_t*>(tile + r / kRowGroup * kGroupBytes) +
+         c / kNvfp4Group * kRowGroup + r % kRowGroup;
+}
+inline const uint8_t* nvfp4_scale(const char* tile, int c, int r) {
+  return reinterpret_cast<const uint8_t*>(tile) + r / kRowGroup * kGroupBytes +
+         kRowGroup * kTile / 2 + c / kScaleBlock * kRowGroup + r % kRowGroup;
+}
 
 // Bits that column c (of a group) starts at in its word.
 constexpr int nvfp4_shift(int c) { return c % 2 * 16 + c / 2 * 4; }
@@ -32,7 +44,8 @@ inline void expand_tile(const char* tile, int n, char* image, float* scales) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(tile);
   for (int k = 0; k < n; k += group)
     for (int j = 0; j < kTile; j += L) {
-      const uint32_t* from = words + k / group * kTile + j;
+      const uint32_t* from =
+          Tile == DType::nvfp4 ? nvfp4_word(tile, k, j) : words + k / group * kTile + j;
       if constexpr (W == Weights::pairs) {
         uint32_t* to = reinterpret_cast<uint32_t*>(image) + k / 2 * kTile + j;
         Pairs pairs[group / 2];
@@ -46,10 +59,9 @@ inline void expand_tile(const char* tile, int n, char* image, float* scales) {
       }
     }
   if (Tile == DType::nvfp4)
-    for (int b = 0; b < n / kScaleBlock; ++b)
+    for (int k = 0; k < n; k += kScaleBlock)
       for (int j = 0; j < kTile; j += L)
-        store(scales + b * kTile + j,
-              e4m3_scales(reinterpret_cast<const uint8_t*>(tile) + kCodeBytes + b * kTile + j));
+        store(scales + k / kScaleBlock * kTile + j, e4m3_scales(nvfp4_scale(tile, k, j)));
 }
 
 // As micro(), for an expanded NVFP4 tile: the sum of a block of columns starts at zero and is added
@@ -91,7 +103,7 @@ template <int MR, Weights W>
 inline void code_products(V (&acc)[MR], const uint32_t* words, const char* const* x, int k) {
 #pragma GCC unroll 2
   for (int half = 0; half < kScaleBlock; half += kNvfp4Group) {
-    const uint32_t* from = words + half / kNvfp4Group * kTile;
+    const uint32_t* from = words + half / kNvfp4Group * kRowGroup;
     if constexpr (W == Weights::pairs) {
       Pairs w[kNvfp4Group / 2];
       e2m1_pairs(from, w);
@@ -116,11 +128,11 @@ inline void code_products(V (&acc)[MR], const uint32_t* words, const char* const
 }
 
 // totals[m][64 lanes] (+)= sum over n columns of an NVFP4 tile, in the order of micro_blocks().
+// `next`: a tile to fetch meanwhile; with so little arithmetic the hardware's own guess comes late.
 template <int MR, Weights W>
-inline void micro_codes(const char* tile, const char* const* x, int n, float* totals, bool first) {
+inline void micro_codes(const char* tile, const char* const* x, int n, float* totals, bool first,
+                        const char* next) {
   constexpr int L = V::kLanes;
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(tile);
-  const uint8_t* scales = reinterpret_cast<const uint8_t*>(tile) + kCodeBytes;
   for (int j = 0; j < kTile; j += L) {
     V total[MR];
 #pragma GCC unroll 8
@@ -129,8 +141,10 @@ inline void micro_codes(const char* tile, const char* const* x, int n, float* to
       V acc[MR];
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) acc[m] = V::set(0.0f);
-      code_products<MR, W>(acc, words + k / kNvfp4Group * kTile + j, x, k);
-      const V scale = e4m3_scales(scales + k / kScaleBlock * kTile + j);
+      const char* ahead = next + j / kRowGroup * kGroupBytes + k * kGroupBytes / kTile;
+      for (int line = 0; line < 3; ++line) __builtin_prefetch(ahead + line * 64);
+      code_products<MR, W>(acc, nvfp4_word(tile, k, j), x, k);
+      const V scale = e4m3_scales(nvfp4_scale(tile, k, j));
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) total[m] = fma(acc[m], scale, total[m]);
     }
@@ -141,12 +155,14 @@ inline void micro_codes(const char* tile, const char* const* x, int n, float* to
 
 // One block of rows times K tile t, straight from the codes.
 template <Weights W>
-inline void block_codes(const RowBlock& block, const char* tile, int t, float* totals) {
+inline void block_codes(const RowBlock& block, const char* tile, int t, float* totals,
+                        const char* next) {
   const int n = std::min(kTile, block.k - t * kTile);
   if (n <= 0) return;
   const char* x[kMicroRows];
   for (int i = 0; i < block.rows; ++i) x[i] = block.x[i] + t * block.step;
-  with_rows(block.rows, [&](auto count) { micro_codes<count, W>(tile, x, n, totals, t == 0); });
+  with_rows(block.rows,
+            [&](auto count) { micro_codes<count, W>(tile, x, n, totals, t == 0, next); });
 }
 
 }  // namespace ei::EI_ISA

@@ -8,10 +8,11 @@
 namespace ei::EI_ISA {
 
 constexpr int kTile = 64;
-constexpr int kMicroRows = 6;  // activation rows that share one pass over a tile
-constexpr int kBlocks = 4;     // such blocks that pass over a tile while it is in the first cache
-constexpr int kMaxRows = 256;  // rows of one panel
-constexpr int kCopyRows = 24;  // from this many rows on, a panel's rows are copied side by side
+constexpr int kMicroRows = 6;   // activation rows that share one pass over a tile
+constexpr int kBlocks = 4;      // such blocks that pass over a tile while it is in the first cache
+constexpr int kCodeBlocks = 8;  // the same for quantised tiles, which are expanded each time
+constexpr int kMaxRows = 256;   // rows of one panel
+constexpr int kCopyRows = 24;   // from this many rows on, a panel's rows are copied side by side
 constexpr int kMaxBlocks = (kMaxRows + kMicroRows - 1) / kMicroRows;
 
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
@@ -32,6 +33,7 @@ struct Panel {
   int blocks = 0, rows = 0, k = 0;  // k: widest of all
   Weights kind = Weights::f32;
   DType tile = DType::f32;  // what the weight's tiles hold
+  int64_t row_bytes = 0;    // from one row of tiles to the next
 };
 
 // How activations of type T meet weights of type w.

@@ -58,6 +58,7 @@ void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
       [&](int r) { return a.x.ptr<X>() + (first_row + r) * a.x.stride[0]; },
       [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K); },
       [&](int64_t n, const auto& f) { pool.run(n, f); });
+  panel.row_bytes = row_bytes;
   const int parts = static_cast<int>(std::min<int64_t>(total_tiles, pool.threads() * kParts));
   pool.run(parts, [&](int64_t part, int) {
     const int begin = static_cast<int>(part * total_tiles / parts);
@@ -115,7 +116,7 @@ void pack_codes(const uint8_t* codes, int64_t stride, const uint8_t* scales, int
     for (int c = 0; c < k; ++c) {
       if (nvfp4) {
         const uint32_t code = codes[r * stride + c / 2] >> (c % 2 * 4) & 15;
-        words[c / kNvfp4Group * kTile + r] |= code << nvfp4_shift(c % kNvfp4Group);
+        *const_cast<uint32_t*>(nvfp4_word(tile, c, r)) |= code << nvfp4_shift(c % kNvfp4Group);
       } else {
         const uint32_t code = codes[r * stride + c];
         words[c / kFp8Group * kTile + r] |= code << fp8_shift(c % kFp8Group);
@@ -123,8 +124,8 @@ void pack_codes(const uint8_t* codes, int64_t stride, const uint8_t* scales, int
     }
   if (!nvfp4) return;
   for (int r = 0; r < n; ++r)
-    for (int b = 0; b < k / kScaleBlock; ++b)
-      reinterpret_cast<uint8_t*>(tile)[kCodeBytes + b * kTile + r] = scales[r * scale_stride + b];
+    for (int c = 0; c < k; c += kScaleBlock)
+      *const_cast<uint8_t*>(nvfp4_scale(tile, c, r)) = scales[r * scale_stride + c / kScaleBlock];
 }
 
 // Calls f(row of tiles, column of tiles, tile, rows, columns) for all tiles that the source's

@@ -111,6 +111,7 @@ void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int
                     : reinterpret_cast<const X*>(m.middle) + static_cast<int64_t>(at + i) * in;
         },
         [&](int i) { return up ? m.k(source(i)) : m.f(source(i)); }, Alone());
+    panel.row_bytes = row_bytes;
     X* out = reinterpret_cast<X*>(up ? m.middle : m.result) + static_cast<int64_t>(at) * out_size;
     for (int t = first; t < end && t * kTile < widest; ++t)
       tile_row(
