@@ -261,6 +261,17 @@ class Checkpoint:
         """{name: "nvfp4" or "fp8"} of the quantised tensors."""
         return {name: stored.format for name, stored in self.quantized.items()}
 
+    def require_plain(self, what: str) -> None:
+        """Refuses a quantised checkpoint for `what`, naming its first quantised tensor.
+
+        Raises: CheckpointError.
+        """
+        for name, found in self.formats.items():
+            raise CheckpointError(
+                f"{what}: the checkpoint must not be quantised, got {name} in {found}; start from "
+                "the one that it was made of"
+            )
+
     def format_of(self, name: str) -> str:
         """"nvfp4" or "fp8" of a quantised tensor, else its dtype, such as "bfloat16"."""
         if name in self.quantized:

@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 from elastic_infer.checkpoint import Checkpoint
 from elastic_infer.cli import app
 from elastic_infer.elastify.corpus import IteratorData
+from elastic_infer.elastify.pipeline import elastify
+from elastic_infer.elastify.settings import Settings, Stage
+from elastic_infer.elastify.sorting import random_order, sort_checkpoint
 from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
 from elastic_infer.ops.fp8_quantize import fp8_quantize
 from elastic_infer.ops.nvfp4_quantize import nvfp4_quantize
@@ -216,6 +219,11 @@ def test_a_quantised_checkpoint_and_a_used_folder_are_refused(tmp_path):
     found, _ = made(tmp_path, checkpoint, {"head": "fp8"})
     with pytest.raises(CheckpointError, match=r"must not be quantised, got lm_head\.weight in fp8"):
         made(tmp_path, found, {"head": "nvfp4"}, "other")
+    data = tmp_path / "none"
+    with pytest.raises(CheckpointError, match="elastify: the checkpoint must not be quantised"):
+        elastify(found, data, tmp_path / "e", Settings((Stage(1, 8),)))
+    with pytest.raises(CheckpointError, match="sort: the checkpoint must not be quantised"):
+        sort_checkpoint(found, random_order(found.config, 0), tmp_path / "s")
     with pytest.raises(CheckpointError, match="out must be a new or empty folder"):
         made(tmp_path, checkpoint, {"head": "fp8"})
 

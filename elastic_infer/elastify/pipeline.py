@@ -163,6 +163,7 @@ def elastify(
         NonFiniteLoss: training diverged; the run keeps its last checkpoint.
     """
     checkpoint = parent if isinstance(parent, Checkpoint) else Checkpoint.open(parent)
+    checkpoint.require_plain("elastify")
     if len(checkpoint.widths) > 1:
         raise CheckpointError(
             f"elastify: parent must have one width, got {', '.join(checkpoint.widths)}; slice out "

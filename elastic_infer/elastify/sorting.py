@@ -267,6 +267,7 @@ def sort_checkpoint(
             "name another one"
         )
     out.mkdir(parents=True, exist_ok=True)
+    checkpoint.require_plain("sort")
     config = checkpoint.config
     sources = sorted_sources(config, order)
     shapes = expected_shapes(config)

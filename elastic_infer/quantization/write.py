@@ -204,12 +204,7 @@ def _part_specs(module: str, shape: tuple[int, ...], kind: str) -> dict[str, tup
 
 def check_source(checkpoint: Checkpoint, out: Path) -> None:
     """Refuses a checkpoint that is quantised already, and a folder that holds something."""
-    if checkpoint.quantized:
-        first = next(iter(checkpoint.quantized))
-        raise CheckpointError(
-            f"quantize: the checkpoint must not be quantised, got {first} in "
-            f"{checkpoint.format_of(first)}; start from the one it was made of"
-        )
+    checkpoint.require_plain("quantize")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(
             f"quantize: out must be a new or empty folder, got {out} with something in it"

@@ -2,7 +2,7 @@
 
 ``python -m elastic_infer.elastify.reasoner.quantized MODEL --out FILE`` quantises MODEL in a
 temporary folder in several ways, runs every width of each on the same held-out problems, and
-writes accuracy, bytes and the errors of the weights.
+writes accuracy, bytes and the errors of the weights after each.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     settings = DistillSettings(steps=given.steps, lr=given.lr)
     checkpoint = Checkpoint.open(given.model)
     ways = {"bf16": measure(given.model, given.per_operation, given.threads)}
+    figures |= {"fingerprint": checkpoint.fingerprint, "ways": ways}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, (kind, groups, train)) in enumerate(WAYS.items()):
             out = Path(folder) / str(number)
@@ -119,9 +120,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
             ways[name] = row
             shown = {width: row["widths"][width]["accuracy"] for width in row["widths"]}
             print(name, shown, flush=True)
-    figures |= {"fingerprint": checkpoint.fingerprint, "ways": ways}
-    if given.out is not None:
-        given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            if given.out is not None:  # what is measured stays, also if the run is ended
+                given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
