@@ -175,7 +175,8 @@ def quantized_table(figures: Figures) -> str:
     head = ("weights", *(f"`{w}` solves, %" for w in widths), "file",
             f"read per token, `{widths[-1]}`", "error of the weights")  # fmt: skip
     told = next((way["distilled"] for way in figures["ways"].values() if "distilled" in way), None)
-    note = f"{count} problems, 95 % intervals; {measured(figures)}."
+    where = f"{figures['machine']['processor']}, {figures['date']}"
+    note = f"{count} problems, greedy, 95 % intervals; {where}."
     if told is not None:
         before, after = (
             ", ".join(f"{w} {told[key][w]:.4f}" for w in widths)
