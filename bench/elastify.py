@@ -2,6 +2,7 @@
 
     python bench/elastify.py                # everything, continues where it was stopped
     python bench/elastify.py --quick        # smaller everything, minutes
+    python bench/elastify.py --seeds 0 1    # the comparison trainings twice
     python bench/elastify.py --parts order depth
 
 A dense model of the arithmetic task is trained, then made elastic. Per width: (a) nested with a
@@ -87,7 +88,7 @@ class Scale:
 
 
 QUICK = Scale(
-    parent_steps=700,
+    parent_steps=1000,
     steps=80,
     nested_steps=120,
     tokens=1024,

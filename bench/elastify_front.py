@@ -45,3 +45,16 @@ def best_gains(points: Sequence[Point], latency: str) -> dict[str, Any]:
         value, base, other = max(pairs)
         out[name] = {"gain": value, "plain": plain[base], "by": known[other]}
     return out
+
+
+def near_gain(points: Sequence[Point], latency: str) -> Point:
+    """The fastest point that cannot be told from the full model at its best.
+
+    Returns:
+        {"gain": times faster, "plain": the full model's best point, "by": the fastest point whose
+        accuracy lies in that one's 95 % interval or above}.
+    """
+    known = [p for p in points if p[latency] is not None]
+    plain = max((p for p in known if is_plain(p)), key=lambda p: (p["accuracy"], -p[latency]))
+    by = min((p for p in known if p["accuracy"] >= plain["low"]), key=lambda p: p[latency])
+    return {"gain": plain[latency] / by[latency], "plain": plain, "by": by}

@@ -156,7 +156,7 @@ def point(think, answer, accuracy, latency, **more):
 
 
 def test_front_and_gains_by_hand():
-    from elastify_front import best_gains, pareto
+    from elastify_front import best_gains, near_gain, pareto
 
     points = [
         point("L", "L", 0.5, 2.0), point("L", "L", 0.9, 4.0), point("S", "L", 0.8, 2.0),
@@ -168,6 +168,9 @@ def test_front_and_gains_by_hand():
     assert gains["accuracy"]["by"] is points[2] and gains["accuracy"]["plain"] is points[0]
     assert gains["latency"]["gain"] == pytest.approx(2.0)  # S->S against L at 0.5
     assert best_gains([point("L", "L", 0.0, 1.0), points[2]], "cpu") == {}
+    ranged = [{**p, "low": p["accuracy"] - 0.15} for p in points]
+    near = near_gain(ranged, "cpu")
+    assert near["gain"] == 2 and near["by"]["think"] == "S"  # 0.8 lies within 0.75 and above
     unpriced = [{**p, "priced": None} if p["think"] == "M" else p for p in points]
     assert len(pareto(unpriced, "priced")) == 3
     assert pareto(unpriced, "priced")[-1]["think"] == "L"
@@ -218,7 +221,8 @@ def test_the_whole_bench_in_small(tmp_path):
     found = {part: seeds["0"] for part, seeds in figures["results"].items()}
     assert set(found) == {"parent", "order", "router", "uniform", "unswitched", "scratch", "alone",
                           "depth", "caches", "control", "shipped"}  # fmt: skip
-    assert found["parent"]["widths"]["L"]["solved"] > 0.5
+    parent = found["parent"]["widths"]["L"]  # untrained: none
+    assert parent["tokens_right"] > 0.9 and parent["solved"] > 0.1
     orders = found["order"]["orders"]
     assert orders["importance"]["L"]["divergence"] == pytest.approx(0, abs=1e-4)
     assert orders["importance"]["M"]["divergence"] < orders["random 0"]["M"]["divergence"]
