@@ -209,6 +209,7 @@ def test_the_grid_has_every_pair_and_policy_once():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_bench_in_small(tmp_path):
     """Everything with --quick, then once more: nothing is trained twice."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
