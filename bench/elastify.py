@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from elastify_caches import compare_caches
 from elastify_data import CHECK_SEED, PlainTraining, Problems, accuracy
+from elastify_front import price_again
 from elastify_price import calculated, from_file
 from elastify_report import write_report
 
@@ -106,8 +107,8 @@ QUICK = Scale(
 class Bench:
     """The parts, their results and what they share."""
 
-    def __init__(self, out: Path, scale: Scale, seed: int, prices: Path | None = None):
-        self.out, self.scale, self.seed, self.prices = out, scale, seed, prices
+    def __init__(self, out: Path, scale: Scale, seed: int):
+        self.out, self.scale, self.seed = out, scale, seed
         self.tag = f"-{seed}" if seed else ""
         out.mkdir(parents=True, exist_ok=True)
         self.data = Problems(scale.tokens, scale.operations)
@@ -339,7 +340,7 @@ class Bench:
             self.data.problems(scale.front_problems, CHECK_SEED + 1),
             scale.budgets,
             scale.policies,
-            calculated() if self.prices is None else from_file(self.prices),
+            calculated(),
         )
 
     def run_shipped(self) -> dict[str, Any]:
@@ -401,7 +402,7 @@ def main() -> None:
     scale = QUICK if given.quick else Scale()
     found: dict[str, dict[str, Any]] = {}
     for seed in given.seeds:
-        bench = Bench(out, scale, seed, given.prices)
+        bench = Bench(out, scale, seed)
         for name in PARTS:
             if given.report and not bench.file(name).is_file():
                 continue
@@ -411,6 +412,9 @@ def main() -> None:
                 for before in NEEDED.get(name, ()):
                     bench.part(before)
                 found.setdefault(name, {})[str(seed)] = bench.part(name)
+    if given.prices is not None and "control" in found:
+        for control in found["control"].values():
+            price_again(control, from_file(given.prices))
     print(write_report(given.results or out, header(given, scale), found))
     if given.results is not None:
         for file in out.glob("router*.png"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from elastify_price import Prices
+
 Point = dict[str, Any]
 
 
@@ -45,6 +47,14 @@ def best_gains(points: Sequence[Point], latency: str) -> dict[str, Any]:
         value, base, other = max(pairs)
         out[name] = {"gain": value, "plain": plain[base], "by": known[other]}
     return out
+
+
+def price_again(control: dict[str, Any], prices: Prices) -> None:
+    """Gives the points of a grid other prices, in place; what was measured stays."""
+    for point in (*control["points"], *control["again"]):
+        point["priced"] = prices.seconds(point)
+    control["prices"], control["measured_prices"] = prices.title, prices.measured
+    control["gains"]["priced"] = best_gains(control["again"], "priced")
 
 
 def near_gain(points: Sequence[Point], latency: str) -> Point:

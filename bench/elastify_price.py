@@ -78,18 +78,23 @@ def calculated() -> Prices:
 
 
 def from_file(path: Path) -> Prices:
-    """Measured prices: {"rows": [{"width", "ms_per_token", "prefill_ms_per_token"}]}.
+    """Measured prices: {"rows": [{"width", "step_seconds", "prefill_seconds_per_token"}]}.
 
-    Widths are L, M, S or 30B, 23B, 12B; a pass takes no less than that of one token.
+    Widths are 30B, 23B and 12B; plans with one that is missing have no price. A pass over several
+    tokens takes no less than one over a single token.
 
     Raises:
         KeyError: a row lacks a figure.
+        ValueError: there is no row of 30B, which everything is compared with.
     """
     figures = json.loads(path.read_text(encoding="utf-8"))
     letters = {name: letter for letter, name in NAMES.items()}
     read = {}
     for row in figures["rows"]:
-        step, many = row["ms_per_token"] / 1e3, row["prefill_ms_per_token"] / 1e3
-        name = letters.get(row["width"], row["width"])
-        read[name] = lambda tokens, step=step, many=many: max(step, tokens * many)
+        step, many = row["step_seconds"], row["prefill_seconds_per_token"]
+        read[letters[row["width"]]] = lambda tokens, step=step, many=many: max(step, tokens * many)
+    if "L" not in read:
+        raise ValueError(
+            f"prices: {path} must have a row of 30B, got {[row['width'] for row in figures['rows']]}"
+        )
     return Prices(f"`{path.name}`", True, read)

@@ -177,12 +177,13 @@ def test_front_and_gains_by_hand():
 
 
 def test_prices_count_every_pass(tmp_path):
+    from elastify_front import price_again
     from elastify_price import calculated, from_file, pass_bytes
 
     file = tmp_path / "steps.json"
-    figures = {"30B": (10.0, 1.0), "12B": (4.0, 0.5)}
+    figures = {"30B": (0.010, 0.001), "12B": (0.004, 0.0005)}
     file.write_text(json.dumps({"rows": [
-        {"width": name, "ms_per_token": step, "prefill_ms_per_token": many}
+        {"width": name, "step_seconds": step, "prefill_seconds_per_token": many}
         for name, (step, many) in figures.items()
     ]}))  # fmt: skip
     prices = from_file(file)
@@ -192,6 +193,14 @@ def test_prices_count_every_pass(tmp_path):
     assert prices.seconds(asked) == pytest.approx(0.010 + 0.030 + 0.020 + 0.020)
     assert prices.seconds({**asked, "prompt": 2.0, "again": 0.0}) == pytest.approx(0.044)
     assert prices.seconds({**asked, "tokens": {"M": 1.0}}) is None
+    base = {"policy": "carry", "budget": None, "cpu": 1.0, "priced": 9.0, "again": 0.0}
+    plain = {**asked, **base, "think": "L", "tokens": {"L": 7.0}, "accuracy": 0.5}
+    mixed = {**asked, **base, "accuracy": 0.75}
+    control = {"points": [mixed], "again": [plain, mixed], "gains": {"cpu": {}, "priced": {}}}
+    price_again(control, prices)
+    assert [p["priced"] for p in control["again"]] == pytest.approx([0.09, 0.05])
+    assert control["gains"]["priced"]["latency"]["gain"] == pytest.approx(1.8)
+    assert control["measured_prices"] and control["prices"] == "`steps.json`"
     floor = calculated()
     assert not floor.measured and "not a measurement" in floor.title
     # The active parameters of the 30B shape at 4.5 bits, and the state beside them.
