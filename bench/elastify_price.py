@@ -94,7 +94,6 @@ def from_file(path: Path) -> Prices:
         step, many = row["step_seconds"], row["prefill_seconds_per_token"]
         read[letters[row["width"]]] = lambda tokens, step=step, many=many: max(step, tokens * many)
     if "L" not in read:
-        raise ValueError(
-            f"prices: {path} must have a row of 30B, got {[row['width'] for row in figures['rows']]}"
-        )
+        names = ", ".join(row["width"] for row in figures["rows"])
+        raise ValueError(f"prices: {path} must have a row of 30B, got {names}")
     return Prices(f"`{path.name}`", True, read)
