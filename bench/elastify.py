@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -416,9 +415,6 @@ def main() -> None:
         for control in found["control"].values():
             price_again(control, from_file(given.prices))
     print(write_report(given.results or out, header(given, scale), found))
-    if given.results is not None:
-        for file in out.glob("router*.png"):
-            shutil.copy(file, given.results)
 
 
 def header(given: argparse.Namespace, scale: Scale) -> dict[str, Any]:
