@@ -208,6 +208,30 @@ def ops_table(figures: Figures) -> str:
     return f"{grid(head, rows)}\n\n{note}"
 
 
+def fullsize_table(figures: Figures) -> str:
+    """`bench/quantised.py full`."""
+    rows = [
+        [row["width"], f"{1e3 * row['step_seconds']:.1f}", f"{row['step_bytes'] / 1e9:.2f}",
+         f"{row['share_of_streaming_reads']:.0%}", f"{row['read_bytes_s'] / 1e9:.0f}",
+         f"{1 / row['prefill_seconds_per_token']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"]
+        for row in figures["rows"]
+    ]  # fmt: skip
+    head = ["shapes", "ms per step", "GB per step", "of streaming reads", "those, GB/s",
+            "prefill, tokens/s", "peak memory, GB"]  # fmt: skip
+    return f"{grid(head, rows)}\n\n{measured(figures)}, {figures['threads']} threads."
+
+
+def nvfp4_table(figures: Figures) -> str:
+    """`bench/quantised.py peer`."""
+    rows = [
+        [kind, case, f"{row['tokens_s']:.0f}", f"{row['peer_tokens_s']:.0f}", f"{row['ratio']:.2f}"]
+        for kind, cases in figures["types"].items()
+        for case, row in cases.items()
+    ]
+    head = ["llama.cpp's type", "case", "NVFP4, tokens/s", "llama.cpp, tokens/s", "ratio"]
+    return f"{grid(head, rows)}\n\n{measured(figures)}, {figures['threads']} threads."
+
+
 TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "demo": (f"{RESULTS}/demo.json", demo_table),
     "accuracy": (REASONER, accuracy_table),
@@ -216,6 +240,8 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "reasoner-training": (f"{CARD}/training.json", training_table),
     "decode-620m": (f"{RESULTS}/decode-620m.json", decode_table),
     "peer-620m": (f"{RESULTS}/compare-620m.json", peer_table),
+    "fullsize": (f"{RESULTS}/fullsize-cpu.json", fullsize_table),
+    "nvfp4-620m": (f"{RESULTS}/nvfp4-620m.json", nvfp4_table),
     "quantized": (f"{CARD}/quantized.json", quantized_table),
     "ops": (f"{RESULTS}/ops-cpu.json", ops_table),
     **{name: (f"{RESULTS}/elastify/results.json", make) for name, make in ELASTIFY.items()},

@@ -1,0 +1,46 @@
+"""bench/quantised.py on tiny shapes: models of random NVFP4 weights, and what a step reads."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = str(Path(__file__).parents[1] / "bench")
+
+
+@pytest.fixture
+def quantised(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import quantised
+
+    yield quantised
+    for name in ("quantised", "compare", "roof", "decode", "models", "peer_llama", "peer_build"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("width", ["S", "L"])
+def test_a_random_model_runs(quantised, width):
+    built = quantised.build(quantised.model_config("tiny"), width, 1)
+    ours = quantised.Ours(built)
+    tokens = quantised.random_tokens(5, built.config.vocab_size, 0)
+    assert ours.decode([tokens], [width], tokens) > 0
+    assert ours.prefill(tokens * 8, width) > 0
+    assert torch.isfinite(built._model.buffers.logits[0]).all()
+    assert 0 < quantised.python_share(built, width, tokens, tokens) < 1
+
+
+def test_bytes_of_a_step(quantised):
+    """Everything once but for the experts that no token names, and the rest of the embedding."""
+    built = quantised.build(quantised.model_config("tiny"), "L", 1)
+    weights, config = built._model.weights, built.config
+    idle = 0
+    for layer in weights.layers:
+        if hasattr(layer, "gate"):
+            one = layer.up.image[0].nbytes + layer.down.image[0].nbytes
+            idle += one * (layer.up.experts - config.num_experts_per_tok)
+            idle += layer.up.scale.nbytes + layer.down.scale.nbytes
+    rows = weights.embedding.nbytes - weights.embedding[0].nbytes
+    moved = quantised.bytes_per_step(built, "L") - quantised.state_bytes(built, "L")
+    expected = weights.nbytes - idle - rows - weights.final_norm.nbytes
+    assert abs(moved - expected) <= 4 * 1024  # the scales of segments
