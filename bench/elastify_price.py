@@ -96,4 +96,10 @@ def from_file(path: Path) -> Prices:
     if "L" not in read:
         names = ", ".join(row["width"] for row in figures["rows"])
         raise ValueError(f"prices: {path} must have a row of 30B, got {names}")
-    return Prices(f"`{path.name}`", True, read)
+    costs = ", ".join(
+        f"{row['width']} {1e3 * row['step_seconds']:.1f} and "
+        f"{1e3 * row['prefill_seconds_per_token']:.1f}"
+        for row in figures["rows"]
+    )
+    title = f"`{path.name}`, measured (ms of a step, and of a token of a long prompt: {costs})"
+    return Prices(title, True, read)

@@ -230,11 +230,13 @@ def control_table(figures: Figures) -> str:
     head = ("think → answer", "policy", "thinking tokens allowed", "solved", "miniature, CPU ms",
             "priced, ms")  # fmt: skip
     count = control["again"][0]["count"]
+    chosen = control.get("chosen_by")
+    chosen = "" if chosen is None else f" The priced front was chosen by another list: {chosen}."
     notes = [
         f"{len(control['points'])} points of {control['points'][0]['count']} problems were asked; "
         f"the table has both fronts and the full model alone, again with {count} problems. "
         "CPU ms: one thread, 64 problems at once. Priced: the tokens of each width, at the "
-        f"prices of {control['prices']}."
+        f"prices of {control['prices']}.{chosen}"
     ]
     for latency, title in (("cpu", "On the miniature"), ("priced", "Priced")):
         near = near_gain(control["again"], latency)

@@ -197,10 +197,14 @@ def test_prices_count_every_pass(tmp_path):
     plain = {**asked, **base, "think": "L", "tokens": {"L": 7.0}, "accuracy": 0.5}
     mixed = {**asked, **base, "accuracy": 0.75}
     control = {"points": [mixed], "again": [plain, mixed], "gains": {"cpu": {}, "priced": {}}}
+    control["prices"] = "the floor"
     price_again(control, prices)
     assert [p["priced"] for p in control["again"]] == pytest.approx([0.09, 0.05])
     assert control["gains"]["priced"]["latency"]["gain"] == pytest.approx(1.8)
-    assert control["measured_prices"] and control["prices"] == "`steps.json`"
+    assert control["measured_prices"] and control["chosen_by"] == "the floor"
+    assert control["prices"].startswith("`steps.json`, measured") and "30B 10.0 and 1.0" in (
+        control["prices"]
+    )
     floor = calculated()
     assert not floor.measured and "not a measurement" in floor.title
     # The active parameters of the 30B shape at 4.5 bits, and the state beside them.
