@@ -6,7 +6,7 @@ PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
 EMU = $(dir $(PY))cmake --build build/emu --target _emu -j2
-.PHONY: help env build demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format bench gpu-check wheel clean
+.PHONY: help env build cuda demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format bench gpu-check wheel clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -15,6 +15,9 @@ build/env/python env: ## the environment and the native module (everything below
 	@$(PYTHON) tools/bootstrap.py
 
 build: env ## the same as env
+
+cuda: env ## the native module with CUDA kernels, GPU or not (CUDA_ARGS=-DELASTIC_CUDA_ARCHS=90a: one card)
+	CMAKE_ARGS="-DELASTIC_CUDA=ON $(CUDA_ARGS)" $(PY) setup.py build_ext --inplace
 
 demo: env ## watch one checkpoint think at a small width and answer at a large one
 	@$(PY) -m elastic_infer.cli demo $(DEMO_ARGS)

@@ -47,11 +47,13 @@ class CMakeBuild(build_ext):
         built = folder / target.name
         if not built.is_file():
             raise SystemExit(f"setup: the build must give {target.name}, got none in {folder}")
+        note = (folder / "kernels.txt").read_text().strip()
         target.parent.mkdir(parents=True, exist_ok=True)
         # Replaced in one move, so that a process that has the old module mapped keeps it whole.
         fresh = target.with_suffix(".new")
         shutil.copy2(built, fresh)
         os.replace(fresh, target)
+        print(f"elastic_infer: built with {note}")
 
 
 setup(ext_modules=[Extension("elastic_infer._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -18,15 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import ptxas_report  # noqa: E402
+
 ARCHITECTURES = ("80", "90a", "100f", "120f")
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", "-Xcompiler", "-Wall", "-cubin"]
-# Function properties follow the name of their kernel; shared memory is absent where it is zero.
-KERNEL = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for .*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
-    re.DOTALL,
-)
 
 
 def sources() -> list[Path]:
@@ -55,22 +51,9 @@ def assemble(nvcc: str, source: Path, arch: str) -> list[dict]:
     text = done.stdout + done.stderr
     if done.returncode or "warning" in text:
         raise RuntimeError(f"{source.name} for sm_{arch}:\n{text}")
-    found = list(KERNEL.finditer(text))
-    names = readable([m["name"] for m in found])
-    rows = []
-    for name, m in zip(names, found, strict=True):
-        shared = re.search(r"(\d+) bytes smem", m["rest"])
-        rows.append(
-            {
-                "op": source.stem,
-                "kernel": name,
-                "arch": f"sm_{arch}",
-                "registers": int(m["registers"]),
-                "static_shared_bytes": int(shared[1]) if shared else 0,
-                "stack_bytes": int(m["stack"]),
-                "spill_bytes": int(m["stores"]) + int(m["loads"]),
-            }
-        )
+    rows = ptxas_report.kernels(text)
+    for name, row in zip(readable([r["kernel"] for r in rows]), rows, strict=True):
+        row.update(kernel=name, op=source.stem, arch=f"sm_{arch}")
     return rows
 
 
@@ -89,12 +72,7 @@ def report(architectures=ARCHITECTURES, jobs: int = 2, ops: list[str] | None = N
 
 def faults(kernels: list[dict]) -> list[str]:
     """Kernels that touch local memory."""
-    return [
-        f"{k['op']}: {k['kernel']} for {k['arch']}: {k['spill_bytes']} bytes of spills, "
-        f"{k['stack_bytes']} bytes of stack"
-        for k in kernels
-        if k["spill_bytes"] or k["stack_bytes"]
-    ]
+    return ptxas_report.spills([k | {"kernel": f"{k['op']}: {k['kernel']}"} for k in kernels])
 
 
 def main() -> int:

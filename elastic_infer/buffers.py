@@ -6,7 +6,7 @@ import torch
 
 from .cache import PAGE
 from .config import ModelConfig, Width
-from .devices import CPU, Device, Shared
+from .devices import CPU, Device, Shared, Sizes
 from .ops.moe_matmul import moe_workspace_bytes
 from .weights import activation_columns
 
@@ -46,17 +46,21 @@ class Buffers:
         self.workspace = zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)
         self.gathered = zeros(LOGIT_ROWS, D, dtype=dtype)
         self.logits = zeros(LOGIT_ROWS, config.vocab_size)
+        self.drawn = zeros(LOGIT_ROWS, dtype=torch.int32)
 
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in vars(self).values())
 
 
-def batch_tables(rows: int, segments: int, max_length: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the int32 tables of a pass of up to `rows` tokens of up to `segments`
-    sequences of up to `max_length` tokens. The page table, the largest by far, comes last: it is
-    copied to a device only when it changes."""
+def batch_tables(rows: int, segments: int, max_length: int) -> Sizes:
+    """Names and sizes of the tables of a pass of up to `rows` tokens of up to `segments` sequences
+    of up to `max_length` tokens. The page table, the largest by far, comes last: it is copied to a
+    device only when it changes."""
+    each, f32 = (segments,), torch.float32
     return {
+        "seed": (each, torch.int64), "position": (each, torch.int64), "temperature": (each, f32),
+        "top_p": (each, f32), "min_p": (each, f32), "top_k": each,
         "ids": (rows,), "row_mode": (rows,), "slot_mapping": (rows,),
         "seq_mode": (segments,), "slots": (segments,), "lengths": (segments,),
         "context": (segments,), "cu_seqlens": (segments + 1,), "cu_prefill": (segments + 1,),

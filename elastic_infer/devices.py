@@ -73,8 +73,8 @@ def why_not_cuda(index: int = 0) -> str:
     """Why CUDA device `index` cannot be used, with the remedy; empty if it can."""
     if not _C.cuda_architectures():
         return (
-            "this build has no CUDA kernels; build it with `make cuda` (CMake option "
-            "ELASTIC_CUDA=ON), or use device='cpu'"
+            f"this build has no CUDA kernels ({_C.cuda_missing()}); build it with `make cuda` "
+            "(CMake option ELASTIC_CUDA=ON), or use device='cpu'"
         )
     why = _C.cuda_unusable(index)
     if why:
@@ -109,36 +109,45 @@ def choose_device(name: object) -> Device:
     return Device(f"cuda:{index}")
 
 
+Table = tuple[tuple[int, ...], torch.dtype]
+Sizes = dict[str, tuple[int, ...] | Table]
+LINE = 64  # tables start at multiples of so many bytes
+
+
+def _typed(sizes: Sizes) -> dict[str, Table]:
+    return {n: s if s and isinstance(s[0], tuple) else (s, torch.int32) for n, s in sizes.items()}
+
+
+def _lines(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // LINE) * LINE
+
+
 class Shared:
     """Small tables that the host fills and the device reads, in one block: one copy brings all of
     them over. On a CPU both sides are the same memory.
 
-    sizes: {name: shape} of int32 tables. Each is an attribute: the device's tensor; `host[name]`
-    is the host's side as a numpy array, which takes small values ten times faster than a tensor.
+    sizes: {name: shape} of int32 tables, or {name: (shape, dtype)}. Each is an attribute: the
+    device's tensor; `host[name]` is the host's side as a numpy array, which takes small values ten
+    times faster than a tensor.
     """
 
-    LINE = 16  # tables start at multiples of 64 bytes
-
-    def __init__(self, device: Device, sizes: dict[str, tuple[int, ...]]):
+    def __init__(self, device: Device, sizes: Sizes):
         self.device = device
-        starts, total = {}, 0
-        for name, shape in sizes.items():
-            starts[name] = total
-            total += -(-math.prod(shape) // self.LINE) * self.LINE
-        self._host = device.host_zeros(total, dtype=torch.int32)
-        self._there = self._host if device.is_cpu else device.zeros(total, dtype=torch.int32)
-        self.host, self._ends, self._copied = {}, {}, None
-        for name, shape in sizes.items():
-            at, end = starts[name], starts[name] + math.prod(shape)
-            self.host[name] = self._host[at:end].view(shape).numpy()
-            setattr(self, name, self._there[at:end].view(shape))
+        total = self.nbytes(sizes)
+        self._host = device.host_zeros(total, dtype=torch.uint8)
+        self._there = self._host if device.is_cpu else device.zeros(total, dtype=torch.uint8)
+        self.host, self._ends, self._copied, at = {}, {}, None, 0
+        for name, (shape, dtype) in _typed(sizes).items():
+            end = at + math.prod(shape) * dtype.itemsize
+            self.host[name] = self._host[at:end].view(dtype).view(shape).numpy()
+            setattr(self, name, self._there[at:end].view(dtype).view(shape))
             self._ends[name] = end
+            at += _lines(shape, dtype)
 
     @staticmethod
-    def nbytes(sizes: dict[str, tuple[int, ...]]) -> int:
+    def nbytes(sizes: Sizes) -> int:
         """Bytes of such a block on the device."""
-        line = Shared.LINE
-        return sum(4 * line * -(-math.prod(shape) // line) for shape in sizes.values())
+        return sum(_lines(*table) for table in _typed(sizes).values())
 
     def write(self, name: str, values: list[int]) -> None:
         """Fills the beginning of a table on the host's side."""

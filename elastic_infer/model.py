@@ -9,7 +9,7 @@ native call.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -28,10 +28,23 @@ from .ops.matmul import matmul
 from .ops.moe_matmul import moe_matmul
 from .ops.moe_route import moe_route
 from .ops.rms_norm import rms_norm
+from .ops.sample import sample
 from .ops.ssm_scan import ssm_scan
 from .ops.ssm_step import ssm_step
 from .tables import WidthTables
 from .weights import Weights
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a token is drawn after a step: arguments of the op `sample` for one row."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    position: int = 0
 
 
 @dataclass
@@ -39,7 +52,8 @@ class Segment:
     """The next tokens of one sequence in a pass.
 
     kind: "step" (exactly one token) or "prefill". logits: "none", "last" (after the last token)
-    or "all" (after every token).
+    or "all" (after every token). draw: for a step, how to draw the token after it; a device does
+    that in the same pass.
     """
 
     sequence: Sequence
@@ -47,17 +61,20 @@ class Segment:
     width: str
     kind: str = "step"
     logits: str = "last"
+    draw: Draw = Draw()
 
 
 @dataclass
 class Result:
     """Logits of a pass: float32 [rows, V], and per segment (in the order given) its rows of it.
 
-    A view of a buffer that the next pass overwrites, except for more than LOGIT_ROWS rows.
+    A view of a buffer that the next pass overwrites, except for more than LOGIT_ROWS rows. drawn:
+    int32 [rows] tokens drawn from them as each segment's `draw` says, after steps on a device.
     """
 
     logits: torch.Tensor
     spans: list[tuple[int, int]]
+    drawn: torch.Tensor | None = None
 
     def of(self, segment: int) -> torch.Tensor:
         """Logits [rows, V] of one segment."""
@@ -79,7 +96,8 @@ class Model:
 
     widths: served widths in index order. max_tokens: rows of the largest pass. max_segments:
     sequences of the largest pass. max_length: tokens of the longest sequence. device: where
-    weights and cache are. graphs: whether passes of steps are captured there (see `Step`).
+    weights and cache are. graphs, dependent_launch: whether passes of steps are captured there, and
+    whether their kernels may overlap (see `Step`).
 
     On a GPU everything that `forward` does goes to the current stream: call it inside
     `device.running()`. Its logits are there too; reading them waits for the pass.
@@ -97,10 +115,11 @@ class Model:
         max_length: int,
         device: Device = CPU,
         graphs: bool = True,
+        dependent_launch: bool = False,
     ):
         self.config, self.weights, self.cache, self.pool = config, weights, cache, pool
         self.widths = {w.name: w for w in widths}
-        self.device, self.graphs = device, graphs
+        self.device, self.graphs, self.dependent_launch = device, graphs, dependent_launch
         self.tables = WidthTables(config, widths, weights.served, device.place)
         self.max_tokens, self.max_segments, self.max_length = max_tokens, max_segments, max_length
         self.buffers = Buffers(config, weights.served, weights.dtype, max_tokens, device)
@@ -123,16 +142,18 @@ class Model:
         steps = sum(s.kind == "step" for s in ordered)
         shape = Shape(sum(len(s.tokens) for s in ordered), steps, len(ordered))
         self._fill(ordered, shape)
+        drawn = None
         if shape.rows == steps:
             self._replay(steps)
             logits, spans = self.buffers.logits[:steps], [(i, i + 1) for i in range(steps)]
+            drawn = None if self.device.is_cpu else self.buffers.drawn[:steps]
         else:
             self._record(self.pool, shape)
             logits, spans = self._logits(ordered)
         for s in ordered:
             self.cache.advance(s.sequence, s.tokens, s.width, s.kind)
         by_segment = dict(zip(order, spans))
-        return Result(logits, [by_segment[i] for i in range(len(segments))])
+        return Result(logits, [by_segment[i] for i in range(len(segments))], drawn)
 
     def _place(self, s: Segment) -> tuple[bool, int]:
         return s.kind != "step", self.tables.mode(s.width, s.sequence.track)
@@ -185,6 +206,9 @@ class Model:
         write("slots", slots)
         write("lengths", lengths)
         write("context", context)
+        if shape.rows == shape.steps and not self.device.is_cpu:
+            for field in fields(Draw):
+                write(field.name, [getattr(s.draw, field.name) for s in segments])
         if shape.rows > shape.steps:
             self._fill_logit_rows(self._wanted_rows(segments)[0][:LOGIT_ROWS])
         self.batch.upload("page_table" if new_pages else "logit_mode")
@@ -219,9 +243,14 @@ class Model:
         """Runs a pass of `steps` one-token segments, recording it the first time."""
         size = self.recorded_size(steps)
         if size not in self._recorded:
-            step = _C.Step(self.pool, graph=self.graphs)
+            step = _C.Step(
+                self.pool, graph=self.graphs, dependent_launch=self.dependent_launch
+            )
             self._record(step, Shape(size, size, size))
             self._head(step, self.buffers.normed[:size], self.batch.row_mode[:size])
+            if not self.device.is_cpu:
+                tables = {f.name: getattr(self.batch, f.name)[:size] for f in fields(Draw)}
+                sample(self.buffers.logits[:size], self.buffers.drawn[:size], **tables, run=step)
             self._recorded[size] = step
         self._recorded[size].run()
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from .devices import CPU, Device
+from .devices import CPU, Device, Shared
+from .model import Draw
 from .ops.sample import sample
 from .outputs import TopLogprobs
 from .request import Branch
@@ -46,10 +47,25 @@ class Sampler:
     def __init__(self, run, device: Device = CPU):
         self._run, self._device = run, device
 
-    def draw(self, logits: torch.Tensor, rows: Seq[int], branches: Seq[Branch]) -> list[Drawn]:
+    @staticmethod
+    def parameters(branch: Branch) -> Draw:
+        """How the next token of a branch is drawn from its row."""
+        temperature, top_k, top_p, min_p = _truncation(branch.request.params)
+        seed = branch_seed(branch.request.seed, branch.index)
+        return Draw(temperature, top_k, top_p, min_p, seed, len(branch.token_ids))
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: Seq[int],
+        branches: Seq[Branch],
+        drawn: torch.Tensor | None = None,
+    ) -> list[Drawn]:
         """One token for each branch from its row.
 
         logits: float32 [n, V], not changed. rows: each branch's row; branches may share one.
+        drawn: int32 [n], what the pass drew from its rows as `parameters` says; it is taken where
+            no row is processed before.
         """
         untouched = list(rows) == list(range(len(rows)))
         source = self._device.to(logits[: len(rows)] if untouched else logits[list(rows)])
@@ -59,7 +75,11 @@ class Sampler:
         if processed:
             drawn_from = source.clone()
             drawn_from[list(processed)] = self._device.to(torch.stack(list(processed.values())))
-        ids = self._ids(drawn_from, branches)
+        if drawn is not None and not processed:
+            all_drawn = drawn.tolist()
+            ids = [all_drawn[r] for r in rows]
+        else:
+            ids = self._ids(drawn_from, branches)
         result = []
         for i, branch in enumerate(branches):
             params, wanted = branch.request.params, branch.request.params.logprobs
@@ -106,24 +126,13 @@ class Sampler:
         return processed, failures
 
     def _ids(self, rows: torch.Tensor, branches: Seq[Branch]) -> list[int]:
-        n = len(branches)
-        temperature, top_k, top_p, min_p = zip(*(_truncation(b.request.params) for b in branches))
-        columns = [
-            ("seed", torch.int64, [branch_seed(b.request.seed, b.index) for b in branches]),
-            ("position", torch.int64, [len(b.token_ids) for b in branches]),
-            ("temperature", torch.float32, temperature), ("top_k", torch.int32, top_k),
-            ("top_p", torch.float32, top_p), ("min_p", torch.float32, min_p),
-        ]  # fmt: skip
-        # All parameters in one block, so that one copy brings them to the device.
-        host = self._device.host_zeros(32 * n, dtype=torch.uint8)
-        at, given = 0, {}
-        for name, dtype, values in columns:
-            end = at + n * dtype.itemsize
-            host[at:end].view(dtype).copy_(torch.tensor(values, dtype=dtype))
-            given[name] = (at, end, dtype)
-            at = end
-        there = self._device.to(host)
-        parameters = {k: there[a:b].view(dtype) for k, (a, b, dtype) in given.items()}
-        ids = torch.empty(n, dtype=torch.int32, device=self._device.place)
-        sample(rows, ids, **parameters, run=self._run)
+        draws, each = [self.parameters(b) for b in branches], (len(branches),)
+        tables = {"seed": (each, torch.int64), "position": (each, torch.int64), "top_k": each}
+        tables |= {name: (each, torch.float32) for name in ("temperature", "top_p", "min_p")}
+        shared = Shared(self._device, tables)
+        for name in tables:
+            shared.write(name, [getattr(d, name) for d in draws])
+        shared.upload("min_p")
+        ids = torch.empty(len(branches), dtype=torch.int32, device=self._device.place)
+        sample(rows, ids, **{name: getattr(shared, name) for name in tables}, run=self._run)
         return ids.tolist()

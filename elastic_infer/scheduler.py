@@ -197,6 +197,9 @@ class Scheduler:
                     self._wanted(r, n))
             for r, n in batch
         ]  # fmt: skip
+        for segment, (row, _) in zip(segments, batch):
+            if isinstance(row, Branch):
+                segment.draw = self.sampler.parameters(row)
         result = self._forward(segments)
         rows, branches = [], []
         for i, (row, n) in enumerate(batch):
@@ -216,7 +219,8 @@ class Scheduler:
                 rows += [result.spans[i][0]] * len(branches_of)
                 branches += branches_of
         if branches:
-            for branch, drawn in zip(branches, self.sampler.draw(result.logits, rows, branches)):
+            all_drawn = self.sampler.draw(result.logits, rows, branches, result.drawn)
+            for branch, drawn in zip(branches, all_drawn):
                 self._guard(branch, lambda b=branch, d=drawn: self._take(b, d))
 
     def _wanted(self, row: Branch | Reader, n: int) -> str:
@@ -231,6 +235,9 @@ class Scheduler:
         start = time.perf_counter()
         result = self.model.forward(segments)
         if known:  # the first pass of a size also records it, which says nothing of its cost
+            if result.drawn is not None:
+                # A device has only been told what to do: the pass ends when its tokens are read.
+                result.drawn = result.drawn.cpu()
             widest = max(self._width_index[s.width] for s in segments)
             self.costs.record(widest, len(segments), time.perf_counter() - start)
         self.stats.passes += 1

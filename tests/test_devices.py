@@ -15,8 +15,9 @@ from elastic_infer.errors import InvalidRequest, OutOfCapacity
 def build(monkeypatch, architectures=("90a",), unusable="", torch_has_cuda=False):
     """A build with these CUDA kernels on a machine with (or without) a GPU."""
     module = SimpleNamespace(
-        cuda_architectures=lambda: list(architectures), cuda_unusable=lambda index: unusable
-    )
+        cuda_architectures=lambda: list(architectures), cuda_unusable=lambda index: unusable,
+        cuda_missing=lambda: "nvcc was not found",
+    )  # fmt: skip
     monkeypatch.setattr(devices, "_C", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_cuda)
 
@@ -24,7 +25,8 @@ def build(monkeypatch, architectures=("90a",), unusable="", torch_has_cuda=False
 @pytest.mark.parametrize(
     "found, message",
     [
-        ({"architectures": ()}, "this build has no CUDA kernels; build it with `make cuda`"),
+        ({"architectures": ()},
+         r"this build has no CUDA kernels \(nvcc was not found\); build it with `make cuda`"),
         ({"unusable": "the driver gives none (no CUDA-capable device is detected)"},
          r"no usable GPU: the driver gives none \(no CUDA-capable device is detected\); use dev"),
         ({"unusable": "it is of compute capability 7.5, 8.0 is the least"},

@@ -8,7 +8,7 @@ import torch
 from emulated import built, installed, load
 from engines import assert_all_free, base_engine, draw, run_read, sized_engine
 
-from elastic_infer import Plan, SamplingParams
+from elastic_infer import Engine, Plan, SamplingParams, demo_model
 from elastic_infer.model import Model, Segment
 from elastic_infer.switching import Read
 
@@ -197,3 +197,19 @@ def test_one_bad_row_ends_alone(engine, expected):
     good, bad = engine._call(run)
     assert good.isfinite().all() and bad.isnan().any()
     assert engine.generate(PROMPT, GREEDY, width="L").token_ids == expected["L"]
+
+
+def test_the_shipped_reasoner_answers_alike():
+    """Text, think tags and a switch between them, at its true sizes."""
+    question = "17+5"
+    with Engine.from_pretrained(demo_model(), device="cpu", dtype="float32", threads=1) as cpu:
+        plan = Plan.think_answer(think="S", answer="L", think_tokens=4, grace=0)
+        params = SamplingParams(temperature=0.0, max_tokens=12)
+        wanted = cpu.generate(question, params, plan=plan)
+    with installed(emu), Engine.from_pretrained(
+        demo_model(), device="emulated", dtype="float32", kv_cache_memory_bytes=8 << 20,
+        max_num_batched_tokens=128, max_num_seqs=2,
+    ) as engine:  # fmt: skip
+        found = engine.generate(question, params, plan=plan)
+    assert found.text == wanted.text and found.width_runs == wanted.width_runs
+    assert len({width for width, _ in found.width_runs}) == 2

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 import ptxas  # noqa: E402
+
+REPORT = """ptxas info    : Compiling entry function 'f' for 'sm_80'
+ptxas info    : Function properties for f
+    {stack} bytes stack frame, {spill} bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 64 bytes smem
+{more}"""
+SERIAL = (
+    "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+    "serialized due to a call\n"
+)
 
 RECORD = ROOT / "bench" / "results" / "ptxas.json"
 
@@ -25,6 +36,32 @@ def test_faults_are_seen():
     row = {"op": "x", "kernel": "f", "arch": "sm_80", "spill_bytes": 0, "stack_bytes": 0}
     assert ptxas.faults([row]) == []
     assert len(ptxas.faults([row | {"spill_bytes": 8}, row | {"stack_bytes": 16}])) == 2
+
+
+@pytest.mark.parametrize(
+    "said, wrong",
+    [
+        (REPORT.format(stack=0, spill=0, more=""), None),
+        (REPORT.format(stack=0, spill=8, more=""), "f for sm_80: 8 bytes of spills, 0 bytes of st"),
+        (REPORT.format(stack=16, spill=0, more=""), "f for sm_80: 0 bytes of spills, 16 bytes of"),
+        (REPORT.format(stack=0, spill=0, more=SERIAL), "instructions are serialized"),
+    ],
+    ids=["clean", "spill", "stack", "serial"],
+)
+def test_build_fails_where_the_assembler_complains(tmp_path, said, wrong):
+    """The launcher of nvcc, with a compiler that writes its file and says this."""
+    made = tmp_path / "made.o"
+    compiler = tmp_path / "compiler.py"
+    compiler.write_text(
+        "import sys\nopen(sys.argv[2], 'w').close()\n"
+        f"sys.stderr.write({said!r} + 'note: kept\\n')\n"
+    )
+    launcher = ROOT / "tools" / "ptxas_report.py"
+    command = [sys.executable, launcher, sys.executable, compiler, "-o", made]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert (done.returncode == 0) == (wrong is None) == made.exists()
+    assert "note: kept" in done.stderr and (wrong or "") in done.stderr
+    assert "Function properties" not in done.stderr
 
 
 @pytest.mark.slow

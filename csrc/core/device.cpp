@@ -25,6 +25,7 @@ constexpr int kLeastMajor = 8;  // sm_80: bfloat16 products and asynchronous cop
 }  // namespace
 
 bool built() { return true; }
+std::string missing() { return ""; }
 
 std::vector<std::string> architectures() {
   std::istringstream list(ELASTIC_CUDA);
@@ -170,6 +171,7 @@ namespace {
 }  // namespace
 
 bool built() { return false; }
+std::string missing() { return ELASTIC_CUDA_MISSING; }
 std::vector<std::string> architectures() { return {}; }
 std::string unusable(int) { return "this build has no CUDA kernels"; }
 CudaCall call_on(int) { refuse(); }

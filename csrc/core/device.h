@@ -29,6 +29,7 @@ inline bool holds(const Tensor& t) {
 
 // Whether this module has CUDA kernels, and for which architectures ("80", "90a", ...).
 bool built();
+std::string missing();  // why not, as found when it was built
 std::vector<std::string> architectures();
 
 // A kernel that does nothing, to be asked for (CUDA only).

@@ -43,6 +43,8 @@ void bind_runtime(py::module_& m) {
   });
   m.def("cuda_architectures", device::architectures,
         "Architectures that CUDA kernels were compiled for; empty: this build has none.");
+  m.def("cuda_missing", device::missing,
+        "Why this build has no CUDA kernels, as found when it was built; empty if it has.");
   m.def("cuda_unusable", device::unusable, py::arg("index") = 0,
         "Why CUDA device `index` cannot be used; empty if it can.");
   m.def(

@@ -17,9 +17,14 @@ device::Stream Place::stream() const {
 
 Step::~Step() {
   if (!place_) return;
-  const device::Use use(place_->device_id);
-  graph_.reset();
-  workspace_.reset();
+  try {
+    const device::Use use(place_->device_id);
+    graph_.reset();
+    workspace_.reset();
+  } catch (const std::runtime_error&) {  // the process ends, and the driver before us
+    static_cast<void>(graph_.release());
+    static_cast<void>(workspace_.release());
+  }
 }
 
 Step::Call& Step::add(const char* name, const void* args, size_t bytes, const Place* place,

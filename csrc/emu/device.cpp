@@ -13,6 +13,7 @@
 namespace ei::device {
 
 bool built() { return true; }
+std::string missing() { return ""; }
 std::vector<std::string> architectures() { return {"emulated"}; }
 std::string unusable(int index) { return index == 0 ? "" : "there is 1"; }
 

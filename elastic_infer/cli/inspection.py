@@ -133,9 +133,10 @@ def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
     """Everything that `info` tells, as plain values."""
     import torch
 
-    from elastic_infer._C import Pool, usable_isas
+    from elastic_infer._C import Pool, cuda_architectures, usable_isas
     from elastic_infer.capacity import slot_bytes
     from elastic_infer.config import count_parameters, kv_bytes_per_token
+    from elastic_infer.devices import why_not_cuda
     from elastic_infer.footprint import bytes_per_token, fit, item_size, weight_bytes
 
     config, formats = opened.config, opened.formats
@@ -174,7 +175,10 @@ def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
         "memory": memory,
         "length": length,
         "widths": rows,
-        "kernels": {"used": Pool().isa, "usable": usable_isas(), "cuda": False},
+        "kernels": {
+            "used": Pool().isa, "usable": usable_isas(), "cuda": cuda_architectures(),
+            "cuda_unusable": why_not_cuda() or None,
+        },
         "threads": c.available_threads(),
     }
 
@@ -192,6 +196,14 @@ def sizes(config: ModelConfig, width: Width, key: str) -> int | list[int]:
 
     values = [getattr(width, key)[i] for i in config.layers_of(LAYER_KEYS[key])]
     return values[0] if len(set(values)) == 1 else values
+
+
+def cuda_state(kernels: dict[str, Any]) -> str:
+    """What the build and the machine have of CUDA."""
+    built, unusable = kernels["cuda"], kernels["cuda_unusable"]
+    if not built:
+        return f"no CUDA: {unusable}"
+    return f"CUDA kernels for {', '.join(built)}: {unusable or 'usable here'}"
 
 
 def show(model: str, opened: Opened, facts: dict[str, Any]) -> None:
@@ -212,7 +224,7 @@ def show(model: str, opened: Opened, facts: dict[str, Any]) -> None:
     screen.print(
         f"kernels: {kernels['used']} on {facts['threads']} threads (this processor also runs "
         f"{', '.join(k for k in kernels['usable'] if k != kernels['used']) or 'no other'}); "
-        "no CUDA kernels in this version", soft_wrap=True, markup=False,
+        f"{cuda_state(kernels)}", soft_wrap=True, markup=False,
     )  # fmt: skip
 
 
