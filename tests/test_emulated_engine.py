@@ -9,7 +9,9 @@ from emulated import built, installed, load
 from engines import assert_all_free, base_engine, draw, run_read, sized_engine
 
 from elastic_infer import Engine, Plan, SamplingParams, demo_model
+from elastic_infer.devices import Shared
 from elastic_infer.model import Model, Segment
+from elastic_infer.sampler import Sampler
 from elastic_infer.switching import Read
 
 emu = load(built())
@@ -91,6 +93,18 @@ def test_padding_rows_change_nothing(engine, expected, monkeypatch):
     outputs = engine.generate([PROMPT] * 3, GREEDY, width=list(WIDTHS))
     assert [o.token_ids for o in outputs] == [expected[w] for w in WIDTHS]
     assert list(engine._model._recorded)[-1] == 5
+
+
+def test_steady_steps_draw_in_the_pass_and_copy_once(engine, expected, monkeypatch):
+    """After the prompt no draw of its own, one upload a step, and the page table not among it."""
+    draws, uploads = [], []
+    ids, upload = Sampler._ids, Shared.upload
+    monkeypatch.setattr(Sampler, "_ids", lambda *a: draws.append(1) or ids(*a))
+    monkeypatch.setattr(Shared, "upload", lambda s, last: uploads.append(last) or upload(s, last))
+    assert engine.generate(PROMPT, GREEDY, width="M").token_ids == expected["M"]
+    assert len(draws) == 1
+    prompt, own, *steps = uploads
+    assert (prompt, own) == ("page_table", "min_p") and steps == ["logit_mode"] * 3
 
 
 def test_sizes_of_recorded_passes(engine):

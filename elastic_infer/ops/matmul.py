@@ -77,7 +77,8 @@ class TiledWeight:
             tile, column = tile + tile_count(rows), column + rows
         shape = (tile, tile_count(columns), tile_bytes(dtype))
         image = memory.empty(*shape) if memory else torch.empty(shape, dtype=torch.uint8)
-        return TiledWeight(image, columns, tuple(segments), empty_scale(len(segments), dtype))
+        scale = empty_scale(image, len(segments), dtype)
+        return TiledWeight(image, columns, tuple(segments), scale)
 
     def fill(
         self,
@@ -167,10 +168,12 @@ class TiledWeight:
         return tiled
 
 
-def empty_scale(count: int, dtype: torch.dtype) -> torch.Tensor | None:
+def empty_scale(image: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor | None:
     """Room for the `count` scales of an image of `dtype`, NaN until they are put in; None where
     there are none."""
-    return torch.full((count,), torch.nan) if dtype in (FP8, NVFP4) else None
+    if dtype not in (FP8, NVFP4):
+        return None
+    return torch.full((count,), torch.nan, device=image.device)
 
 
 def put_scale(scales: torch.Tensor | None, index: int, scale: float | None) -> None:

@@ -52,7 +52,7 @@ class ExpertWeights:
         `WeightMemory` to take it from, or None."""
         shape = (experts, tile_count(rows), tile_count(columns), tile_bytes(dtype))
         image = memory.empty(*shape) if memory else torch.empty(shape, dtype=torch.uint8)
-        return ExpertWeights(image, rows, columns, empty_scale(experts, dtype))
+        return ExpertWeights(image, rows, columns, empty_scale(image, experts, dtype))
 
     def fill(
         self,
