@@ -159,7 +159,7 @@ def _available(
     return cache_budget(
         device, checkpoint.config, checkpoint.widths, served, dtype, options.max_model_len,
         options.max_num_batched_tokens, options.gpu_memory_utilization,
-        options.kv_cache_memory_bytes,
+        options.kv_cache_memory_bytes, checkpoint.formats,
     )  # fmt: skip
 
 

@@ -25,11 +25,13 @@ def cache_budget(
     max_num_batched_tokens: int,
     gpu_memory_utilization: float,
     kv_cache_memory_bytes: int | None,
+    formats: Mapping[str, str] | None = None,
 ) -> int:
     """Bytes of device memory for the cache: `gpu_memory_utilization` of all there is, less what is
     in use, the weights, and the buffers of a pass.
 
-    widths: those of the checkpoint, by active parameters; served: the widest to be kept.
+    widths: those of the checkpoint, by active parameters; served: the widest to be kept. formats:
+    of quantised matrices (`Checkpoint.formats`).
 
     Raises: OutOfCapacity with what is needed, what is free and which width would fit, when these
         leave no room for a cache (of `kv_cache_memory_bytes`, or of a page and a slot).
@@ -44,7 +46,7 @@ def cache_budget(
         least = slot_bytes(config, width, dtype) + PAGE * kv_bytes_per_token(config, size)
         rows = max_num_batched_tokens
         working = working_bytes(config, width, dtype, rows, min(rows, MAX_ROWS), length)
-        return weight_bytes(config, width, dtype), working, kv_cache_memory_bytes or least
+        return weight_bytes(config, width, dtype, formats), working, kv_cache_memory_bytes or least
 
     weights, working, cache = parts(served)
     if weights + working + cache > room:
