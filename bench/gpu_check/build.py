@@ -33,12 +33,13 @@ class Part(PartBase):
             options, folder, target = ["-DELASTIC_EMULATE=ON"], ROOT / "build" / "emu", "_emu"
         else:
             arch = self.setting.arch or native_arch()
-            options = ["-DELASTIC_CUDA=ON", f"-DELASTIC_CUDA_ARCHITECTURES={arch}"]
+            options = ["-DELASTIC_CUDA=ON", f"-DELASTIC_CUDA_ARCHS={arch}"]
+            options.append(f"-DELASTIC_NVCC={_tool('nvcc')}")
             folder, target = FOLDER, "_C"
         for name in ("cmake", "ninja", "c++", *(() if self.setting.emulate else ("nvcc",))):
             if _tool(name) is None:
                 raise RuntimeError(f"{name} must be installed to build, got none on the PATH")
-        _run(_configuration(folder, options, not self.setting.emulate))
+        _run(_configuration(folder, options))
         configured = time.time()
         jobs = str(len(os.sched_getaffinity(0)))
         printed = _run([_tool("cmake"), "--build", str(folder), "--target", target, "-j", jobs])
@@ -62,13 +63,11 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(beside))
 
 
-def _configuration(folder: Path, options: list[str], cuda: bool) -> list[str]:
+def _configuration(folder: Path, options: list[str]) -> list[str]:
     import pybind11
 
     fresh = not (folder / "CMakeCache.txt").exists()
     chosen = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"] if fresh else []
-    if cuda:
-        chosen.append(f"-DCMAKE_CUDA_COMPILER={_tool('nvcc')}")
     return [
         _tool("cmake"), "-S", str(ROOT), "-B", str(folder), *chosen, "-DCMAKE_BUILD_TYPE=Release",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -10,6 +10,7 @@ from ops import UNCHECKED, compare, copy_of
 
 from elastic_infer.ops import registry
 from elastic_infer.ops._spec import Arguments, case_id
+from elastic_infer.ops.matmul import weight_bytes
 
 from .peers import COMPILED, peers_of
 from .shapes import OpCase, OpCases, sizes
@@ -33,14 +34,15 @@ class Part(PartBase):
         if setting.emulate:
             steps = [c for c in steps if c.rows <= 8]
         head = len(prompts) // 2
-        ordered = [*steps[:20], *prompts[:head], *steps[20:], *prompts[head:]]
+        ordered = [*steps[:25], *prompts[:head], *steps[25:], *prompts[head:]]
+        ordered = [c for c in ordered if self.specs[c.op].cuda(c.case)]
         if setting.quick:
             ordered = list({c.op: c for c in reversed(ordered)}.values())
         self.cases = {c.name: c for c in ordered}
         known = {c.op for c in ordered}
         for spec in self.specs.values():  # an op that no model's case names brings its own
             for case in spec.cases() if spec.name not in known else ():
-                if bool(case.get("bench")) != setting.emulate:
+                if bool(case.get("bench")) != setting.emulate and spec.cuda(case):
                     own = OpCase(spec.name, case_id(case), 0, "", case, case)
                     self.cases.setdefault(own.name, own)
         self.roof: dict[str, float] = {}
@@ -127,7 +129,8 @@ class Part(PartBase):
             E, J = case.cost["E"], case.cost["J"]
             distinct = sum(len(p["ids"].unique()) for p in problems) / copies
             expected = E * (1 - (1 - J / E) ** case.rows)
-            moved += (distinct - expected) * 2 * case.cost["D"] * case.cost["F"] * dtype.itemsize
+            each = 2 * case.cost["D"] * case.cost["F"] * weight_bytes(case.cost, dtype.itemsize)
+            moved += (distinct - expected) * each
             row["distinct_experts"] = round(distinct, 1)
         seconds = times["seconds"] / copies
         limit, least = floor(moved, flops, self.roof)

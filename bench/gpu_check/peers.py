@@ -17,12 +17,15 @@ from torch_peers import Peer
 
 from elastic_infer.ops._segments import spans
 from elastic_infer.ops._spec import Arguments
+from elastic_infer.ops.matmul import plain_weight
+from elastic_infer.ops.moe_matmul import plain_weights
 
 COMPILED = ("ssm_step", "gated_norm", "rms_norm", "causal_conv", "moe_route")  # torch.compile too
 
 
 def matmul(a: Arguments) -> Peer:
-    """torch.mm (cuBLAS) on strided views of the full weight, one for each run of rows."""
+    """torch.mm (cuBLAS) on strided views of the full weight, one for each run of rows; of codes, on
+    their values in bfloat16."""
     k, used = int(a["k_sizes"][0]), a["n_sizes"][0].tolist()
     runs: list[list[int]] = []
     first = 0
@@ -32,8 +35,8 @@ def matmul(a: Arguments) -> Peer:
         else:
             runs.append([first, first + n])
         first += rows
-    x = a["x"][:, :k]
-    jobs = [(a["weight"][b:e, :k].T, a["out"][:, b:e]) for b, e in runs]
+    x, whole = a["x"][:, :k], plain_weight(a, a["x"].dtype)
+    jobs = [(whole[b:e, :k].T, a["out"][:, b:e]) for b, e in runs]
     squared = a["activation"] == "relu2"
     a["out"].zero_()
 
@@ -70,8 +73,9 @@ def causal_conv(a: Arguments) -> Peer:
 def moe_matmul(a: Arguments) -> Peer:
     """torch._grouped_mm over rows sorted by expert, on strided views of the full weights."""
     k, f = int(a["k_sizes"][0]), int(a["f_sizes"][0])
-    E, J = a["up"].shape[0], a["ids"].shape[1]
-    up, down = a["up"][:, :f, :k].transpose(1, 2), a["down"][:, :k, :f].transpose(1, 2)
+    up, down = (plain_weights(a, name, a["x"].dtype) for name in ("up", "down"))
+    E, J = up.shape[0], a["ids"].shape[1]
+    up, down = up[:, :f, :k].transpose(1, 2), down[:, :k, :f].transpose(1, 2)
     every = torch.arange(E, device=a["ids"].device, dtype=torch.int32)
     a["out"].zero_()
 

@@ -21,7 +21,6 @@ from .worker import PartBase, PassedOver
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 PLANTED = "memcheck finds a planted fault"
-REFUSED = ("Device not supported", "not supported", "Unable to", "requires", "permission")
 
 
 class Part(PartBase):
@@ -31,8 +30,8 @@ class Part(PartBase):
 
     def __init__(self, setting, module):
         super().__init__(setting, module)
-        self.groups = _groups(list(registry()), 2 if setting.quick else 4)
-        self.planted_fails = False
+        names = [n for n, s in registry().items() if any(map(s.cuda, s.cases()))]
+        self.groups = _groups(names, 2 if setting.quick else 4)
 
     def items(self) -> list[str]:
         tools = TOOLS[:1] if self.setting.quick else TOOLS

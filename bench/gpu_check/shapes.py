@@ -92,7 +92,7 @@ class OpCases:
     def _size(self, width: Width, key: str, kind: str) -> int:
         return getattr(width, key)[self.layer[kind]]
 
-    def _matmul(self, part: str, rows: int, width: str) -> OpCase:
+    def _matmul(self, part: str, rows: int, width: str, form: str = "") -> OpCase:
         c, w, f = self.config, self.widths[width], self.full
         bc, P = c.n_groups * c.ssm_state_size, c.mamba_head_dim
         kv = c.num_key_value_heads * c.head_dim
@@ -124,9 +124,11 @@ class OpCases:
         (n_full, n), (k_full, k) = both(segments), both(columns)
         act = "relu2" if part == "shared_up" else "none"
         whole = {"R": rows, "K": k_full, "segments": n_full, "k": (k,), "n": (n,), "act": act}
-        return OpCase("matmul", part, rows, width, whole, whole | {"K": k, "segments": n})
+        whole |= {"weights": form} if form else {}
+        name = f"{part} {form}".strip()
+        return OpCase("matmul", name, rows, width, whole, whole | {"K": k, "segments": n})
 
-    def _moe(self, rows: int, width: str) -> OpCase:
+    def _moe(self, rows: int, width: str, form: str = "") -> OpCase:
         c, w, f = self.config, self.widths[width], self.full
         key = "moe_intermediate_size"
         case = {
@@ -134,8 +136,9 @@ class OpCases:
             "J": c.num_experts_per_tok, "F": self._size(f, key, "E"), "k": (w.hidden_size,),
             "f": (self._size(w, key, "E"),), "shared": True,
         }  # fmt: skip
+        case |= {"weights": form} if form else {}
         cost = case | {"D": case["k"][0], "F": case["f"][0]}
-        return OpCase("moe_matmul", "", rows, width, case, cost)
+        return OpCase("moe_matmul", form, rows, width, case, cost)
 
     def _route(self, rows: int, width: str) -> OpCase:
         w, f = self.widths[width], self.full
@@ -205,6 +208,10 @@ class OpCases:
         found += [
             self._attention("attention_decode", {"lengths": (context,) * R}, R) for R in (8, 1, 32)
         ]
+        for form in ("nvfp4", "fp8"):
+            for R in (1, 32):
+                found += [self._moe(R, full, form), self._matmul("in_proj", R, full, form)]
+            found.append(self._matmul("head", 1, full, form))
         found += [self._moe(R, full) for R in (8, 128)]
         found += [self._matmul("in_proj", R, full) for R in (8, 128)]
         for part in ("head", "out_proj", "shared_up", "shared_down", "qkv", "o_proj"):
