@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .setting import ROOT, native_arch
+from .setting import ROOT, missing_gpu, native_arch
 from .worker import PartBase
 
 FOLDER = ROOT / "build" / "gpu"
@@ -48,13 +48,21 @@ class Part(PartBase):
         if self.setting.emulate:
             return row
         module = next(folder.glob("_C*.so"))
-        place = ROOT / "elastic_infer" / module.name
-        fresh = place.with_suffix(".new")  # one move: a process that has the old one keeps it whole
-        shutil.copy2(module, fresh)
-        os.replace(fresh, place)
-        row |= {"architectures": arch, "bytes": module.stat().st_size, **_imports()}
+        row |= {"architectures": arch, "bytes": module.stat().st_size, "note": _note(folder)}
+        row["module_architectures"] = _imports(module)
         row["warnings"] = sorted(set(re.findall(r"warning[^\n]*", printed)))[:20]
+        row["installed"] = not missing_gpu()
+        if row["installed"]:  # a build for a card that is not here leaves this checkout as it is
+            place = ROOT / "elastic_infer" / module.name
+            fresh = place.with_suffix(".new")  # one move: who has the old one keeps it whole
+            shutil.copy2(module, fresh)
+            os.replace(fresh, place)
         return row
+
+
+def _note(folder: Path) -> str:
+    """What CMake says it built."""
+    return (folder / "kernels.txt").read_text(encoding="utf-8").strip()
 
 
 def _tool(name: str) -> str | None:
@@ -86,13 +94,16 @@ def _run(command: list[str]) -> str:
     return printed
 
 
-def _imports() -> dict[str, Any]:
-    """What the fresh module says of itself, asked in a process of its own."""
-    code = "from elastic_infer import _C; print(','.join(_C.cuda_architectures()))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+def _imports(module: Path) -> str:
+    """What the fresh module says it has kernels for, asked in a process of its own."""
+    code = (
+        "import importlib.util, sys; "
+        "spec = importlib.util.spec_from_file_location('_C', sys.argv[1]); "
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
+        "print(','.join(module.cuda_architectures()))"
     )
+    asked = [sys.executable, "-c", code, str(module)]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the built module must import, got {done.stderr[-1500:]}")
-    return {"module_architectures": done.stdout.strip()}
+    return done.stdout.strip()
