@@ -260,7 +260,7 @@ def test_parts_work_on_the_emulator(name, items):
         if name == "laws":
             assert row["checks"] > 30
         elif name == "ops":
-    XX
+            assert row["gb_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3, abs=6e-4)
             assert row["ratio"] > 0 and row["peer"], item
         elif name == "graphs":
             assert row["captures"] == 0 and row["extra_bytes"] == 0 and row["ratio"] > 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from models import draw_values, tensor_specs
 
+from elastic_infer.buffers import LOGIT_ROWS
 from elastic_infer.cache import PAGE, Cache, Sequence
 from elastic_infer.capacity import slot_bytes
 from elastic_infer.config import ModelConfig, Width, kv_bytes_per_token, widest
@@ -99,10 +100,15 @@ class Loaded:
 
     def variant(self, graphs: bool = True) -> Model:
         """A model over the same weights and cache."""
-        return Model(
+        model = Model(
             self.config, self.weights, list(self.widths.values()), self.cache, self.pool, self.rows,
             self.batch, self.length, self.device, graphs,
         )  # fmt: skip
+        if self.batch > LOGIT_ROWS:  # more sequences than the engine gives a pass
+            zeros = self.device.zeros
+            model.buffers.logits = zeros(self.batch, self.config.vocab_size)
+            model.buffers.drawn = zeros(self.batch, dtype=torch.int32)
+        return model
 
     @contextmanager
     def sequences(
