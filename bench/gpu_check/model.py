@@ -31,7 +31,8 @@ class RandomCheckpoint:
     """What a checkpoint is to the loader, with values drawn on the device when they are asked for:
     nothing is on a disk, and no more than one tensor at a time exists beside its tiles."""
 
-    quantized: dict[str, Any] = {}  # noqa: RUF012  (part of a checkpoint's interface)
+    formats: dict[str, str] = {}  # noqa: RUF012  (what a checkpoint offers: nothing is quantised)
+    quantized: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, config: ModelConfig, data: dict[str, Any], device: torch.device):
         self.config = config
