@@ -85,6 +85,5 @@ def cells(module, *needs):
         for spec in kernels(module).values()
         if all(getattr(spec, need) is not None for need in needs)
         for i, case in enumerate(small_cases(spec))
-        if spec.cuda(case)
         for dtype in spec.dtypes
     ]

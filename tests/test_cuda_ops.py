@@ -5,7 +5,6 @@ a row alone are held to equal bits where the number of rows is the same, and to 
 """
 
 import pytest
-import torch
 from emulated import built, check_orders, check_poisons, installed, kernels, load
 from emulated import cells as cells_of
 
@@ -25,17 +24,7 @@ def emulated():
 
 
 def test_every_op_has_kernels():
-    declared = {n for n, s in registry().items() if any(s.cuda(c) for c in _laws.small_cases(s))}
-    assert set(kernels(emu)) == declared
-
-
-@pytest.mark.parametrize("spec", registry().values(), ids=registry())
-def test_what_has_no_kernel_is_refused(spec):
-    """Cases that the op declares none for: refused, naming the op."""
-    for case in _laws.small_cases(spec):
-        if not spec.cuda(case):
-            with pytest.raises((ValueError, RuntimeError), match=f"{spec.name}|matmul_pack"):
-                spec.call(_laws.make(spec, case, torch.float32), None)
+    assert set(kernels(emu)) == set(registry())
 
 
 @pytest.mark.parametrize("spec, case, dtype", cells())

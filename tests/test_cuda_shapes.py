@@ -4,7 +4,7 @@ import pytest
 import torch
 from emulated import built, check_orders, check_poisons, installed, load
 
-from elastic_infer.ops import registry
+from elastic_infer.ops import _laws, registry
 from elastic_infer.ops._shapes import SHAPES
 from elastic_infer.ops.causal_conv import causal_conv
 from elastic_infer.ops.kv_append import kv_append
@@ -60,6 +60,19 @@ def test_output_dtype_is_the_callers(rows, out):
     want = x.double() @ w.double().T
     limit = 2e-6 if out == torch.float32 else 2**-8
     assert (got.double() - want).abs().max() <= limit * want.abs().max()
+
+
+@pytest.mark.parametrize("weights", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_quantised_weights_cost_no_accuracy(rows, weights):
+    """Against float64 on the dequantised weights, the rounding of the output is all the error."""
+    spec = registry()["matmul"]
+    sizes = {"R": rows, "K": 1120, "segments": (80, 16), "k": (1120,), "n": ((80, 16),),
+             "act": "none", "weights": weights}  # fmt: skip
+    a = _laws.make(spec, sizes, BF16)
+    got = _laws.run(spec, a)["out"].double()
+    want = spec.reference(_laws.wide(spec, _laws.copy(a)))["out"].double()
+    assert (got - want).norm() <= 4e-3 * want.norm() and want.norm() > 0
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 63, 64, 65, 127, 128, 129])

@@ -43,7 +43,18 @@ MUTANTS = {
         "moe_matmul", OPS + "moe_matmul/moe_matmul.cu",
         "__syncthreads();  // before the tokens and the ring are used again", "",
     ),
+    "sums of warps read before they are there": (
+        "matmul", "csrc/core/gemv.cuh",
+        "products.write(room.of[warp]);\n    __syncthreads();", "products.write(room.of[warp]);",
+    ),
+    "sums of warps overwritten while they are read": (
+        "moe_matmul", "csrc/core/gemv.cuh",
+        "__syncthreads();  // all have read what the last call left in the room", "",
+    ),
     # ragged ends
+    "codes beyond the prefix": (
+        "matmul", "csrc/core/gemv.cuh", "min(4, (columns - t * kTile) / kRun)", "4",
+    ),
     "one key too many": (
         "attention_decode", OPS + "attention_decode/attention_decode.cu",
         "const bool there = key + r < q.end;", "const bool there = key + r <= q.end;",
@@ -59,6 +70,27 @@ MUTANTS = {
     "a sequence cut by a run loses its first tokens": (
         "causal_conv", OPS + "causal_conv/causal_conv.cu",
         "max(end, start + kHistory) : end", "end : end",
+    ),
+    # codes and scales
+    "a code loses its sign": (
+        "matmul", "csrc/core/tiles.cuh", "(word << 4 & 0x81808180u)", "(word << 4 & 0x81800180u)",
+    ),
+    "an FP8 code loses its last bit": (
+        "matmul", "csrc/core/tiles.cuh", "word >> 4 & 0x07f007f0u", "word >> 4 & 0x07f007e0u",
+    ),
+    "small block scales are halved": (
+        "matmul", "csrc/core/tiles.cuh", "exponent = 4;", "exponent = 3;",
+    ),
+    "rows take the block scales of others": (
+        "matmul", "csrc/core/tiles.cuh",
+        "part.scales.word[1] >> step", "part.scales.word[0] >> step",
+    ),
+    "all segments have the first one's scale": (
+        "matmul", "csrc/core/gemv.cuh", "scale.ptr<float>()[index]", "scale.ptr<float>()[0]",
+    ),
+    "the largest of a block ignores negative values": (
+        "nvfp4_quantize", OPS + "nvfp4_quantize/nvfp4_quantize.cu",
+        "max(amax, std::fabs(x[i]))", "max(amax, x[i])",
     ),
     # maps and slots
     "heads of a group side by side": (
@@ -96,8 +128,7 @@ MUTANTS = {
     ),
     "a narrow row keeps wide outputs": (
         "matmul", OPS + "matmul/matmul.cu",
-        "wanted ? activated<bf16>(a, product.sum(token, m)) : 0.0f",
-        "activated<bf16>(a, product.sum(token, m))",
+        "wanted ? activated<bf16>(a, sum) : 0.0f", "activated<bf16>(a, sum)",
     ),
     "a row uses expert channels beyond its own": (
         "moe_matmul", OPS + "moe_matmul/moe_matmul.cu",

@@ -11,12 +11,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tensor.h"
+
 namespace ei {
 
 constexpr float kE4m3Max = 448.0f, kE2m1Max = 6.0f;
 constexpr int kScaleBlock = 16;  // columns that share a block scale
 
-inline float e4m3_to_float(uint8_t code) {
+EI_HOST_DEVICE inline float e4m3_to_float(uint8_t code) {
   const int magnitude = code & 0x7f;
   uint32_t u = 0x7fc00000u;
   float f;
@@ -32,7 +34,7 @@ inline float e4m3_to_float(uint8_t code) {
 }
 
 // `x` must not be NaN.
-inline uint8_t e4m3_from_float(float x) {
+EI_HOST_DEVICE inline uint8_t e4m3_from_float(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
   const uint8_t sign = static_cast<uint8_t>((u >> 24) & 0x80);
@@ -47,13 +49,13 @@ inline uint8_t e4m3_from_float(float x) {
   return sign | static_cast<uint8_t>((kept >> 20) - (120u << 3));
 }
 
-inline float e2m1_to_float(uint8_t code) {
+EI_HOST_DEVICE inline float e2m1_to_float(uint8_t code) {
   constexpr float value[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
   return code & 8 ? -value[code & 7] : value[code & 7];
 }
 
 // `x` must not be NaN.
-inline uint8_t e2m1_from_float(float x) {
+EI_HOST_DEVICE inline uint8_t e2m1_from_float(float x) {
   const float m = std::fabs(x);
   // Halfway points go to the even code: 0.25, 1.25, 2.5 and 5 down, 0.75, 1.75 and 3.5 up.
   const int code = (m > 0.25f) + (m >= 0.75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) +

@@ -32,11 +32,4 @@ inline void check_scale(Checker& check, const Tensor& scale, const char* name, D
   }
 }
 
-// For CUDA kernels that exist for float32 and bfloat16 images alone.
-inline void require_float_image(const char* op, const char* name, DType image) {
-  if (quantised(image))
-    refuse(op, name, "be a float32 or bfloat16 image on a CUDA device",
-           std::string(image == DType::nvfp4 ? "an " : "a ") + dtype_name(image) + " image");
-}
-
 }  // namespace ei

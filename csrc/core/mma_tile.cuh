@@ -1,11 +1,13 @@
-// Products of many rows with a tiled bfloat16 weight on tensor cores (mma.m16n8k16), weight rows as
-// the 16 rows of the matrix instruction and rows of x ("tokens") as its 8 columns: with few tokens
-// nothing is wasted on the weight's side, which is read once.
+// Products of many rows with a tiled bfloat16 or quantised weight on tensor cores (mma.m16n8k16),
+// weight rows as the 16 rows of the matrix instruction and rows of x ("tokens") as its 8 columns:
+// with few tokens nothing is wasted on the weight's side, which is read once.
 //
 // A block multiplies kM weight rows with kN tokens. K tiles of 64 columns arrive in shared memory
 // through a ring of stages (cp.async), 128 bytes per row, the 16-byte chunk c of row r at place
-// c ^ (r % 8), so that ldmatrix reads eight rows from eight different banks. Warps split the block
-// along weight rows, tokens, and (with few tokens) the four 16-column steps of each K tile:
+// c ^ (r % 8), so that ldmatrix reads eight rows from eight different banks. Quantised weights
+// arrive as they are (tiles.cuh) and become fragments in registers: each once per 64 tokens of a
+// warp at most, so that it costs little beside the products. Warps split the block along weight
+// rows, tokens, and (with few tokens) the four 16-column steps of each K tile:
 //
 //            tokens: kWarpsN parts
 //          +---------+---------+
@@ -14,11 +16,9 @@
 //   end
 #pragma once
 #include "rows.cuh"
+#include "tiles.cuh"
 
 namespace ei::cuda {
-
-constexpr int kTileRows = 64;  // of the weight image, and columns
-constexpr int kTileValues = kTileRows * 64;
 
 template <int kM16_, int kWarpsM_, int kWarpsN_, int kWarpsK_, int kN_, int kStages_>
 struct TileShape {
@@ -27,11 +27,15 @@ struct TileShape {
   static constexpr int kM = 16 * kM16 * kWarpsM;
   static constexpr int kN8 = kN / kWarpsN / 8;
   static constexpr int kThreads = kWarp * kWarpsM * kWarpsN * kWarpsK;
-  static constexpr int kStageBytes = (kM + kN) * 128;
   static constexpr int kPitch = kM + 4;  // floats of one token's sums
   static constexpr int kSumBytes = kWarpsK * kN * kPitch * 4;
+  template <class W>
+  static constexpr int kWeightBytes = kTileBytes<W> / kTile * kM;  // of a stage
+  template <class W>
+  static constexpr int kStageBytes = kWeightBytes<W> + kN * 128;
+  template <class W>
   static constexpr int kShared =
-      kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+      kStages * kStageBytes<W> > kSumBytes ? kStages * kStageBytes<W> : kSumBytes;
   static_assert(kN8 == 1 || kN8 % 2 == 0, "ldmatrix brings two groups of 8 tokens");
   static_assert(4 % kWarpsK == 0, "warps share the four steps of a K tile");
 };
@@ -55,15 +59,15 @@ struct Tokens {
   }
 };
 
-// The weight rows of a block: row m of K tile t is at first + (m / 64) * tile_row + t *
-// kTileValues.
+// The weight rows of a block: row m of K tile t is at first + (m / 64) * tile_row + t * bytes of a
+// tile + row_offset(m % 64).
 struct WeightRows {
-  const bf16* first;  // row 0 of the block, in K tile 0
-  int64_t tile_row;   // values from one row of tiles to the next
-  int rows;           // rows that the image holds from there on
+  const char* first;  // row 0 of the block, in K tile 0
+  int64_t tile_row;   // bytes from one row of tiles to the next
+  int rows;           // rows that the image holds from there on, a multiple of 16
 };
 
-template <class Shape>
+template <class Shape, class W>
 class TileProduct {
  public:
   EI_DEVICE TileProduct(char* shared, const WeightRows& w, const Tokens<Shape::kN>& tokens)
@@ -103,16 +107,20 @@ class TileProduct {
 
  private:
   static EI_DEVICE int place(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
-  EI_DEVICE char* buffer(int t) const { return shared_ + t % Shape::kStages * Shape::kStageBytes; }
+  EI_DEVICE char* buffer(int t) const {
+    return shared_ + t % Shape::kStages * Shape::template kStageBytes<W>;
+  }
 
   EI_DEVICE void stage(int t) const {
     char* weights = buffer(t);
-    char* x = weights + Shape::kM * 128;
-    for (int i = threadIdx.x; i < Shape::kM * 8; i += Shape::kThreads) {
-      const int m = i / 8, chunk = i % 8;
-      const bf16* from = w_.first + m / kTileRows * w_.tile_row + t * int64_t{kTileValues} +
-                         m % kTileRows * 64 + chunk * 8;
-      copy16_async(weights + place(m, chunk), from, m < w_.rows);
+    char* x = weights + Shape::template kWeightBytes<W>;
+    // Pieces that lie in one go: a row, or a run of 16.
+    constexpr int kRows = kQuantised<W> ? kRun : 1, kChunks = kTileBytes<W> / kTile * kRows / 16;
+    for (int i = threadIdx.x; i < Shape::kM / kRows * kChunks; i += Shape::kThreads) {
+      const int m = i / kChunks * kRows, chunk = i % kChunks;
+      const char* from = w_.first + m / kTile * w_.tile_row + t * int64_t{kTileBytes<W>} +
+                         row_offset<W>(m % kTile) + chunk * 16;
+      copy16_async(weights + (kQuantised<W> ? i * 16 : place(m, chunk)), from, m < w_.rows);
     }
     for (int i = threadIdx.x; i < Shape::kN * 8; i += Shape::kThreads) {
       const int token = i / 8, chunk = i % 8, column = t * 64 + chunk * 8;
@@ -123,7 +131,7 @@ class TileProduct {
 
   EI_DEVICE void multiply(int t, int columns) {
     const char* weights = buffer(t);
-    const char* x = weights + Shape::kM * 128;
+    const char* x = weights + Shape::template kWeightBytes<W>;
     const int steps = min(4, (columns - t * 64) / 16);  // nothing beyond is touched: it may be NaN
     EI_UNROLL
     for (int i = 0; i < 4 / Shape::kWarpsK; ++i) {
@@ -132,8 +140,11 @@ class TileProduct {
       uint32_t a[Shape::kM16][4], b[Shape::kN8][2];
       EI_UNROLL
       for (int m = 0; m < Shape::kM16; ++m) {
-        const int row = (warp_m_ * Shape::kM16 + m) * 16 + lane_ % 16;
-        load_matrices(a[m], weights + place(row, step * 2 + lane_ / 16));
+        const int row = (warp_m_ * Shape::kM16 + m) * 16;
+        if constexpr (kQuantised<W>)
+          load_fragment<W>(weights + row_offset<W>(row), lane_, step, a[m]);
+        else
+          load_matrices(a[m], weights + place(row + lane_ % 16, step * 2 + lane_ / 16));
       }
       EI_UNROLL
       for (int n = 0; n < Shape::kN8; n += 2) {

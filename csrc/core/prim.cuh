@@ -2,6 +2,8 @@
 // means as plain C++, which the emulator (csrc/emu) runs. Nothing else contains inline PTX.
 // "PTX:" gives the title of the section of NVIDIA's "Parallel Thread Execution ISA" manual.
 #pragma once
+#include <type_traits>
+
 #include "tensor.h"
 
 #if defined(__CUDACC__)
@@ -38,6 +40,9 @@ constexpr int kWarp = 32;
 // Sixteen bytes: the widest access of one thread.
 struct alignas(16) Bytes16 {
   uint32_t word[4];
+};
+struct alignas(8) Bytes8 {
+  uint32_t word[2];
 };
 
 // ---- bfloat16
@@ -83,6 +88,24 @@ EI_DEVICE uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
+// a * b of both halves, to nearest, ties to even; subnormals count.
+// PTX: "Half Precision Floating Point Instructions: fma" (mul exists from sm_90 on; adding -0 keeps
+// the sign of a zero).
+EI_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+  return d;
+#else
+  return pack_bf16(float_from_bits(a << 16) * float_from_bits(b << 16),
+                   float_from_bits(a & 0xffff0000u) * float_from_bits(b & 0xffff0000u));
+#endif
+}
+
+// The bits of v moved down by n in [1, 31], those that fall out coming in on top.
+// PTX: "Logic and Shift Instructions: shf" (shf.r.wrap of a word with itself).
+EI_DEVICE uint32_t rotate_right(uint32_t v, int n) { return v >> n | v << (32 - n); }
+
 EI_DEVICE void from_float(float x, float& out) { out = x; }
 EI_DEVICE void from_float(float x, bf16& out) {
   out.bits = static_cast<uint16_t>(pack_bf16(x, 0.0f) & 0xffff);
@@ -116,6 +139,24 @@ EI_DEVICE Bytes16 load16(const void* p) {
 #else
   Bytes16 v;
   std::memcpy(&v, emu::aligned(p, 16, "16-byte read"), 16);
+  return v;
+#endif
+}
+EI_DEVICE Bytes8 load8(const void* p) {
+#if defined(__CUDACC__)
+  return *static_cast<const Bytes8*>(p);
+#else
+  Bytes8 v;
+  std::memcpy(&v, emu::aligned(p, 8, "8-byte read"), 8);
+  return v;
+#endif
+}
+EI_DEVICE uint32_t load4(const void* p) {
+#if defined(__CUDACC__)
+  return *static_cast<const uint32_t*>(p);
+#else
+  uint32_t v;
+  std::memcpy(&v, emu::aligned(p, 4, "4-byte read"), 4);
   return v;
 #endif
 }
@@ -160,16 +201,10 @@ EI_DEVICE void load_floats(const bf16* p, float (&v)[N]) {
   if constexpr (N == 8) {
     load(p, v);
   } else {
-#if defined(__CUDACC__)
-    const uint2 w = *reinterpret_cast<const uint2*>(p);
-    const uint32_t word[2] = {w.x, w.y};
-#else
-    uint32_t word[2];
-    std::memcpy(word, emu::aligned(p, 8, "8-byte read"), 8);
-#endif
+    const Bytes8 b = load8(p);
     for (int i = 0; i < 2; ++i) {
-      v[2 * i] = float_from_bits(word[i] << 16);
-      v[2 * i + 1] = float_from_bits(word[i] & 0xffff0000u);
+      v[2 * i] = float_from_bits(b.word[i] << 16);
+      v[2 * i + 1] = float_from_bits(b.word[i] & 0xffff0000u);
     }
   }
 }

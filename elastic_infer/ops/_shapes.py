@@ -13,17 +13,28 @@ def _products():
     for rows in (2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 129):
         yield base | {"R": rows}
     yield base | {"R": 12, "act": "relu2"}
+    long = {"K": 2688, "k": (1920, 2688, 1936)}
     for rows in (1, 6):
-        yield base | {"R": rows, "K": 2688, "k": (1920, 2688, 1936)}
+        yield base | long | {"R": rows}
+    for weights, counts in (("nvfp4", (2, 8, 9, 17, 33, 65)), ("fp8", (3, 5, 12, 70))):
+        for rows in counts:
+            yield base | {"R": rows, "weights": weights}
+        for rows in (1, 6):
+            yield base | long | {"R": rows, "weights": weights}
 
 
 def _experts():
     """2 to 90 entries of an expert, and experts with more than one block of them."""
+    base = {"D": 144, "F": 80, "k": (80, 144), "f": (48, 80), "shared": True}
     for R, E, J in (
         (4, 12, 3), (5, 12, 3), (40, 14, 2), (20, 9, 3), (40, 4, 2), (60, 3, 2), (90, 2, 2)
     ):  # fmt: skip
-        yield {"R": R, "E": E, "J": J, "D": 144, "F": 80, "k": (80, 144), "f": (48, 80),
-               "shared": True}  # fmt: skip
+        yield base | {"R": R, "E": E, "J": J}
+    for weights, R, E, J in (
+        ("nvfp4", 4, 12, 3), ("nvfp4", 40, 14, 2), ("nvfp4", 40, 4, 2), ("nvfp4", 90, 2, 2),
+        ("fp8", 4, 12, 3), ("fp8", 20, 9, 3), ("fp8", 60, 3, 2),
+    ):  # fmt: skip
+        yield base | {"R": R, "E": E, "J": J, "weights": weights}
 
 
 SHAPES: dict[str, list[dict]] = {

@@ -35,8 +35,7 @@ class OpSpec:
     yields pairs (arguments of the same problem on contiguous copies cut to one width, {output:
     (index into the original's output, index into the copy's)}). ``row(arguments, r)`` is the
     problem of row r alone, with {output: (index into the original, index into the copy)}.
-    ``rows(arguments)`` says how many rows there are. ``cuda(case)`` says whether the op has a CUDA
-    kernel for the case; without one it is refused by name.
+    ``rows(arguments)`` says how many rows there are.
     """
 
     name: str
@@ -51,7 +50,6 @@ class OpSpec:
     row: Callable[[Arguments, int], tuple[Arguments, dict]] | None = None
     rows: Callable[[Arguments], int] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    cuda: Callable[[Case], bool] = lambda case: True
     keep_dtype: tuple[str, ...] = field(default=())  # arguments that stay float32 in every dtype
 
 

@@ -99,6 +99,6 @@ SPECS = [
     OpSpec(
         name="fp8_quantize", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
         outputs=("codes",), cost=_cost, poison=poison_gaps, sliced=_sliced, row=_row,
-        rows=lambda a: a["weight"].shape[0], cuda=lambda case: False,
+        rows=lambda a: a["weight"].shape[0],
     )
 ]  # fmt: skip

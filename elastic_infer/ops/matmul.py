@@ -467,6 +467,6 @@ SPECS = [
     OpSpec(
         name="matmul", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
         outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
-        rows=lambda a: a["x"].shape[0], cuda=lambda case: "weights" not in case,
+        rows=lambda a: a["x"].shape[0],
     )
 ]  # fmt: skip

@@ -338,7 +338,7 @@ SPECS = [
     OpSpec(
         name="moe_matmul", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
         outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
-        rows=lambda a: a["x"].shape[0], cuda=lambda case: "weights" not in case,
+        rows=lambda a: a["x"].shape[0],
         keep_dtype=("weights",),
     )
 ]  # fmt: skip

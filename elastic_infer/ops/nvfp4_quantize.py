@@ -146,6 +146,6 @@ SPECS = [
     OpSpec(
         name="nvfp4_quantize", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
         outputs=("codes", "block_scales"), cost=_cost, poison=poison_gaps, sliced=_sliced,
-        row=_row, rows=lambda a: a["weight"].shape[0], cuda=lambda case: False,
+        row=_row, rows=lambda a: a["weight"].shape[0],
     )
 ]  # fmt: skip

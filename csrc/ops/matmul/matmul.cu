@@ -1,17 +1,20 @@
 // Computes: matmul and matmul_pack (matmul.h).
 // Layout: CUDA images hold row-major 64x64 tiles: a bfloat16 row is 128 bytes, a float row 256.
+//   FP8 and NVFP4 tiles hold codes in the order of matrix fragments (tiles.cuh, with the number of
+//   instructions that a code costs).
 // Work split: up to 4 rows, and whenever something is float32: ordinary arithmetic (gemv.cuh), a
-// warp 2
-//   or 4 weight rows, blocks along all weight rows. More rows: tensor cores (mma_tile.cuh), blocks
-//   of 16 to 128 weight rows x 8 to 128 rows of x; with few rows the four warps of a block split K.
+//   warp 2 or 4 weight rows, blocks along all weight rows. Quantised weights: the same kernel up to
+//   8 rows, a block 16 weight rows, its warps splitting K, products on tensor cores (float32 x:
+//   ordinary arithmetic). More rows: tensor cores (mma_tile.cuh), blocks of 16 to 128 weight rows x
+//   8 to 128 rows of x; with few rows the four warps of a block split K. Codes become bfloat16 in
+//   registers in every case; scales of tensors multiply the finished sums.
 //   A block runs to the widest k among its own rows of x; one whose weight rows nobody wants only
 //   writes zeros.
-// Shared memory: 4 rows of x (gemv); 18 to 96 KiB of ring (tensor cores).
+// Shared memory: up to 8 rows of x (few rows); 16 to 96 KiB of ring (tensor cores).
 // Limits: x starts its rows at multiples of 16 bytes; k sizes are multiples of 16.
 // Speed: not yet measured on a GPU. Floor: the weight's prefix read once (up to about 180 rows),
 //   then the products.
 #include "../../core/gemv.cuh"
-#include "../../core/image.h"
 #include "../../core/launch.cuh"
 #include "../../core/mma_tile.cuh"
 #include "matmul.h"
@@ -50,9 +53,9 @@ EI_DEVICE float activated(const MatmulArgs& a, float v) {
 }
 // Where row `first` of a segment is in its K tile 0.
 template <class W>
-EI_DEVICE const W* weight_row(const MatmulArgs& a, const Place& p) {
+EI_DEVICE const char* weight_row(const MatmulArgs& a, const Place& p) {
   const int64_t tile = a.tile_row[p.segment] + p.first / kTile;
-  return a.w.ptr<W>() + tile * a.w.shape[1] * kTileValues + p.first % kTile * kTile;
+  return a.w.ptr<char>() + tile * a.w.shape[1] * kTileBytes<W> + row_offset<W>(p.first % kTile);
 }
 
 template <int R, class X, class W, class O>
@@ -68,10 +71,10 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     columns = max(columns, columns_of(a, first_row + r));
     widest = max(widest, wanted_of(a, first_row + r, p.segment));
   }
-  const int pitch = (columns + kTile - 1) / kTile * kTile;
+  const int pitch = G::pitch(columns);
   float sums[R] = {};
   const int lane = threadIdx.x % kWarp;
-  const int row_of_warp = p.first + threadIdx.x / kWarp * G::kOutputs;
+  const int row_of_warp = p.first + first_output<W>();
   if (p.first < widest) {
     for (int r = 0; r < R; ++r) {
       const int own = r < rows ? columns_of(a, first_row + r) : 0;
@@ -82,17 +85,18 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
       G::template dot<R>(weight_row<W>(a, {p.segment, row_of_warp}), x, pitch, columns, sums);
   }
   const int n = row_of_warp + lane / G::kLanes;
-  if (lane % G::kLanes != 0 || n >= a.rows[p.segment]) return;
+  if (!writes_output<W>() || n >= a.rows[p.segment]) return;
   EI_UNROLL
   for (int r = 0; r < R; ++r) {
     if (r >= rows) break;
     const bool wanted = n < wanted_of(a, first_row + r, p.segment);
-    from_float(wanted ? activated<X>(a, sums[r]) : 0.0f,
+    const float sum = scaled<W>(sums[r], a.scale, p.segment);
+    from_float(wanted ? activated<X>(a, sum) : 0.0f,
                row<O>(a.out, first_row + r)[a.column[p.segment] + n]);
   }
 }
 
-template <class Shape, class O>
+template <class Shape, class W, class O>
 __global__ void __launch_bounds__(Shape::kThreads) many_rows(const __grid_constant__ MatmulArgs a) {
   EI_SHARED(Tokens<Shape::kN>, tokens);
   EI_DYNAMIC_SHARED(char, ring);
@@ -108,56 +112,84 @@ __global__ void __launch_bounds__(Shape::kThreads) many_rows(const __grid_consta
   __syncthreads();
   const bool needed = p.first < tokens.most_wanted();
   const int held = (a.rows[p.segment] + kTile - 1) / kTile * kTile - p.first;
-  TileProduct<Shape> product(
-      ring, WeightRows{weight_row<bf16>(a, p), a.w.shape[1] * kTileValues, held}, tokens);
+  TileProduct<Shape, W> product(
+      ring, WeightRows{weight_row<W>(a, p), a.w.shape[1] * kTileBytes<W>, held}, tokens);
   if (needed) product.run(tokens.most_columns());
   const int outputs = min(Shape::kM, a.rows[p.segment] - p.first);
   for (int i = threadIdx.x; i < rows * Shape::kM; i += Shape::kThreads) {
     const int token = i / Shape::kM, m = i % Shape::kM;
     if (m >= outputs) continue;
     const bool wanted = p.first + m < tokens.wanted[token];
-    from_float(wanted ? activated<bf16>(a, product.sum(token, m)) : 0.0f,
+    const float sum = scaled<W>(product.sum(token, m), a.scale, p.segment);
+    from_float(wanted ? activated<bf16>(a, sum) : 0.0f,
                row<O>(a.out, first_row + token)[a.column[p.segment] + p.first + m]);
   }
 }
 
+// Rows of x of one block of few_rows, for R rows in all.
+template <class X, class W>
+int few_per_block(int64_t R) {
+  if (R == 1) return 1;
+  if (kQuantised<W> && R > kGemvRows && std::is_same_v<X, bf16>) return kCodeRows;
+  return !kQuantised<W> && R == 2 ? 2 : kGemvRows;
+}
+template <class X, class W>
+int64_t few_shared(const MatmulArgs& a) {
+  return few_per_block<X, W>(a.x.shape[0]) * int64_t{sizeof(X)} *
+         Gemv<W>::pitch(static_cast<int>(a.x.shape[1]));
+}
+constexpr int64_t kCodeShared = 96 * 1024;  // what few_rows may use: there is another kernel
+
 template <class X, class W, class O>
 void launch_few(const MatmulArgs& a, const CudaCall& call) {
-  const int64_t R = a.x.shape[0], pitch = ceil_div(a.x.shape[1], kTile) * kTile;
-  const int per_block = R == 1 ? 1 : R == 2 ? 2 : kGemvRows;
-  auto* kernel = R == 1   ? few_rows<1, X, W, O>
-                 : R == 2 ? few_rows<2, X, W, O>
-                          : few_rows<kGemvRows, X, W, O>;
+  const int64_t R = a.x.shape[0], per_block = few_per_block<X, W>(R);
+  auto* kernel = per_block == 1 ? few_rows<1, X, W, O> : few_rows<kGemvRows, X, W, O>;
+  if constexpr (!kQuantised<W>) {
+    if (per_block == 2) kernel = few_rows<2, X, W, O>;
+  } else if constexpr (std::is_same_v<X, bf16>) {
+    if (per_block == kCodeRows) kernel = few_rows<kCodeRows, X, W, O>;
+  }
   const dim3 grid(blocks_of(a, Gemv<W>::kBlockOutputs),
                   static_cast<unsigned>(ceil_div(R, per_block)));
-  launch(call, kernel, grid, kGemvThreads, per_block * pitch * int64_t{sizeof(X)}, a);
+  launch(call, kernel, grid, kGemvThreads, few_shared<X, W>(a), a);
 }
 
-template <class Shape, class O>
+template <class Shape, class W, class O>
 void launch_shape(const MatmulArgs& a, const CudaCall& call) {
   const dim3 grid(blocks_of(a, Shape::kM),
                   static_cast<unsigned>(ceil_div(a.x.shape[0], Shape::kN)));
-  launch(call, many_rows<Shape, O>, grid, Shape::kThreads, Shape::kShared, a);
+  launch(call, many_rows<Shape, W, O>, grid, Shape::kThreads, Shape::template kShared<W>, a);
 }
 
-template <class O>
+template <class W, class O>
 void launch_output(const MatmulArgs& a, const CudaCall& call) {
   const int64_t R = a.x.shape[0];
-  if (a.x.dtype == DType::f32 && a.w_dtype == DType::f32)
-    return launch_few<float, float, O>(a, call);
-  if (a.x.dtype == DType::f32) return launch_few<float, bf16, O>(a, call);
-  if (R <= kGemvRows) return launch_few<bf16, bf16, O>(a, call);
-  if (R <= 8) return launch_shape<Tokens8, O>(a, call);
-  if (R <= 16) return launch_shape<Tokens16, O>(a, call);
-  if (R <= 32) return launch_shape<Tokens32, O>(a, call);
-  if (R <= 64) return launch_shape<Tokens64, O>(a, call);
-  launch_shape<Tokens128, O>(a, call);
+  if (a.x.dtype == DType::f32) return launch_few<float, W, O>(a, call);
+  if constexpr (!std::is_same_v<W, float>) {
+    const bool few =
+        kQuantised<W> ? R <= kCodeRows && few_shared<bf16, W>(a) <= kCodeShared : R <= kGemvRows;
+    if (few) return launch_few<bf16, W, O>(a, call);
+    if (R <= 8) return launch_shape<Tokens8, W, O>(a, call);
+    if (R <= 16) return launch_shape<Tokens16, W, O>(a, call);
+    if (R <= 32) return launch_shape<Tokens32, W, O>(a, call);
+    if (R <= 64) return launch_shape<Tokens64, W, O>(a, call);
+    launch_shape<Tokens128, W, O>(a, call);
+  }
+}
+
+template <class W>
+void launch_weight(const MatmulArgs& a, const CudaCall& call) {
+  a.out.dtype == DType::bf16 ? launch_output<W, bf16>(a, call) : launch_output<W, float>(a, call);
 }
 
 void launch_matmul(const MatmulArgs& a, const CudaCall& call) {
-  require_float_image("matmul", "w", a.w_dtype);
   require_aligned("matmul", "x", a.x);
-  a.out.dtype == DType::bf16 ? launch_output<bf16>(a, call) : launch_output<float>(a, call);
+  switch (a.w_dtype) {
+    case DType::f32: return launch_weight<float>(a, call);
+    case DType::bf16: return launch_weight<bf16>(a, call);
+    case DType::fp8: return launch_weight<Fp8>(a, call);
+    default: return launch_weight<Nvfp4>(a, call);
+  }
 }
 
 constexpr int kPackThreads = 256;
@@ -175,10 +207,58 @@ __global__ void __launch_bounds__(kPackThreads) pack(const __grid_constant__ Pac
   }
 }
 
+// Code (r, c) of the source, zero where it lacks one or its block scale is zero: E4M3, or E2M1 with
+// its bits where e2m1_word() wants them.
+template <class W>
+EI_DEVICE uint32_t code_at(const PackArgs& a, int64_t r, int64_t c) {
+  if (r >= a.source.shape[0]) return 0;
+  const uint8_t* codes = row<uint8_t>(a.source, r);
+  if constexpr (std::is_same_v<W, Fp8>) return c < a.source.shape[1] ? codes[c] : 0;
+  if (c >= a.source.shape[1] * 2 || row<uint8_t>(a.block_scales, r)[c / kRun] == 0) return 0;
+  return e2m1_half(codes[c / 2] >> c % 2 * 4 & 15);
+}
+
+// One tile of codes.
+template <class W>
+__global__ void __launch_bounds__(kPackThreads) pack_codes(const __grid_constant__ PackArgs a) {
+  constexpr bool kFour = std::is_same_v<W, Nvfp4>;
+  char* tile = a.image.ptr<char>() +
+               ((a.tile_row + blockIdx.x) * a.image.shape[1] + blockIdx.y) * kTileBytes<W>;
+  const int64_t first_row = blockIdx.x * int64_t{kTile}, first = blockIdx.y * int64_t{kTile};
+  for (int i = threadIdx.x; i < kTileValues / 8; i += kPackThreads) {  // fragments of lanes
+    const int run = i / 128, lane = i / 4 % 32, step = i % 4;
+    char* to = tile + row_offset<W>(run * kRun);
+    uint32_t pairs[4], next[4];  // low and high codes
+    for (int j = 0; j < 4; ++j) {
+      const int64_t r = first_row + run * kRun + pair_row(lane, j);
+      const int64_t c = first + step * kRun + pair_column(lane, j);
+      pairs[j] = code_at<W>(a, r, c), next[j] = code_at<W>(a, r, c + 1);
+    }
+    if constexpr (kFour) {
+      for (int j = 0; j < 4; ++j) pairs[j] |= next[j] << 16;
+      reinterpret_cast<uint32_t*>(to)[lane * 4 + step] = e2m1_word(pairs);
+    } else {
+      uint32_t* words = reinterpret_cast<uint32_t*>(to + step / 2 * 512 + lane * 16 + step % 2 * 8);
+      for (int j = 0; j < 4; j += 2)
+        words[j / 2] = e4m3_word(pairs[j], next[j], pairs[j + 1], next[j + 1]);
+    }
+  }
+  if constexpr (kFour) {
+    const int i = threadIdx.x, run = i / kTile, step = i % 4;  // a thread, a block scale
+    const int64_t r = first_row + run * kRun + i % kTile / 8 + i / 4 % 2 * 8;
+    const int64_t c = first / kRun + step;
+    const bool there = r < a.source.shape[0] && c < a.block_scales.shape[1];
+    tile[row_offset<W>(run * kRun) + W::kCodeBytes + i % kTile] =
+        static_cast<char>(there ? scale_byte(row<uint8_t>(a.block_scales, r)[c]) : 0);
+  }
+}
+static_assert(kPackThreads == kTile * 4, "a thread of pack_codes has one block scale");
+
 void launch_pack(const PackArgs& a, const CudaCall& call) {
-  require_float_image("matmul_pack", "image", a.w_dtype);
   const dim3 grid(static_cast<unsigned>(ceil_div(a.source.shape[0], kTile)),
                   static_cast<unsigned>(a.image.shape[1]));
+  if (a.w_dtype == DType::nvfp4) return launch(call, pack_codes<Nvfp4>, grid, kPackThreads, 0, a);
+  if (a.w_dtype == DType::fp8) return launch(call, pack_codes<Fp8>, grid, kPackThreads, 0, a);
   const bool s16 = a.source.dtype == DType::bf16, w16 = a.w_dtype == DType::bf16;
   auto* kernel = s16 ? (w16 ? pack<bf16, bf16> : pack<bf16, float>)
                      : (w16 ? pack<float, bf16> : pack<float, float>);

@@ -1,5 +1,5 @@
 // Computes: moe_matmul (moe_matmul.h).
-// Layout: experts in row-major 64x64 tiles; "entry" p is one (row, choice).
+// Layout: experts in 64x64 tiles, row-major or codes (tiles.cuh); "entry" p is one (row, choice).
 // Work split:
 //   Up to 4 rows, and float32: nothing is sorted. One kernel for the up products, blocks along
 //     (expert channels, entry); one for the down products, blocks along (hidden channels, row),
@@ -18,7 +18,6 @@
 // Speed: not yet measured on a GPU. Floor: the weights of the distinct experts that rows name.
 // Source: the sorted form is common to public grouped products; no public code was used.
 #include "../../core/gemv.cuh"
-#include "../../core/image.h"
 #include "../../core/launch.cuh"
 #include "../../core/mma_tile.cuh"
 #include "moe_matmul.h"
@@ -65,9 +64,9 @@ EI_DEVICE bool before(const int32_t* ids, int i, int j) {
 
 // Row `n` of expert e in an image of [E][row tiles][column tiles].
 template <class W>
-EI_DEVICE const W* expert_row(const Tensor& image, int e, int n) {
+EI_DEVICE const char* expert_row(const Tensor& image, int e, int n) {
   const int64_t tile = e * image.shape[1] + n / kTile;
-  return image.ptr<W>() + tile * image.shape[2] * kTileValues + n % kTile * kTile;
+  return image.ptr<char>() + tile * image.shape[2] * kTileBytes<W> + row_offset<W>(n % kTile);
 }
 
 // ---- few rows
@@ -82,16 +81,16 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
   const int first = blockIdx.x * G::kBlockOutputs;
   const int e = id_of(a, r, p % m.J);
   if (first >= wanted || e < 0 || e >= m.E) return;
-  const int pitch = (columns + kTile - 1) / kTile * kTile;
+  const int pitch = G::pitch(columns);
   stage_row(x, row<X>(a.x, r), columns, pitch);
   __syncthreads();
-  const int of_warp = first + threadIdx.x / kWarp * G::kOutputs;
+  const int of_warp = first + first_output<W>();
   if (of_warp >= wanted) return;
   float sum[1];
   G::template dot<1>(expert_row<W>(a.up, e, of_warp), x, pitch, columns, sum);
   const int lane = threadIdx.x % kWarp, n = of_warp + lane / G::kLanes;
-  if (lane % G::kLanes == 0 && n < wanted)
-    from_float(relu_squared<X>(sum[0]),
+  if (writes_output<W>() && n < wanted)
+    from_float(relu_squared<X>(scaled<W>(sum[0], a.up_scale, e)),
                reinterpret_cast<X*>(m.middle)[static_cast<int64_t>(p) * m.F + n]);
 }
 
@@ -102,9 +101,9 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
   EI_DYNAMIC_SHARED(X, middle);
   const int r = blockIdx.y;
   const int columns = width_of(a, r), wanted = hidden_of(a, r);
-  const int pitch = (columns + kTile - 1) / kTile * kTile;
+  const int pitch = G::pitch(columns);
   int* sorted = reinterpret_cast<int*>(middle + static_cast<int64_t>(m.J) * pitch);
-  const int of_warp = blockIdx.x * G::kBlockOutputs + threadIdx.x / kWarp * G::kOutputs;
+  const int of_warp = blockIdx.x * G::kBlockOutputs + first_output<W>();
   const int32_t* ids = row<int32_t>(a.ids, r);
   for (int j = threadIdx.x; j < m.J; j += kGemvThreads) {
     int rank = 0;
@@ -122,10 +121,10 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     if (e < 0 || e >= m.E) continue;
     float sum[1];
     G::template dot<1>(expert_row<W>(a.down, e, of_warp), middle + j * pitch, pitch, columns, sum);
-    total += rounded<X>(sum[0]) * row<float>(a.weights, r)[j];
+    total += rounded<X>(scaled<W>(sum[0], a.down_scale, e)) * row<float>(a.weights, r)[j];
   }
   const int lane = threadIdx.x % kWarp, n = of_warp + lane / G::kLanes;
-  if (lane % G::kLanes != 0 || n >= m.D) return;
+  if (!writes_output<W>() || n >= m.D) return;
   if (a.shared && n < wanted) total += to_float(row<X>(a.shared, r)[n]);
   from_float(n < wanted ? total : 0.0f, row<X>(a.out, r)[n]);
 }
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(kSortThreads)
 }
 
 // One direction: the weight rows of block x of expert y times all entries of the expert.
-template <class Shape, bool kUp>
+template <class Shape, class W, bool kUp>
 __global__ void __launch_bounds__(Shape::kThreads)
     grouped(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
   EI_SHARED(Tokens<Shape::kN>, tokens);
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const int e = blockIdx.y, first = blockIdx.x * Shape::kM;
   const int in = kUp ? m.D : m.F, out = kUp ? m.F : m.D;
   const Tensor& image = kUp ? a.up : a.down;
-  const WeightRows weights{expert_row<bf16>(image, e, first), image.shape[2] * kTileValues,
+  const WeightRows weights{expert_row<W>(image, e, first), image.shape[2] * kTileBytes<W>,
                            static_cast<int>(image.shape[1]) * kTile - first};
   const int end = m.begin[e + 1];
   for (int at = m.begin[e]; at < end; at += Shape::kN) {
@@ -205,13 +204,13 @@ __global__ void __launch_bounds__(Shape::kThreads)
     }
     __syncthreads();
     if (first < tokens.most_wanted()) {
-      TileProduct<Shape> product(ring, weights, tokens);
+      TileProduct<Shape, W> product(ring, weights, tokens);
       product.run(tokens.most_columns());
       bf16* to = reinterpret_cast<bf16*>(kUp ? m.middle : m.result);
       for (int i = threadIdx.x; i < count * Shape::kM; i += Shape::kThreads) {
         const int token = i / Shape::kM, n = i % Shape::kM;
         if (first + n >= tokens.wanted[token]) continue;
-        const float sum = product.sum(token, n);
+        const float sum = scaled<W>(product.sum(token, n), kUp ? a.up_scale : a.down_scale, e);
         from_float(kUp ? relu_squared<bf16>(sum) : sum,
                    to[static_cast<int64_t>(at + token) * out + first + n]);
       }
@@ -253,7 +252,7 @@ __global__ void __launch_bounds__(kCombineThreads)
 
 template <class X, class W>
 void launch_few(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
-  const int64_t d_pitch = ceil_div(m.D, kTile) * kTile, f_pitch = ceil_div(m.F, kTile) * kTile;
+  const int64_t d_pitch = Gemv<W>::pitch(m.D), f_pitch = Gemv<W>::pitch(m.F);
   const dim3 up(static_cast<unsigned>(ceil_div(m.F, Gemv<W>::kBlockOutputs)), m.R * m.J);
   const dim3 down(static_cast<unsigned>(ceil_div(m.D, Gemv<W>::kBlockOutputs)), m.R);
   launch(call, up_few<X, W>, up, kGemvThreads, d_pitch * int64_t{sizeof(X)}, a, m);
@@ -261,44 +260,51 @@ void launch_few(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
          m.J * (f_pitch * int64_t{sizeof(X)} + int64_t{sizeof(int)}), a, m);
 }
 
-template <class Shape>
+template <class Shape, class W>
 void launch_shape(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
-  const unsigned up = static_cast<unsigned>(ceil_div(m.F, Shape::kM));
-  const unsigned down = static_cast<unsigned>(ceil_div(m.D, Shape::kM));
-  launch(call, grouped<Shape, true>, dim3(up, m.E), Shape::kThreads, Shape::kShared, a, m);
-  launch(call, grouped<Shape, false>, dim3(down, m.E), Shape::kThreads, Shape::kShared, a, m);
+  const dim3 up(static_cast<unsigned>(ceil_div(m.F, Shape::kM)), m.E);
+  const dim3 down(static_cast<unsigned>(ceil_div(m.D, Shape::kM)), m.E);
+  const int64_t shared = Shape::template kShared<W>;
+  launch(call, grouped<Shape, W, true>, up, Shape::kThreads, shared, a, m);
+  launch(call, grouped<Shape, W, false>, down, Shape::kThreads, shared, a, m);
 }
 
+template <class W>
 void launch_many(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
   launch(call, sort, dim3(m.E), kSortThreads, 0, a, m);
   const int64_t mean = ceil_div(static_cast<int64_t>(m.R) * m.J, m.E);  // entries of an expert
   if (mean <= 6)
-    launch_shape<Tokens8>(a, m, call);
+    launch_shape<Tokens8, W>(a, m, call);
   else if (mean <= 12)
-    launch_shape<Tokens16>(a, m, call);
+    launch_shape<Tokens16, W>(a, m, call);
   else if (mean <= 24)
-    launch_shape<Tokens32>(a, m, call);
+    launch_shape<Tokens32, W>(a, m, call);
   else if (mean <= 48)
-    launch_shape<Tokens64>(a, m, call);
+    launch_shape<Tokens64, W>(a, m, call);
   else
-    launch_shape<Tokens128>(a, m, call);
+    launch_shape<Tokens128, W>(a, m, call);
   launch(call, combine, dim3(m.R), kCombineThreads, 0, a, m);
 }
 
+template <class W>
+void launch_weight(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
+  if (a.x.dtype == DType::f32) return launch_few<float, W>(a, m, call);
+  if constexpr (!std::is_same_v<W, float>)
+    m.R <= kGemvRows ? launch_few<bf16, W>(a, m, call) : launch_many<W>(a, m, call);
+}
+
 void launch_moe_matmul(const MoeMatmulArgs& a, const CudaCall& call) {
-  require_float_image("moe_matmul", "up", a.w_dtype);
   require_aligned("moe_matmul", "x", a.x);
   require_aligned("moe_matmul", "shared", a.shared);
   require_aligned("moe_matmul", "out", a.out);
   const Moe m = make_moe(a);
   if (m.R * m.J == 0) return;
-  if (a.x.dtype == DType::f32)
-    a.w_dtype == DType::f32 ? launch_few<float, float>(a, m, call)
-                            : launch_few<float, bf16>(a, m, call);
-  else if (m.R <= kGemvRows)
-    launch_few<bf16, bf16>(a, m, call);
-  else
-    launch_many(a, m, call);
+  switch (a.w_dtype) {
+    case DType::f32: return launch_weight<float>(a, m, call);
+    case DType::bf16: return launch_weight<bf16>(a, m, call);
+    case DType::fp8: return launch_weight<Fp8>(a, m, call);
+    default: return launch_weight<Nvfp4>(a, m, call);
+  }
 }
 
 const RegisterCuda<MoeMatmulArgs, launch_moe_matmul> registered("moe_matmul");

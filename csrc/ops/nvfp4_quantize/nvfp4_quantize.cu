@@ -1,0 +1,55 @@
+// Computes: nvfp4_quantize (nvfp4_quantize.h), bit for bit what the CPU does. A value that is not
+//   finite, which the CPU refuses, makes the scale of its block NaN: matmul_pack refuses that.
+// Layout: rows as they are given, of any alignment.
+// Work split: a thread per block of 16 columns, blocks along rows and those.
+// Shared memory: none.
+// Limits: K is a multiple of 16.
+// Speed: not yet measured on a GPU; it runs once per checkpoint.
+// Source: core/codes.h.
+#include "../../core/codes.h"
+#include "../../core/launch.cuh"
+#include "../../core/rows.cuh"
+#include "nvfp4_quantize.h"
+
+namespace ei::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr uint8_t kNanCode = 0x7f;
+
+__global__ void __launch_bounds__(kThreads) quantize(const __grid_constant__ Nvfp4QuantizeArgs a) {
+  const int64_t r = blockIdx.x;
+  const int64_t block = blockIdx.y * int64_t{kThreads} + threadIdx.x;
+  if (block >= a.block_scales.shape[1]) return;
+  float x[kScaleBlock], amax = 0.0f;
+  bool finite = true;
+  EI_UNROLL
+  for (int i = 0; i < kScaleBlock; ++i) {
+    x[i] = value_at(a.weight, r * a.weight.stride[0] + block * kScaleBlock + i);
+    amax = max(amax, std::fabs(x[i]));
+    finite = finite && std::fabs(x[i]) < INFINITY;
+  }
+  const uint8_t scale = !finite        ? kNanCode
+                        : amax == 0.0f ? 0
+                                       : e4m3_from_float(amax / (kE2m1Max * a.scale));
+  const float step = finite ? e4m3_to_float(scale) * a.scale : 0.0f;
+  row<uint8_t>(a.block_scales, r)[block] = scale;
+  uint8_t* codes = row<uint8_t>(a.codes, r) + block * (kScaleBlock / 2);
+  EI_UNROLL
+  for (int i = 0; i < kScaleBlock; i += 2) {
+    const uint8_t low = step == 0.0f ? 0 : e2m1_from_float(x[i] / step);
+    const uint8_t high = step == 0.0f ? 0 : e2m1_from_float(x[i + 1] / step);
+    codes[i / 2] = static_cast<uint8_t>(low | high << 4);
+  }
+}
+
+void launch_nvfp4_quantize(const Nvfp4QuantizeArgs& a, const CudaCall& call) {
+  const dim3 grid(static_cast<unsigned>(a.weight.shape[0]),
+                  static_cast<unsigned>(ceil_div(a.block_scales.shape[1], kThreads)));
+  launch(call, quantize, grid, kThreads, 0, a);
+}
+
+const RegisterCuda<Nvfp4QuantizeArgs, launch_nvfp4_quantize> registered("nvfp4_quantize");
+
+}  // namespace
+}  // namespace ei::cuda
