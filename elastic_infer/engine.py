@@ -102,8 +102,8 @@ class Engine:
             widths: width table as a dict, or a JSON file's path.
             mixing: "auto", "always" or "never": whether rows of different widths share a pass.
             isa: instruction set of the CPU kernels: "auto", "portable", "avx2" or "avx512".
-            batch_invariant: on a GPU, results of a row do not depend on what shares its batch, to
-                the bit; slower. On a CPU they never do.
+            batch_invariant: demand that results of a row do not depend, to the bit, on what shares
+                its batch. On a CPU they never do; a GPU's kernels cannot promise it: refused.
             enforce_eager: on a GPU, launch the kernels of every pass one by one, without graphs.
             progress: called with (tensor name, bytes) for every tensor read.
 

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
 }
 
 template <class Shape, class W, class O>
-__global__ void __launch_bounds__(Shape::kThreads) many_rows(const __grid_constant__ MatmulArgs a) {
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    many_rows(const __grid_constant__ MatmulArgs a) {
   EI_SHARED(Tokens<Shape::kN>, tokens);
   EI_DYNAMIC_SHARED(char, ring);
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * Shape::kN;

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kSortThreads)
 
 // One direction: the weight rows of block x of expert y times all entries of the expert.
 template <class Shape, class W, bool kUp>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     grouped(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
   EI_SHARED(Tokens<Shape::kN>, tokens);
   EI_DYNAMIC_SHARED(char, ring);
