@@ -232,6 +232,34 @@ def nvfp4_table(figures: Figures) -> str:
     return f"{grid(head, rows)}\n\n{measured(figures)}, {figures['threads']} threads."
 
 
+def drift_table(figures: Figures) -> str:
+    """What a smaller cache costs: heads at the end, logits and choices, problems solved."""
+    rows = []
+    names = list(dict.fromkeys([*figures["heads"], *figures["reasoner"]]))
+    widths = list(next(iter(figures["accuracy"].values())))
+    for name in names:
+        heads, read = figures["heads"].get(name), figures["reasoner"].get(name)
+        solved = figures["accuracy"].get(name)
+        rows.append([
+            name,
+            f"{heads['over_time'][-1]:.1e}" if heads else "-",
+            f"{max(heads['by_fade']):.1e}" if heads else "-",
+            f"{sorted(read['error'])[len(read['error']) // 2]:.1e}" if read else "-",
+            f"{read['agree']:.2%}" if read else "-",
+            *(f"{solved[w]['accuracy']:.1%}" if solved else "-" for w in widths),
+        ])  # fmt: skip
+    head = ["cache", "heads' output, rms", "worst head", "logits", "same choice",
+            *(f"`{w}` solves" for w in widths)]  # fmt: skip
+    about = (
+        f"Relative errors (2-norm) after {figures['tokens']:,} tokens: of the output of Mamba "
+        f"heads that forget {figures['fades'][0]:.0%} to {figures['fades'][-1]:.3%} of their state "
+        "per token, against float64; of the reasoner's logits at width "
+        f"`{figures['width']}` against its float32 cache, median over the tokens, and how often "
+        f"the likeliest token is the same. {figures['problems']} problems. {measured(figures)}."
+    )
+    return f"{grid(head, rows)}\n\n{about}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "demo": (f"{RESULTS}/demo.json", demo_table),
     "accuracy": (REASONER, accuracy_table),
@@ -244,6 +272,7 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "nvfp4-620m": (f"{RESULTS}/nvfp4-620m.json", nvfp4_table),
     "quantized": (f"{CARD}/quantized.json", quantized_table),
     "ops": (f"{RESULTS}/ops-cpu.json", ops_table),
+    "drift": (f"{RESULTS}/drift.json", drift_table),
     **{name: (f"{RESULTS}/elastify/results.json", make) for name, make in ELASTIFY.items()},
 }
 

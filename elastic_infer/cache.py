@@ -1,8 +1,8 @@
 """The cache: KV pages and state slots in two pools, and each sequence's place in them.
 
 A KV page holds 64 tokens of every attention layer; a state slot holds one sequence's SSM state
-(float32) and convolution history of every Mamba layer. Every sequence records which width read
-which of its tokens, and whether as prefill or step.
+(float32 or float16) and convolution history of every Mamba layer. Every sequence records which
+width read which of its tokens, and whether as prefill or step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .cache_dtypes import CacheDtypes
 from .config import ModelConfig, Width
 from .devices import CPU, Device
 from .errors import OutOfCapacity
@@ -31,10 +32,13 @@ class Run:
 
 
 def append_run(runs: list[Run], width: str, kind: str, count: int, tracked: bool) -> None:
-    """Adds `count` tokens to a run-length list, in place."""
+    """Adds `count` tokens to a run-length list, in place. A prefill that begins off the grid of
+    64 tokens begins a run: a 16-bit state was rounded there, and is again when runs are replayed.
+    """
     if count == 0:
         return
-    if runs and (runs[-1].width, runs[-1].kind, runs[-1].tracked) == (width, kind, tracked):
+    same = runs and (runs[-1].width, runs[-1].kind, runs[-1].tracked) == (width, kind, tracked)
+    if same and (kind == "step" or sum(run.count for run in runs) % PAGE == 0):
         runs[-1] = replace(runs[-1], count=runs[-1].count + count)
     else:
         runs.append(Run(width, kind, count, tracked))
@@ -105,21 +109,22 @@ class Sequence:
 class Cache:
     """The two pools and what is in them.
 
-    config, served: the model and its served width. dtype: of KV and convolution history.
-    num_pages, num_slots: sizes of the pools. device: where both are.
+    config, served: the model and its served width. dtypes: of KV, SSM state and convolution
+    history; a model's dtype stands for its defaults. num_pages, num_slots: sizes of the pools.
+    device: where both are.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         served: Width,
-        dtype: torch.dtype,
+        dtypes: CacheDtypes | torch.dtype,
         num_pages: int,
         num_slots: int,
         device: Device = CPU,
     ):
-        zeros = device.zeros
-        self.device = device
+        zeros, dtypes = device.zeros, CacheDtypes.of(dtypes)
+        self.device, self.dtypes = device, dtypes
         self.pages = IdPool(num_pages, "KV page")
         self.slots = IdPool(num_slots, "state slot")
         kv_shape = (num_pages, config.num_key_value_heads, PAGE, config.head_dim)
@@ -130,13 +135,14 @@ class Cache:
         self.conv: list[torch.Tensor] = []
         for layer, kind in enumerate(config.layers):
             if kind == "*":
-                self.k.append(zeros(*kv_shape, dtype=dtype))
-                self.v.append(zeros(*kv_shape, dtype=dtype))
+                self.k.append(zeros(*kv_shape, dtype=dtypes.kv))
+                self.v.append(zeros(*kv_shape, dtype=dtypes.kv))
             elif kind == "M":
                 H, P = served.mamba_num_heads[layer], config.mamba_head_dim
-                self.ssm.append(zeros(num_slots, H, P, config.ssm_state_size))
+                ssm_shape = (num_slots, H, P, config.ssm_state_size)
+                self.ssm.append(zeros(*ssm_shape, dtype=dtypes.ssm))
                 self.conv.append(
-                    zeros(num_slots, H * P + bc, config.conv_kernel - 1, dtype=dtype)
+                    zeros(num_slots, H * P + bc, config.conv_kernel - 1, dtype=dtypes.conv)
                 )
 
     # -- opening and closing -----------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .cache import PAGE
+from .cache_dtypes import CacheDtypes, item_size
 from .config import ModelConfig, Width, kv_bytes_per_token
 from .errors import InvalidRequest, OutOfCapacity
 
@@ -39,13 +40,14 @@ def free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if pages else 4 << 30
 
 
-def slot_bytes(config: ModelConfig, served: Width, dtype: torch.dtype) -> int:
-    """Bytes of one state slot at the served width."""
-    item, bc = torch.empty(0, dtype=dtype).element_size(), config.n_groups * config.ssm_state_size
+def slot_bytes(config: ModelConfig, served: Width, dtypes: CacheDtypes | torch.dtype) -> int:
+    """Bytes of one state slot at the served width; a dtype stands for a model's defaults."""
+    dtypes = CacheDtypes.of(dtypes)
+    item, bc = item_size(dtypes.conv), config.n_groups * config.ssm_state_size
     total = 0
     for layer in config.layers_of("M"):
         inner = served.mamba_num_heads[layer] * config.mamba_head_dim
-        total += inner * config.ssm_state_size * 4
+        total += inner * config.ssm_state_size * item_size(dtypes.ssm)
         total += (inner + 2 * bc) * (config.conv_kernel - 1) * item
     return total
 
@@ -53,7 +55,7 @@ def slot_bytes(config: ModelConfig, served: Width, dtype: torch.dtype) -> int:
 def plan_capacity(
     config: ModelConfig,
     served: Width,
-    dtype: torch.dtype,
+    dtypes: CacheDtypes | torch.dtype,
     max_model_len: int | None,
     max_num_seqs: int | None,
     max_num_batched_tokens: int,
@@ -77,8 +79,9 @@ def plan_capacity(
     budget = kv_cache_memory_bytes
     if budget is None:
         budget = free_memory() // 2 if available is None else available
-    slot = slot_bytes(config, served, dtype)
-    page = PAGE * kv_bytes_per_token(config, torch.empty(0, dtype=dtype).element_size())
+    dtypes = CacheDtypes.of(dtypes)
+    slot = slot_bytes(config, served, dtypes)
+    page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))
     fitting = (budget - slot) // page * PAGE if page else length
     least = length if max_model_len is not None else min(length, PAGE)
     if slot > budget or fitting < least:

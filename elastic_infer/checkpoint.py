@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -273,7 +274,7 @@ class Checkpoint:
             )
 
     def format_of(self, name: str) -> str:
-        """"nvfp4" or "fp8" of a quantised tensor, else its dtype, such as "bfloat16"."""
+        """ "nvfp4" or "fp8" of a quantised tensor, else its dtype, such as "bfloat16"."""
         if name in self.quantized:
             return self.quantized[name].format
         return str(self._files.dtype_of(name)).removeprefix("torch.")
@@ -287,6 +288,21 @@ class Checkpoint:
     def dtype_of(self, name: str) -> torch.dtype:
         """Dtype of what ``tensor`` gives: the stored one, float32 for a quantised tensor."""
         return torch.float32 if name in self.quantized else self._files.dtype_of(name)
+
+    def scalar(self, name: str) -> float | None:
+        """The value of a stored tensor of one element; None where there is no such tensor.
+
+        Raises: CheckpointError for one of more elements, or that is no finite number above 0.
+        """
+        if name not in self._files:
+            return None
+        tensor = self._files.tensor(name)
+        value = float(tensor) if tensor.numel() == 1 else math.nan
+        if not math.isfinite(value) or value <= 0:
+            raise CheckpointError(
+                f"checkpoint: {name} must be one finite number above 0, got {tensor.tolist()}"
+            )
+        return value
 
     def packed(self, name: str, rows: Axis = None, cols: Axis = None) -> Packed:
         """Rows and columns of a quantised tensor as they are stored, checked.

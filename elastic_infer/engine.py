@@ -74,6 +74,8 @@ class Engine:
         gpu_memory_utilization: float = 0.9,
         threads: int | None = None,
         max_waiting: int | None = None,
+        kv_cache_dtype: str = "auto",
+        mamba_ssm_cache_dtype: str = "auto",
         widths: str | Path | Mapping[str, Any] | None = None,
         mixing: str = "auto",
         isa: str = "auto",
@@ -99,6 +101,9 @@ class Engine:
                 included; no effect on a CPU.
             threads: CPU threads; None = all that this process may use.
             max_waiting: requests that may wait; None = any number.
+            kv_cache_dtype: of keys and values: "auto" (the model's dtype) or "fp8" (E4M3).
+            mamba_ssm_cache_dtype: of the Mamba state: "float32", "float16" (rounded
+                stochastically), or "auto" (what config.json says of these, else float32).
             widths: width table as a dict, or a JSON file's path.
             mixing: "auto", "always" or "never": whether rows of different widths share a pass.
             isa: instruction set of the CPU kernels: "auto", "portable", "avx2" or "avx512".
@@ -112,7 +117,7 @@ class Engine:
         options = Options(
             device, dtype, max_width, max_model_len, max_num_seqs, max_num_batched_tokens,
             kv_cache_memory_bytes, gpu_memory_utilization, threads, isa, progress, batch_invariant,
-            enforce_eager,
+            enforce_eager, kv_cache_dtype, mamba_ssm_cache_dtype,
         )  # fmt: skip
         _check_limit("max_waiting", max_waiting)
         check_mixing(mixing)

@@ -9,6 +9,7 @@ import torch
 
 from .buffers import working_bytes
 from .cache import PAGE
+from .cache_dtypes import CacheDtypes, item_size
 from .capacity import slot_bytes
 from .config import (
     ATTENTION,
@@ -34,11 +35,6 @@ class Fit:
     length: int
     sequences: int
     longest: int
-
-
-def item_size(dtype: torch.dtype) -> int:
-    """Bytes of one element."""
-    return torch.empty(0, dtype=dtype).element_size()
 
 
 class _Store:
@@ -180,6 +176,7 @@ def fit(
     length: int,
     max_num_batched_tokens: int = 2048,
     formats: Mapping[str, str] | None = None,
+    dtypes: CacheDtypes | None = None,
 ) -> Fit:
     """What `memory` bytes hold when `width` is the widest served.
 
@@ -187,12 +184,14 @@ def fit(
         length: tokens of a sequence, prompt and output.
         max_num_batched_tokens: rows of the largest pass, which the activation buffers are for.
         formats: of quantised matrices, as for `weight_bytes`.
+        dtypes: of the cache; None = the model's defaults.
     """
     weights = weight_bytes(config, width, dtype, formats)
     rows = max_num_batched_tokens
     working = working_bytes(config, width, dtype, rows, min(rows, 64), length)
-    slot = slot_bytes(config, width, dtype)
-    page = PAGE * kv_bytes_per_token(config, item_size(dtype))
+    dtypes = dtypes or CacheDtypes.of(dtype)
+    slot = slot_bytes(config, width, dtypes)
+    page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))
     rest = memory - weights - working
     each = slot + -(-length // PAGE) * page
     context = config.max_position_embeddings

@@ -15,6 +15,7 @@ import torch
 
 from . import _C
 from .cache import Cache
+from .cache_dtypes import cache_dtypes
 from .capacity import Capacity, plan_capacity
 from .checkpoint import Checkpoint
 from .config import Width, widest
@@ -58,6 +59,8 @@ class Options:
     progress: Progress | None
     batch_invariant: bool = False
     enforce_eager: bool = False
+    kv_cache_dtype: str = "auto"
+    mamba_ssm_cache_dtype: str = "auto"
 
 
 def load(
@@ -79,10 +82,11 @@ def load(
     except ValueError as error:
         raise InvalidRequest(str(error)) from None
     config = checkpoint.config
+    dtypes = cache_dtypes(config, kind, options.kv_cache_dtype, options.mamba_ssm_cache_dtype)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     generation_config = read_generation_config(checkpoint.folder)
     capacity = plan_capacity(
-        config, served, kind, options.max_model_len, options.max_num_seqs,
+        config, served, dtypes, options.max_model_len, options.max_num_seqs,
         options.max_num_batched_tokens, options.kv_cache_memory_bytes,
         _available(device, checkpoint, served, kind, options),
     )  # fmt: skip
@@ -91,7 +95,7 @@ def load(
     with device.running():
         loader = WeightLoader(checkpoint, served, kind, pool, options.progress, device)
         weights = loader.load()
-        cache = Cache(config, served, kind, capacity.num_pages, capacity.num_slots, device)
+        cache = Cache(config, served, dtypes, capacity.num_pages, capacity.num_slots, device)
         model = Model(
             config, weights, list(kept.values()), cache, pool, capacity.max_num_batched_tokens,
             capacity.max_num_seqs, capacity.max_model_len, device, not options.enforce_eager,
@@ -99,10 +103,11 @@ def load(
         device.wait()
     logger.info(
         "loaded %s in %.1f s: widths %s, %s, %.0f MB of weights, %s, max_model_len %d, "
-        "max_num_seqs %d, %d KV pages, %d state slots",
+        "max_num_seqs %d, %d KV pages (%s), %d state slots (%s)",
         path, time.perf_counter() - start, ", ".join(kept), str(kind)[6:],
         weights.nbytes / 1e6, _where(device, pool), capacity.max_model_len,
-        capacity.max_num_seqs, capacity.num_pages, capacity.num_slots,
+        capacity.max_num_seqs, capacity.num_pages, dtypes.names[0], capacity.num_slots,
+        dtypes.names[1],
     )  # fmt: skip
     default = checkpoint.default_width
     return Loaded(

@@ -16,6 +16,7 @@ import torch
 from . import _C
 from .buffers import LOGIT_ROWS, Buffers, batch_tables
 from .cache import PAGE, Cache, Sequence
+from .cache_dtypes import FP8
 from .config import ModelConfig, Width
 from .devices import CPU, Device, Shared
 from .ops.attention_decode import attention_decode
@@ -356,12 +357,14 @@ class Model:
         heads = (w.A_log, w.D, w.dt_bias, ssm)
         if B:
             ssm_step(x[:B], B_in[:B], C_in[:B], dt[:B], *heads, y[:B], slots=batch.slots[:B],
-                     seq_width=batch.seq_mode[:B], h_sizes=t.state_heads, run=run)  # fmt: skip
+                     seq_width=batch.seq_mode[:B], h_sizes=t.state_heads, context=batch.context[:B],
+                     seed=layer, run=run)  # fmt: skip
         if S > B:
             ssm_scan(
                 x[B:], B_in[B:], C_in[B:], dt[B:], *heads, y[B:],
                 cu_seqlens=batch.cu_prefill[: S - B + 1], slots=batch.slots[B:S],
-                seq_width=batch.seq_mode[B:S], h_sizes=t.state_heads, run=run,
+                seq_width=batch.seq_mode[B:S], h_sizes=t.state_heads, context=batch.context[B:S],
+                seed=layer, run=run,
             )  # fmt: skip
         gated_norm(
             y, z, w.gated_norm, b.inner[:R, :inner], groups=c.n_groups, head_dim=c.mamba_head_dim,
@@ -381,18 +384,22 @@ class Model:
                run=run)  # fmt: skip
         q, k, v = projected.split([q_width, kv_width, kv_width], 1)
         pages = (self.cache.k[kv], self.cache.v[kv])
-        kv_append(k, v, *pages, slot_mapping=batch.slot_mapping[:R], run=run)
+        coded = pages[0].dtype == FP8
+        scales = {"k_scale": w.k_scale, "v_scale": w.v_scale} if coded else {}
+        kv_append(k, v, *pages, slot_mapping=batch.slot_mapping[:R], run=run, **scales)
         out, scale = b.inner[:R, :q_width], c.head_dim**-0.5
         if B:
             attention_decode(
                 q[:B], *pages, out[:B], page_table=batch.page_table[:B], lengths=batch.lengths[:B],
                 scale=scale, seq_width=batch.seq_mode[:B], q_sizes=t.q_heads, run=run,
+                **scales,
             )  # fmt: skip
         if S > B:
             attention_prefill(
                 q[B:], *pages, out[B:], page_table=batch.page_table[B:S],
                 cu_seqlens=batch.cu_prefill[: S - B + 1], context=batch.context[B:S], scale=scale,
                 seq_width=batch.seq_mode[B:S], q_sizes=t.q_heads, run=run,
+                **scales,
             )  # fmt: skip
         matmul(out, w.o_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
                n_sizes=self.tables.hidden_rows, run=run)  # fmt: skip

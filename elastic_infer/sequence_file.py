@@ -17,7 +17,7 @@ from .weights import rank_major
 if TYPE_CHECKING:
     from .engine import Engine
 
-VERSION = "1"
+VERSION = "2"  # 2 records what the cache is kept in
 
 
 def _checkpoint_order(engine: Engine) -> list[list[int]]:
@@ -25,9 +25,7 @@ def _checkpoint_order(engine: Engine) -> list[list[int]]:
     config, served = engine.config, engine._model.weights.served
     orders = []
     for layer in config.layers_of("M"):
-        heads = rank_major(
-            config.mamba_num_heads, served.mamba_num_heads[layer], config.n_groups
-        )
+        heads = rank_major(config.mamba_num_heads, served.mamba_num_heads[layer], config.n_groups)
         orders.append(sorted(range(len(heads)), key=lambda i: heads[i]))
     return orders
 
@@ -69,10 +67,17 @@ def save_sequence(
         "fingerprint": engine.fingerprint,
         "width": width,
         "track": json.dumps(sequence.track),
+        "cache": json.dumps(_dtypes(engine)),
         "runs": json.dumps(runs),
         "widths": json.dumps(_sizes(engine, [width, *(r.width for r in sequence.runs)])),
     }
     _write(Path(path), tensors, metadata)
+
+
+def _dtypes(engine: Engine) -> dict[str, str]:
+    """What the engine keeps its cache in, by the names of its options."""
+    kv, state = engine._model.cache.dtypes.names
+    return {"kv_cache_dtype": kv, "mamba_ssm_cache_dtype": state}
 
 
 def _sizes(engine: Engine, names: list[str]) -> dict:
@@ -145,6 +150,12 @@ def _parse(path, engine: Engine, metadata: dict, tensors: dict):
                 f"sequence file: {path} must have been read by widths of these sizes, got "
                 f"{name!r} as {sizes[name]}, here it is {here}"
             )
+    kept, here = json.loads(metadata["cache"]), _dtypes(engine)
+    if kept != here:
+        raise CheckpointError(
+            f"sequence file: {path} must be loaded by an engine that keeps its cache as the one "
+            f"that wrote it, got {kept}, here it is {here}"
+        )
     tokens, unread = tensors["tokens"].tolist(), tensors["unread"].tolist()
     if sum(run.count for run in runs) != len(tokens):
         raise ValueError(f"width runs of {sum(r.count for r in runs)} tokens for {len(tokens)}")

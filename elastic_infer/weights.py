@@ -56,11 +56,14 @@ class MambaWeights:
 
 @dataclass
 class AttentionWeights:
-    """One attention layer. qkv has the segments q | k | v."""
+    """One attention layer. qkv has the segments q | k | v. k_scale, v_scale: what a checkpoint says
+    that the codes of an 8-bit KV cache are multiplied by."""
 
     norm: torch.Tensor
     qkv: TiledWeight
     o_proj: TiledWeight
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 @dataclass
@@ -257,6 +260,8 @@ class WeightLoader:
             norm=self._norm(layer),
             qkv=self._tiled(parts, slice(0, self.D)),
             o_proj=self._tiled([(at + "o_proj.weight", slice(0, self.D))], q_rows),
+            k_scale=self.checkpoint.scalar(at + "k_proj.k_scale") or 1.0,
+            v_scale=self.checkpoint.scalar(at + "v_proj.v_scale") or 1.0,
         )
 
     def _up_down(self, at: str, width: int) -> tuple[TiledWeight, TiledWeight]:

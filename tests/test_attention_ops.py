@@ -8,9 +8,9 @@ import torch
 
 from elastic_infer import _C
 from elastic_infer.ops import Pool
-from elastic_infer.ops.attention_decode import attention_decode
+from elastic_infer.ops.attention_decode import NAN_CODE, attention_decode
 from elastic_infer.ops.attention_prefill import attention_prefill
-from elastic_infer.ops.kv_append import PAGE, kv_append
+from elastic_infer.ops.kv_append import PAGE, from_codes, kv_append, to_codes
 
 HQ, HKV, K = 12, 2, 48
 SCALE = K**-0.5
@@ -29,7 +29,7 @@ def same_bits(a, b):
 class Prompt:
     """Queries, keys and values of one sequence, and its pages in shuffled order."""
 
-    def __init__(self, tokens, dtype, runner=None, heads=HQ):
+    def __init__(self, tokens, dtype, runner=None, heads=HQ, fp8=False):
         g = torch.Generator().manual_seed(tokens)
         self.tokens, self.dtype, self.runner, self.heads = tokens, dtype, runner, heads
         self.q = torch.randn(tokens, HQ * K, generator=g).mul(2).to(dtype)
@@ -38,13 +38,19 @@ class Prompt:
         self.table = torch.randperm(pages + 1, generator=g)[:pages].to(torch.int32)[None]
         shape = (pages + 1, HKV, PAGE, K)
         self.pages = [torch.full(shape, torch.nan, dtype=dtype) for _ in "kv"]
+        self.scales = {}
+        if fp8:
+            self.pages = [torch.full(shape, NAN_CODE, dtype=torch.uint8) for _ in "kv"]
+            self.scales = {"k_scale": 0.25, "v_scale": 0.03}
 
     def widths(self):
-        return {"seq_width": int32(0), "q_sizes": int32(self.heads), "run": self.runner}
+        width = {"seq_width": int32(0), "q_sizes": int32(self.heads)}
+        return width | self.scales | {"run": self.runner}
 
     def append(self, begin, end):
         places = [int(self.table[0, t // PAGE]) * PAGE + t % PAGE for t in range(begin, end)]
-        kv_append(self.k[begin:end], self.v[begin:end], *self.pages, slot_mapping=int32(*places))
+        kv_append(self.k[begin:end], self.v[begin:end], *self.pages, slot_mapping=int32(*places),
+                  run=self.runner, **self.scales)  # fmt: skip
 
     def read(self, begin, end):
         """Appends tokens [begin, end) and attends from them, as one prefill chunk."""
@@ -64,11 +70,22 @@ class Prompt:
             scale=SCALE, **self.widths(),
         )  # fmt: skip
 
+    def kept(self, name):
+        """Keys or values as the cache holds them."""
+        x = getattr(self, name)
+        if not self.scales:
+            return x
+        scale = self.scales[f"{name}_scale"]
+        return from_codes(to_codes(x, scale), scale, torch.float64)
+
     def torch_attention(self, dtype):
         """torch's own causal attention over the whole prompt, [tokens, HQ * K]."""
         kv_head = torch.arange(self.heads) % HKV
         q = self.q[:, : self.heads * K].view(self.tokens, self.heads, K).transpose(0, 1)
-        k, v = (x.view(self.tokens, HKV, K)[:, kv_head].transpose(0, 1) for x in (self.k, self.v))
+        k, v = (
+            self.kept(name).view(self.tokens, HKV, K)[:, kv_head].transpose(0, 1)
+            for name in ("k", "v")
+        )
         out = torch.nn.functional.scaled_dot_product_attention(
             *(x.to(dtype)[None] for x in (q, k, v)), is_causal=True, scale=SCALE
         )
@@ -88,10 +105,11 @@ def assert_within_law_1(got, exact, plain):
     (64,), (64, 128), (128, 192), (192,),
     (1, 2, 3), (17, 100, 164),  # not on the grid that the scheduler keeps to: also equal
 ], ids=str)  # fmt: skip
-def test_cut_prompt_equals_whole_prompt(cuts, dtype, isa):
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
+def test_cut_prompt_equals_whole_prompt(cuts, dtype, isa, fp8):
     """Bit for bit, on other threads too."""
-    whole = Prompt(197, dtype, Pool(1, isa)).read(0, 197)
-    cut = Prompt(197, dtype, Pool(2, isa))
+    whole = Prompt(197, dtype, Pool(1, isa), fp8=fp8).read(0, 197)
+    cut = Prompt(197, dtype, Pool(2, isa), fp8=fp8)
     edges = [0, *cuts, 197]
     parts = [cut.read(begin, end) for begin, end in pairwise(edges)]
     assert same_bits(torch.cat(parts), whole)
@@ -100,10 +118,11 @@ def test_cut_prompt_equals_whole_prompt(cuts, dtype, isa):
 @pytest.mark.parametrize("isa", _C.usable_isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", LENGTHS)
-def test_prefill_then_step_agrees_with_prefill(n, dtype, isa):
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
+def test_prefill_then_step_agrees_with_prefill(n, dtype, isa, fp8):
     """Law 6: row t of a prefill and the decode step of token t, both within law 1."""
     pool = Pool(1, isa)
-    stepped, whole = Prompt(n + 1, dtype, pool), Prompt(n + 1, dtype, pool)
+    stepped, whole = (Prompt(n + 1, dtype, pool, fp8=fp8) for _ in range(2))
     stepped.read(0, n)
     exact, plain = whole.torch_attention(torch.float64), whole.torch_attention(dtype)
     got = whole.read(0, n + 1)
@@ -121,6 +140,60 @@ def test_prefill_equals_torch_attention(heads, dtype, isa):
     exact, plain = prompt.torch_attention(torch.float64), prompt.torch_attention(dtype)
     assert_within_law_1(got[:, : heads * K], exact, plain)
     assert (got[:, heads * K :] == 0).all()
+
+
+@pytest.mark.parametrize("isa", _C.usable_isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_code_is_read_as_torch_reads_it(dtype, isa):
+    """A lone key has the weight 1, so that its value is the output: all 256 codes."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    pages = torch.zeros(1, 1, PAGE, 256, dtype=torch.uint8)
+    pages[0, 0, 0] = codes
+    q, out = torch.zeros(1, 256, dtype=dtype), torch.empty(1, 256, dtype=dtype)
+    attention_decode(
+        q, torch.zeros_like(pages), pages, out, page_table=int32(0)[None], lengths=int32(1),
+        scale=1.0, run=Pool(1, isa), v_scale=0.5,
+    )  # fmt: skip
+    want = (codes.view(torch.float8_e4m3fn).float() * 0.5).to(dtype)
+    assert torch.equal(out[0].isnan(), want.isnan()) and want.isnan().sum() == 2
+    assert torch.equal(out[0].nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.parametrize("isa", _C.usable_isas())
+def test_every_bfloat16_becomes_the_code_that_torch_gives(isa):
+    """All 65536 of them: ties, subnormals, what is beyond 448, infinities, NaN."""
+    values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for dtype in DTYPES:
+        k = values.view(64, 1024).to(dtype)
+        pages = [torch.zeros(1, 1, PAGE, 1024, dtype=torch.uint8) for _ in "kv"]
+        kv_append(k, k, *pages, slot_mapping=int32(*range(64)), run=Pool(1, isa), v_scale=3.0)
+        for got, scale in zip(pages, (1.0, 3.0)):
+            want, lost = to_codes(values, scale), values.isnan()
+            assert torch.equal(got.flatten()[~lost], want[~lost])
+            assert (got.flatten()[lost] == NAN_CODE).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"k_scale": 0.0}, "k_scale must be finite and above 0"),
+    ({"v_scale": float("inf")}, "v_scale must be finite and above 0"),
+    ({"v_scale": 2.0}, r"v_scale must be 1 unless the pages are uint8 \(E4M3\)"),
+])  # fmt: skip
+def test_page_scales_are_checked(change, message):
+    prompt, out = Prompt(9, torch.float32), torch.empty(1, HQ * K)
+    with pytest.raises(ValueError, match=f"^kv_append: {message}"):
+        kv_append(prompt.k, prompt.v, *prompt.pages, slot_mapping=int32(*range(9)), **change)
+    with pytest.raises(ValueError, match=f"^attention_decode: {message}"):
+        attention_decode(
+            prompt.q[:1], *prompt.pages, out, page_table=prompt.table, lengths=int32(9),
+            scale=SCALE, **change,
+        )  # fmt: skip
+
+
+def test_float8_tensors_go_in_viewed_as_uint8():
+    prompt = Prompt(9, torch.float32, fp8=True)
+    pages = [p.view(torch.float8_e4m3fn) for p in prompt.pages]
+    with pytest.raises((TypeError, ValueError)):
+        kv_append(prompt.k, prompt.v, *pages, slot_mapping=int32(*range(9)))
 
 
 def test_decode_over_many_splits_equals_torch_attention():

@@ -276,6 +276,14 @@ SAMPLES = {
          "threads": 2, "machine": MACHINE, "date": "d"},
         ["| `S` | 4.00 | 250 | 2.50x |", "| `L` | 10.00 | 100 | 1.00x |"],
     ),
+    "drift": (
+        {"heads": {"float32": {"over_time": [1e-7, 2e-7], "by_fade": [3e-7, 1e-7]}},
+         "reasoner": {"both": {"error": [0.2, 0.1, 0.3], "agree": 0.98765}},
+         "accuracy": {"float32": {"S": SCORE}, "both": {"S": SCORE}}, "fades": [0.1, 1e-5],
+         "tokens": 4000, "width": "S", "problems": 200, "machine": MACHINE, "date": "d"},
+        ["| float32 | 2.0e-07 | 3.0e-07 | - | - | 95.5% |",
+         "| both | - | - | 2.0e-01 | 98.77% | 95.5% |", "forget 10% to 0.001%"],
+    ),
     "peer-620m": (
         {"with_peer": {"decode": {"tokens_s": 100.0, "peer_tokens_s": 80.0, "ratio": 1.25}},
          "widths": [{"width": "L", "tokens_s": 99.6, "share_of_roof": 0.9}],

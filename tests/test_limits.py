@@ -28,6 +28,7 @@ from elastic_infer import (
     SamplingParams,
 )
 from elastic_infer.cache import PAGE
+from elastic_infer.cache_dtypes import CacheDtypes
 from elastic_infer.capacity import plan_capacity, slot_bytes
 from elastic_infer.config import ModelConfig, full_width, kv_bytes_per_token
 
@@ -64,9 +65,9 @@ def memory(slots, pages):
     import torch
 
     full = full_width(config)
-    return slots * slot_bytes(config, full, torch.float32) + pages * PAGE * kv_bytes_per_token(
-        config, 4
-    )
+    return slots * slot_bytes(
+        config, full, CacheDtypes.of(torch.float32)
+    ) + pages * PAGE * kv_bytes_per_token(config, 4)
 
 
 # -- waiting ----------------------------------------------------------------------------------
@@ -210,7 +211,9 @@ def test_capacity_of_every_budget_holds_a_whole_sequence():
     import torch
 
     for budget in range(memory(1, 8), memory(80, 100), 40_000):
-        c = plan_capacity(config, full_width(config), torch.float32, 512, None, 256, budget)
+        c = plan_capacity(
+            config, full_width(config), CacheDtypes.of(torch.float32), 512, None, 256, budget
+        )
         assert c.num_pages >= 8 and c.num_slots >= c.max_num_seqs >= 1
         assert memory(c.num_slots, c.num_pages) <= budget
 

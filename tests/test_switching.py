@@ -8,11 +8,19 @@ from elastic_infer import CheckpointError, WidthError
 from elastic_infer.plan import Policy
 from elastic_infer.switching import Read
 
+SMALL = {"kv_cache_dtype": "fp8", "mamba_ssm_cache_dtype": "float16"}
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    with base_engine(tmp_path_factory.mktemp("model"), max_num_batched_tokens=128) as engine:
+
+@pytest.fixture(scope="module", params=[{}, SMALL], ids=["default", "fp8-float16"])
+def engine(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    with base_engine(folder, max_num_batched_tokens=128, **request.param) as engine:
         yield engine
+
+
+def kept_as(engine):
+    """The options of an engine whose cache is kept as this one's."""
+    return SMALL if engine._model.cache.ssm[0].dtype == torch.float16 else {}
 
 
 def prompt(n, seed=0):
@@ -235,7 +243,7 @@ def test_a_file_goes_on_in_another_engine(engine, tmp_path):
         a.width = "M"
         a.step()
         a.save(tmp_path / "s.safetensors")
-        with base_engine(tmp_path / "other", threads=1, max_num_seqs=3) as other:
+        with base_engine(tmp_path / "other", threads=1, max_num_seqs=3, **kept_as(engine)) as other:
             other.open(prompt(70)).logits()  # other pages and another slot
             with other.load(tmp_path / "s.safetensors") as b:
                 assert [a.step().id for _ in range(8)] == [b.step().id for _ in range(8)]
@@ -297,12 +305,14 @@ def test_file_of_other_weights_is_refused(engine, tmp_path):
     with engine.open(prompt(5)) as a:
         a.logits()
         a.save(tmp_path / "s.safetensors")
-    with base_engine(tmp_path / "same") as same:
+    with base_engine(tmp_path / "same", **kept_as(engine)) as same:
         same.load(tmp_path / "s.safetensors").close()
     import tiny
     from engines import base_config, base_widths, tiny_engine
 
-    with tiny_engine(tmp_path / "other", 8, config=base_config(), widths=base_widths()) as other:
+    with tiny_engine(
+        tmp_path / "other", 8, config=base_config(), widths=base_widths(), **kept_as(engine)
+    ) as other:
         assert tiny and other.fingerprint != engine.fingerprint
         used = other.stats()["slots_used"]
         with pytest.raises(CheckpointError, match="must belong to these weights"):
@@ -314,6 +324,33 @@ def test_file_of_other_weights_is_refused(engine, tmp_path):
         engine.load(tmp_path / "cut.safetensors")
     with pytest.raises(CheckpointError, match="must name a file"):
         engine.load(tmp_path / "none.safetensors")
+
+
+def test_file_of_another_cache_is_refused(engine, tmp_path):
+    with engine.open(prompt(5)) as a:
+        a.logits()
+        a.save(tmp_path / "s.safetensors")
+    for name, value in SMALL.items():
+        options = kept_as(engine) | {name: "auto" if kept_as(engine) else value}
+        with base_engine(tmp_path / name, **options) as other:
+            with pytest.raises(CheckpointError, match="must be loaded by an engine that keeps"):
+                other.load(tmp_path / "s.safetensors")
+            assert other.stats()["slots_used"] == 0
+
+
+def test_a_prompt_cut_anywhere_replays_bit_equal(engine):
+    """Two prompts one after the other, the first ending off the grid of 64 tokens."""
+    with engine.open(prompt(90)) as a:
+        a.logits()
+        a.append([5])
+        a.logits()
+        assert a.switch("S", "window(2)") > 0  # everything again, as one prompt
+        a.append(prompt(75, 2))
+        want = a.logits()
+        a.append([9])
+        a.logits()
+        a.rollback(a._sequence.length - 1)
+        assert torch.equal(a.logits(), want)
 
 
 def test_preempt_and_resume(engine):

@@ -25,6 +25,28 @@ EI_DEVICE int chunk_place(int row, int chunk) {
   return row * kHead * 2 + (chunk ^ (row & 7)) * 16;
 }
 
+// Copies 16 bytes of row `row` of a page to shared memory as they are, zeros where !there. Rows of
+// bfloat16 land where the matrix instructions take them from; E4M3 codes lie side by side until
+// widen().
+template <int kHead, class KV>
+EI_DEVICE void stage_chunk(char* to, int row, int chunk, const KV* page, bool there) {
+  const int at = sizeof(KV) == 1 ? row * kHead + chunk * 16 : chunk_place<kHead>(row, chunk);
+  copy16_async(to + at, page, there);
+}
+
+// `rows` staged rows of K codes as bfloat16, by the threads `me` of `threads`.
+template <int kHead>
+EI_DEVICE void widen(const char* codes, char* to, int rows, int K, int me, int threads) {
+  const int chunks = K / 8;
+  for (int i = me; i < rows * chunks; i += threads) {
+    const int r = i / chunks, chunk = i % chunks;
+    const auto* from = reinterpret_cast<const uint32_t*>(codes + r * kHead + chunk * 8);
+    Bytes16 wide;
+    for (int j = 0; j < 4; ++j) wide.word[j] = bf16_from_e4m3(from[j / 2] >> j % 2 * 16 & 0xffffu);
+    store16(to + chunk_place<kHead>(r, chunk), wide);
+  }
+}
+
 // kHead: room for the head size, 64 or 128; `head` is the size itself, a multiple of 16.
 template <int kHead>
 struct WarpRows {
@@ -148,11 +170,11 @@ struct PlainRow {
   }
 
   // Attends to the keys [first, end), at most 32; at(j) is where key or value j is in the pages.
-  template <class T, class At>
-  EI_DEVICE void attend(const T* keys, const T* values, int first, int end, const At& at) {
+  template <class KV, class At>
+  EI_DEVICE void attend(const KV* keys, const KV* values, int first, int end, const At& at) {
     float score = kNothingSeen;
     if (first + lane < end) {
-      const T* key = keys + at(first + lane);
+      const KV* key = keys + at(first + lane);
       float part[4] = {};  // short sums are the more exact ones
       for (int c = 0; c < head; c += 4) {
         float k[4];
@@ -176,7 +198,7 @@ struct PlainRow {
     for (int k = 0; k < kSteps; ++k) o[k] *= fade;
     sync_warp();
     for (int j = first; j < end; ++j) {
-      const T* value = values + at(j);
+      const KV* value = values + at(j);
       const float weight = room.p[j - first];
       EI_UNROLL
       for (int k = 0; k < kSteps; ++k)

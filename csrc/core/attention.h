@@ -180,8 +180,8 @@ inline void attend_panel(const AttentionBlock& b, int row, int n, bool masked, f
 
 // All rows of the block attend to the first n keys of a page that starts at key `first` of the
 // sequence. `masked`: some row sees less than the whole page.
-template <class T>
-inline void attend_page(const AttentionBlock& b, const T* k, const T* v, int n, bool masked,
+template <class KV>
+inline void attend_page(const AttentionBlock& b, const KV* k, const KV* v, int n, bool masked,
                         int64_t first) {
   load_page(k, n, b.K, b.k);
   load_page(v, n, b.K, b.v);
@@ -194,11 +194,11 @@ inline void attend_page(const AttentionBlock& b, const T* k, const T* v, int n, 
     }
 }
 
-// out[c] = o[c] / l of one row.
+// out[c] = o[c] * v_scale / l of one row.
 template <class T>
-inline void write_result(const AttentionBlock& b, int row, T* out) {
+inline void write_result(const AttentionBlock& b, int row, float v_scale, T* out) {
   const RowPlace at = row_place(b, row);
-  const float scale = 1.0f / b.l[row];
+  const float scale = v_scale / b.l[row];
   for (int c = 0; c < b.K; ++c)
     from_float(b.o[at.base + static_cast<int64_t>(c) * at.step] * scale, out[c]);
 }

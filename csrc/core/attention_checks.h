@@ -6,13 +6,24 @@
 
 namespace ei {
 
+// The scale of E4M3 pages: a code stands for its value times the scale. Other pages have none.
+inline void check_page_scale(const Checker& check, const Tensor& pages, double scale,
+                             const char* name) {
+  const float kept = static_cast<float>(scale);
+  if (!std::isfinite(kept) || kept <= 0.0f)
+    check.fail(name, "be finite and above 0 in float32", std::to_string(scale));
+  if (pages.dtype != DType::u8 && scale != 1.0)
+    check.fail(name, "be 1 unless the pages are uint8 (E4M3)", std::to_string(scale));
+}
+
 // Checks q, the pages and out, binding `rows`, pages, Hkv and K; returns Hq.
 inline int64_t check_heads(Checker& check, const Tensor& q, const Tensor& k_pages,
-                           const Tensor& v_pages, const Tensor& out, const char* rows,
-                           double scale) {
+                           const Tensor& v_pages, const Tensor& out, const char* rows, double scale,
+                           double k_scale, double v_scale) {
   check(q, "q").dtype({DType::f32, DType::bf16}).shape({rows, "Hq*K"}).rows_dense();
-  check(k_pages, "k_pages").dtype({q.dtype}).shape({"pages", "Hkv", 64, "K"}).contiguous();
-  check(v_pages, "v_pages").dtype({q.dtype}).shape({"pages", "Hkv", 64, "K"}).contiguous();
+  check(k_pages, "k_pages").dtype({q.dtype, DType::u8});
+  check(k_pages, "k_pages").shape({"pages", "Hkv", 64, "K"}).contiguous();
+  check(v_pages, "v_pages").dtype({k_pages.dtype}).shape({"pages", "Hkv", 64, "K"}).contiguous();
   check(out, "out").dtype({q.dtype}).shape({rows, "Hq*K"}).rows_dense();
   const int64_t K = check["K"], Hkv = check["Hkv"], row = check["Hq*K"];
   if (K < 16 || K % 16 != 0)
@@ -21,6 +32,8 @@ inline int64_t check_heads(Checker& check, const Tensor& q, const Tensor& k_page
     check.fail("q", "have Hq*K columns, Hq a multiple of the " + std::to_string(Hkv) + " KV heads",
                q.describe());
   if (!std::isfinite(scale)) check.fail("scale", "be finite", std::to_string(scale));
+  check_page_scale(check, k_pages, k_scale, "k_scale");
+  check_page_scale(check, v_pages, v_scale, "v_scale");
   return row / K;
 }
 

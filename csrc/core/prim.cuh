@@ -1,10 +1,11 @@
 // Every machine instruction that the kernels name, once: as PTX under nvcc, and beside it what it
-// means as plain C++, which the emulator (csrc/emu) runs. Nothing else contains inline PTX.
+// means as plain C++, which the emulator (csrc/emu) runs. Nothing else contains inline PTX, but for
+// prim_convert.cuh, its part for small floats.
 // "PTX:" gives the title of the section of NVIDIA's "Parallel Thread Execution ISA" manual.
 #pragma once
 #include <type_traits>
 
-#include "tensor.h"
+#include "small_floats.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -67,6 +68,8 @@ EI_DEVICE uint32_t bits_from_float(float x) {
 #endif
 }
 
+using ei::from_float;
+using ei::to_float;
 EI_DEVICE float to_float(float x) { return x; }
 EI_DEVICE float to_float(bf16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -117,6 +120,10 @@ EI_DEVICE float rounded(float x) {
   from_float(x, t);
   return to_float(t);
 }
+
+}  // namespace ei::cuda
+#include "prim_convert.cuh"
+namespace ei::cuda {
 
 // ---- global memory
 
@@ -208,10 +215,32 @@ EI_DEVICE void load_floats(const bf16* p, float (&v)[N]) {
     }
   }
 }
+EI_DEVICE void load_floats(const f16* p, float (&v)[4]) {
+  const Bytes8 b = load8(p);
+  for (int i = 0; i < 4; ++i)
+    v[i] = float_from_half(static_cast<uint16_t>(b.word[i / 2] >> i % 2 * 16));
+}
+EI_DEVICE void load_floats(const e4m3* p, float (&v)[4]) {
+  const uint32_t codes = load4(p);
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t two = bf16_from_e4m3(codes >> 16 * i & 0xffffu);
+    v[2 * i] = float_from_bits(two << 16);
+    v[2 * i + 1] = float_from_bits(two & 0xffff0000u);
+  }
+}
 EI_DEVICE void store(float* p, const float (&v)[4]) {
   Bytes16 b;
   for (int i = 0; i < 4; ++i) b.word[i] = bits_from_float(v[i]);
   store16(p, b);
+}
+// Four floats that float16 holds exactly.
+EI_DEVICE void store(f16* p, const float (&v)[4]) {
+  const uint32_t word[2] = {pack_halves(v[0], v[1]), pack_halves(v[2], v[3])};
+#if defined(__CUDACC__)
+  *reinterpret_cast<uint2*>(p) = make_uint2(word[0], word[1]);
+#else
+  std::memcpy(const_cast<void*>(emu::aligned(p, 8, "8-byte write")), word, 8);
+#endif
 }
 EI_DEVICE void store(bf16* p, const float (&v)[8]) {
   Bytes16 b;

@@ -7,7 +7,7 @@ namespace ei {
 
 void check_ssm(const char* op, SsmArgs& a, bool has_segments, bool live) {
   Checker check(op);
-  check(a.state, "state").dtype({DType::f32}).shape({"slots", "H", "P", "N"});
+  check(a.state, "state").dtype({DType::f32, DType::f16}).shape({"slots", "H", "P", "N"});
   check_pool(check, a.state, "state");
   const int64_t H = check["H"], P = check["P"], N = check["N"];
   check.range(P % 16, "P modulo 16", 0, 0);
@@ -31,6 +31,15 @@ void check_ssm(const char* op, SsmArgs& a, bool has_segments, bool live) {
   if (!has_segments) check.bind("S", check["T"]);
   check_slots(check, a.slots, check["slots"], live);
   if (has_segments) check_segments(check, a.cu_seqlens, live);
+  if (a.context || a.stochastic()) {
+    check(a.context, "context").dtype({DType::i32}).shape({"S"}).contiguous();
+    for (int64_t s = 0; live && !a.context.cuda && s < check["S"]; ++s)
+      if (a.context.ptr<int32_t>()[s] < 0)
+        check.fail(
+            "context", "be at least 0",
+            std::to_string(a.context.ptr<int32_t>()[s]) + " at sequence " + std::to_string(s));
+  }
+  check.range(a.seed, "seed", 0, (1ll << 31) - 1);
   WidthCheck widths(check, a.seq_width, live, "seq_width", "S");
   widths.sizes(a.h_sizes, "h_sizes", H, groups);
 }

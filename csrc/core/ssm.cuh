@@ -26,6 +26,20 @@ EI_DEVICE TimeStep decaying_step(const SsmArgs& a, int64_t token, int head) {
   return {dt, expf(-expf(a.A_log.ptr<float>()[head]) * dt)};
 }
 
+// What a value of the state becomes when it is kept as float16 (small_floats.h).
+EI_DEVICE float rounded_state(float h, uint32_t counter) {
+  return float_from_half(round_stochastic(h, random_word(counter)).bits);
+}
+// Of one head after `read` tokens of its sequence.
+EI_DEVICE uint32_t state_key(const SsmArgs& a, int64_t read, int head) {
+  return rounding_key(static_cast<uint32_t>(a.seed), static_cast<uint32_t>(read),
+                      static_cast<uint32_t>(head));
+}
+// Tokens that sequence s read before.
+EI_DEVICE int64_t read_before(const SsmArgs& a, int64_t s) {
+  return a.context ? a.context.ptr<int32_t>()[s] : 0;
+}
+
 // kSsmRows rows of state in the registers of a warp: lane l holds columns 4 l + 128 j of each.
 // kSteps covers N.
 template <int kSteps>
@@ -36,15 +50,25 @@ struct StateRows {
   EI_DEVICE StateRows(int N_) : N(N_), lane(threadIdx.x % kWarp) {}
   EI_DEVICE int column(int step) const { return 4 * lane + 128 * step; }
 
-  EI_DEVICE void read(const float* state) {
+  template <class State>
+  EI_DEVICE void read(const State* state) {
     for (int p = 0; p < kSsmRows; ++p)
       for (int j = 0; j < kSteps; ++j)
-        if (column(j) < N) load(state + p * N + column(j), h[p][j]);
+        if (column(j) < N) load_floats(state + p * N + column(j), h[p][j]);
   }
-  EI_DEVICE void write(float* state) const {
+  template <class State>
+  EI_DEVICE void write(State* state) const {
     for (int p = 0; p < kSsmRows; ++p)
       for (int j = 0; j < kSteps; ++j)
         if (column(j) < N) store(state + p * N + column(j), h[p][j]);
+  }
+
+  // The values become what float16 holds; `key`: of the head and position, plus the first row * N.
+  EI_DEVICE void round(uint32_t key) {
+    for (int p = 0; p < kSsmRows; ++p)
+      for (int j = 0; j < kSteps; ++j)
+        for (int i = 0; column(j) < N && i < 4; ++i)
+          h[p][j][i] = rounded_state(h[p][j][i], key + p * N + column(j) + i);
   }
 
   // h = decay h + (dt x) B^T, y = h C: one token. y[p] is the same in all lanes.
@@ -67,14 +91,15 @@ struct StateRows {
   }
 };
 
-// Tokens [begin, end) of one head, state rows [first, first + kSsmRows), by one warp.
-template <class T, int kSteps>
-EI_DEVICE void run_rows(const SsmArgs& a, int64_t begin, int64_t end, int64_t slot, int head,
+// Tokens [begin, end) of sequence s, one head, state rows [first, first + kSsmRows), by one warp.
+template <class T, class State, int kSteps>
+EI_DEVICE void run_rows(const SsmArgs& a, int64_t s, int64_t begin, int64_t end, int head,
                         int first) {
+  const int64_t slot = a.slots.ptr<int32_t>()[s];
   const int P = static_cast<int>(a.state.shape[2]), N = static_cast<int>(a.state.shape[3]);
   const int group = head % a.groups;
   const float skip = a.D.ptr<float>()[head];
-  float* state = a.state.ptr<float>() + slot * a.state.stride[0] +
+  State* state = a.state.ptr<State>() + slot * a.state.stride[0] +
                  (static_cast<int64_t>(head) * P + first) * N;
   StateRows<kSteps> rows(N);
   rows.read(state);
@@ -87,20 +112,27 @@ EI_DEVICE void run_rows(const SsmArgs& a, int64_t begin, int64_t end, int64_t sl
     // One lane per row writes it.
     for (int p = 0; p < kSsmRows; ++p)
       if (rows.lane == p) from_float(y[p] + skip * x[p], row<T>(a.y, t)[head * P + first + p]);
+    if constexpr (sizeof(State) == 2) {
+      const int64_t read = read_before(a, s) + t + 1 - begin;
+      if (read % kSsmStored == 0 || t + 1 == end)
+        rows.round(state_key(a, read, head) + static_cast<uint32_t>(first * N));
+    }
   }
   rows.write(state);
 }
 
-// f(x, steps): a value of x's dtype, and the steps of StateRows that cover the state.
+// f(x, state, steps): values of the dtypes of x and state, and the steps of StateRows that cover
+// the state.
 template <class F>
 void by_kind(const SsmArgs& a, const F& f) {
-  const auto by_steps = [&](auto x) {
+  const auto by_steps = [&](auto x, auto state) {
     if (a.state.shape[3] > 128)
-      f(x, std::integral_constant<int, 2>());
+      f(x, state, std::integral_constant<int, 2>());
     else
-      f(x, std::integral_constant<int, 1>());
+      f(x, state, std::integral_constant<int, 1>());
   };
-  a.x.dtype == DType::f32 ? by_steps(float()) : by_steps(bf16());
+  const auto by_state = [&](auto x) { a.stochastic() ? by_steps(x, f16()) : by_steps(x, float()); };
+  a.x.dtype == DType::f32 ? by_state(float()) : by_state(bf16());
 }
 
 }  // namespace ei::cuda

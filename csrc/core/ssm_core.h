@@ -8,8 +8,9 @@
 namespace ei::EI_ISA {
 
 // State rows that stay in the first-level cache while tokens pass over them, rows that share the
-// loads of B and C, tokens whose dt is computed at once, and the largest N.
-constexpr int kSsmRows = 32, kSsmTile = 4, kSsmTokens = 64, kSsmMaxState = 256;
+// loads of B and C, tokens whose dt is computed at once (a float16 state is rounded after them),
+// and the largest N.
+constexpr int kSsmRows = 32, kSsmTile = 4, kSsmTokens = kSsmStored, kSsmMaxState = 256;
 
 // One row of B or C as floats: itself, or converted into `room`.
 inline const float* as_floats(const float* row, int, float*) { return row; }
@@ -39,9 +40,9 @@ inline void ssm_tile(float* h, const float* B, const float* C, int N, float deca
   for (int p = 0; p < kSsmTile; ++p) y[p] = sum(total[p]);
 }
 
-// Tokens [token, token + tokens) of one head; state rows [row, row + rows), rows <= kSsmRows.
+// Tokens [token, token + tokens) of one head; h: state rows [row, row + rows), rows <= kSsmRows.
 template <class T>
-void ssm_rows(const SsmArgs& a, int64_t head, int64_t token, int tokens, float* state, int row,
+void ssm_rows(const SsmArgs& a, int64_t head, int64_t token, int tokens, float* h, int row,
               int rows, const float* dt, const float* decay) {
   const int P = static_cast<int>(a.state.shape[2]), N = static_cast<int>(a.state.shape[3]);
   const int64_t group = head % a.groups, column = head * P + row;
@@ -54,35 +55,58 @@ void ssm_rows(const SsmArgs& a, int64_t head, int64_t token, int tokens, float* 
     const T* x = a.x.ptr<T>() + at * a.x.stride[0] + column;
     for (int p = 0; p < rows; ++p) drive[p] = dt[t] * to_float(x[p]);
     for (int p = 0; p < rows; p += kSsmTile)
-      ssm_tile(state + (row + p) * N, B, C, N, decay[t], drive + p, y + p);
+      ssm_tile(h + p * N, B, C, N, decay[t], drive + p, y + p);
     T* out = a.y.ptr<T>() + at * a.y.stride[0] + column;
     for (int p = 0; p < rows; p += V::kLanes)
       store(out + p, fma(V::set(skip), V::load(x + p), V::load(y + p)));
   }
 }
 
-// All tokens [begin, end) of one head of one sequence.
-template <class T, class TimeStep>
-void ssm_head(const SsmArgs& a, int64_t head, int64_t begin, int64_t end, int64_t slot) {
+// Rows of the state as the recurrence wants them: the pool's own where it is float; otherwise a
+// copy, which `close` rounds back.
+inline float* open_rows(float* state, int64_t, float*) { return state; }
+inline float* open_rows(const f16* state, int64_t n, float* room) {
+  for (int64_t i = 0; i < n; i += V::kLanes) store(room + i, V::load(state + i));
+  return room;
+}
+inline void close_rows(const float*, int64_t, float*, uint32_t) {}
+inline void close_rows(const float* room, int64_t n, f16* state, uint32_t key) {
+  for (int64_t i = 0; i < n; i += V::kLanes)
+    store_stochastic(state + i, V::load(room + i), key + static_cast<uint32_t>(i));
+}
+
+// All tokens [begin, end) of one head of one sequence that has read `before` tokens.
+template <class T, class TimeStep, class State>
+void ssm_head(const SsmArgs& a, int64_t head, int64_t begin, int64_t end, int64_t slot,
+              int64_t before) {
   const int P = static_cast<int>(a.state.shape[2]), N = static_cast<int>(a.state.shape[3]);
   const float rate = -std::exp(a.A_log.ptr<float>()[head]);
   const float bias = a.dt_bias.ptr<float>()[head];
-  float* state = a.state.ptr<float>() + slot * a.state.stride[0] + head * P * N;
+  State* state = a.state.ptr<State>() + slot * a.state.stride[0] + head * P * N;
   float dt[kSsmTokens], decay[kSsmTokens];
-  for (int64_t token = begin; token < end; token += kSsmTokens) {
-    const int tokens = static_cast<int>(std::min<int64_t>(kSsmTokens, end - token));
+  alignas(64) float room[sizeof(State) == 2 ? kSsmRows * kSsmMaxState : 1];
+  int tokens;
+  for (int64_t token = begin; token < end; token += tokens, before += tokens) {
+    tokens = static_cast<int>(std::min<int64_t>(kSsmTokens - before % kSsmTokens, end - token));
     const TimeStep* raw = a.dt.ptr<TimeStep>() + token * a.dt.stride[0] + head;
     for (int t = 0; t < tokens; ++t) {
       const float z = to_float(raw[t * a.dt.stride[0]]) + bias;
       dt[t] = z > 20.0f ? z : std::log1p(std::exp(z));
       decay[t] = std::exp(rate * dt[t]);
     }
-    for (int row = 0; row < P; row += kSsmRows)
-      ssm_rows<T>(a, head, token, tokens, state, row, std::min(kSsmRows, P - row), dt, decay);
+    const uint32_t key =
+        rounding_key(static_cast<uint32_t>(a.seed), static_cast<uint32_t>(before + tokens),
+                     static_cast<uint32_t>(head));
+    for (int row = 0; row < P; row += kSsmRows) {
+      const int rows = std::min(kSsmRows, P - row);
+      float* h = open_rows(state + row * N, rows * N, room);
+      ssm_rows<T>(a, head, token, tokens, h, row, rows, dt, decay);
+      close_rows(h, rows * N, state + row * N, key + static_cast<uint32_t>(row * N));
+    }
   }
 }
 
-template <class T, class TimeStep>
+template <class T, class TimeStep, class State>
 void ssm_all(const SsmArgs& a, Pool& pool) {
   const int64_t S = a.slots.shape[0], H = a.state.shape[1];
   pool.run(S * H, [&](int64_t part, int) {
@@ -91,13 +115,19 @@ void ssm_all(const SsmArgs& a, Pool& pool) {
     if (slot < 0) return;
     if (a.seq_width && head >= a.h_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[s]]) return;
     const int32_t* start = a.cu_seqlens ? a.cu_seqlens.ptr<int32_t>() + s : nullptr;
-    ssm_head<T, TimeStep>(a, head, start ? start[0] : s, start ? start[1] : s + 1, slot);
+    ssm_head<T, TimeStep, State>(a, head, start ? start[0] : s, start ? start[1] : s + 1, slot,
+                                 a.context ? a.context.ptr<int32_t>()[s] : 0);
   });
 }
 
+template <class T, class TimeStep>
+void ssm_stored(const SsmArgs& a, Pool& pool) {
+  a.stochastic() ? ssm_all<T, TimeStep, f16>(a, pool) : ssm_all<T, TimeStep, float>(a, pool);
+}
+
 inline void ssm_run(const SsmArgs& a, Pool& pool) {
-  if (a.x.dtype == DType::f32) return ssm_all<float, float>(a, pool);
-  a.dt.dtype == DType::f32 ? ssm_all<bf16, float>(a, pool) : ssm_all<bf16, bf16>(a, pool);
+  if (a.x.dtype == DType::f32) return ssm_stored<float, float>(a, pool);
+  a.dt.dtype == DType::f32 ? ssm_stored<bf16, float>(a, pool) : ssm_stored<bf16, bf16>(a, pool);
 }
 
 }  // namespace ei::EI_ISA

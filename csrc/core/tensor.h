@@ -74,8 +74,15 @@ constexpr int64_t tile_bytes(DType w) {
   }
 }
 
-struct bf16 {  // storage only; arithmetic is done in float
+// Storage only; arithmetic is done in float.
+struct bf16 {
   uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+struct e4m3 {  // 8-bit float: sign, 4 bits of exponent, 3 of fraction; no infinity, NaN is 0x7f
+  uint8_t bits;
 };
 
 constexpr int kMaxDims = 6;

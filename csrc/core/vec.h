@@ -10,8 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "codes.h"
-#include "tensor.h"
+#include "small_floats.h"
 
 #ifndef EI_ISA
 #error "vec.h is for sources that are compiled once per instruction set"
@@ -27,6 +26,8 @@
 
 namespace ei::EI_ISA {
 
+using ei::from_float;
+using ei::to_float;
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
   const uint32_t u = static_cast<uint32_t>(x.bits) << 16;

@@ -14,6 +14,21 @@ struct V {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
   }
+  static V load(const f16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  // Shifted into float16 a code has 2^-8 of its value, and NaN is 1.875.
+  static V load(const e4m3* p) {
+    const __m128i code = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i top = _mm_slli_epi16(_mm_cvtepu8_epi16(code), 8);
+    const __m128i half =
+        _mm_and_si128(_mm_srai_epi16(top, 1), _mm_set1_epi16(static_cast<short>(0xbfff)));
+    const __m256 f = _mm256_cvtph_ps(half);
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), f);
+    const __m256 nan = _mm256_cmp_ps(size, _mm256_set1_ps(1.875f), _CMP_EQ_OQ);
+    const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    return {_mm256_or_ps(_mm256_mul_ps(f, _mm256_set1_ps(256.0f)), _mm256_and_ps(nan, quiet))};
+  }
 };
 
 inline V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -50,6 +65,26 @@ inline void store(bf16* p, V a) {
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
   r = _mm256_blendv_epi8(r, quiet, nan);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+// Lane i by round_stochastic(a[i], random_word(key + i)).
+inline void store_stochastic(f16* p, V a, uint32_t key) {
+  const auto all = [](uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); };
+  const auto mix = [](__m256i x, int by) { return _mm256_xor_si256(x, _mm256_srli_epi32(x, by)); };
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  __m256i word = _mm256_mullo_epi32(mix(_mm256_add_epi32(all(key), lane), 16), all(0x7feb352du));
+  word = mix(_mm256_mullo_epi32(mix(word, 15), all(0x846ca68bu)), 16);
+  // Signed comparisons will do: nothing compared has its top bit set.
+  const __m256i u = _mm256_castps_si256(a.v), size = _mm256_and_si256(u, all(kSignless));
+  const __m256i small = _mm256_cmpgt_epi32(all(0x38800000u), size);
+  const __m256 least = _mm256_castsi256_ps(_mm256_and_si256(small, all(0x38800000u)));
+  const __m256 moved = _mm256_add_ps(_mm256_castsi256_ps(size), least);
+  __m256i kept = _mm256_add_epi32(_mm256_castps_si256(moved), _mm256_and_si256(word, all(0x1fffu)));
+  kept = _mm256_srli_epi32(_mm256_min_epu32(kept, all(0x47800000u)), 13);
+  __m256i code = _mm256_sub_epi32(kept, _mm256_blendv_epi8(all(0x1c000u), all(0x1c400u), small));
+  code = _mm256_blendv_epi8(code, all(0x7e00u), _mm256_cmpgt_epi32(size, all(kInfinityBits)));
+  code = _mm256_or_si256(code, _mm256_and_si256(_mm256_srli_epi32(u, 16), all(0x8000u)));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(code, code), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 // Lanes added pairwise: ((0+4)+(2+6)) + ((1+5)+(3+7)).

@@ -14,6 +14,20 @@ struct V {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
   }
+  static V load(const f16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  // Shifted into float16 a code has 2^-8 of its value, and NaN is 1.875.
+  static V load(const e4m3* p) {
+    const __m128i code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i top = _mm256_slli_epi16(_mm256_cvtepu8_epi16(code), 8);
+    const __m256i half =
+        _mm256_and_si256(_mm256_srai_epi16(top, 1), _mm256_set1_epi16(static_cast<short>(0xbfff)));
+    const __m512 f = _mm512_cvtph_ps(half);
+    const __mmask16 nan = _mm512_cmp_ps_mask(_mm512_abs_ps(f), _mm512_set1_ps(1.875f), _CMP_EQ_OQ);
+    return {_mm512_mask_mul_ps(_mm512_or_ps(f, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000))),
+                               ~nan, f, _mm512_set1_ps(256.0f))};
+  }
 };
 
 inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -43,6 +57,27 @@ inline void store(bf16* p, V a) {
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
   r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), quiet);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+// Lane i by round_stochastic(a[i], random_word(key + i)).
+inline void store_stochastic(f16* p, V a, uint32_t key) {
+  const auto all = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); };
+  const auto mix = [](__m512i x, int by) { return _mm512_xor_si512(x, _mm512_srli_epi32(x, by)); };
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i word = _mm512_mullo_epi32(mix(_mm512_add_epi32(all(key), lane), 16), all(0x7feb352du));
+  word = mix(_mm512_mullo_epi32(mix(word, 15), all(0x846ca68bu)), 16);
+  const __m512i u = _mm512_castps_si512(a.v), size = _mm512_and_si512(u, all(kSignless));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(size, all(0x38800000u));
+  const __m512 sized = _mm512_castsi512_ps(size);
+  const __m512 moved =
+      _mm512_mask_add_ps(sized, small, sized, _mm512_castsi512_ps(all(0x38800000u)));
+  __m512i kept = _mm512_add_epi32(_mm512_castps_si512(moved), _mm512_and_si512(word, all(0x1fffu)));
+  kept = _mm512_srli_epi32(_mm512_min_epu32(kept, all(0x47800000u)), 13);
+  __m512i code =
+      _mm512_sub_epi32(kept, _mm512_mask_blend_epi32(small, all(0x1c000u), all(0x1c400u)));
+  code =
+      _mm512_mask_mov_epi32(code, _mm512_cmpgt_epu32_mask(size, all(kInfinityBits)), all(0x7e00u));
+  code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi32(u, 16), all(0x8000u)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(code));
 }
 inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
 inline float max_lane(V a) { return _mm512_reduce_max_ps(a.v); }

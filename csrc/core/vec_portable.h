@@ -27,6 +27,16 @@ struct V {
     }
     return r;
   }
+  static V load(const f16* p) {
+    V r;
+    for (int i = 0; i < 8; ++i) r.v[i] = ei::to_float(p[i]);
+    return r;
+  }
+  static V load(const e4m3* p) {
+    V r;
+    for (int i = 0; i < 8; ++i) r.v[i] = ei::to_float(p[i]);
+    return r;
+  }
 };
 
 template <class F>
@@ -78,6 +88,10 @@ inline void store(bf16* p, V a) {
                     ? static_cast<uint16_t>((u >> 16) | 0x40)
                     : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
   }
+}
+// Lane i by round_stochastic(a[i], random_word(key + i)).
+inline void store_stochastic(f16* p, V a, uint32_t key) {
+  for (int i = 0; i < 8; ++i) p[i] = round_stochastic(a.v[i], random_word(key + i));
 }
 // Lanes added pairwise: ((0+4)+(2+6)) + ((1+5)+(3+7)).
 inline float sum(V a) {

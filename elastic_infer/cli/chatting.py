@@ -52,6 +52,8 @@ def chat(
     top_k: c.TopK = None,
     seed: c.Seed = None,
     max_width: c.MaxWidth = None,
+    kv_cache_dtype: c.KvCacheDtype = "auto",
+    state_dtype: c.StateDtype = "auto",
     widths: c.WidthTable = None,
     revision: c.Revision = None,
     threads: c.Threads = None,
@@ -62,7 +64,7 @@ def chat(
     c.read_plan(plan, width)  # refused before the model is loaded
     engine = c.open_engine(
         model, revision=revision, widths=widths, max_width=max_width, threads=threads,
-        max_num_seqs=1,
+        max_num_seqs=1, kv_cache_dtype=kv_cache_dtype, mamba_ssm_cache_dtype=state_dtype,
     )  # fmt: skip
     with engine:
         params = c.sampling_params(
@@ -111,7 +113,7 @@ class Conversation:
         self.plan = plan
 
     def set_thinking(self, word: str) -> None:
-        """"on" or "off"."""
+        """ "on" or "off"."""
         if word not in ("on", "off"):
             raise InvalidRequest(f"/think: must be on or off, got {word!r}")
         self.template["enable_thinking"] = word == "on"

@@ -159,6 +159,16 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 WidthTable = Annotated[str | None, typer.Option("--widths", help="JSON file with a width table.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say what is loaded, on stderr.")]
+KvCacheDtype = Annotated[
+    str, typer.Option(help="Keys and values are kept in: auto (the model's dtype) or fp8.")
+]
+StateDtype = Annotated[
+    str,
+    typer.Option(
+        "--mamba-ssm-cache-dtype",
+        help="The Mamba state is kept in: float32, float16, or auto (what config.json says).",
+    ),
+]
 MaxWidth = Annotated[str | None, typer.Option(help="Widest width to load; the rest is not read.")]
 OneWidth = Annotated[str | None, typer.Option(help="One width for every token.")]
 PlanText = Annotated[

@@ -47,6 +47,8 @@ def generate(
     top_k: c.TopK = None,
     seed: c.Seed = None,
     max_width: c.MaxWidth = None,
+    kv_cache_dtype: c.KvCacheDtype = "auto",
+    state_dtype: c.StateDtype = "auto",
     widths: c.WidthTable = None,
     revision: c.Revision = None,
     threads: c.Threads = None,
@@ -58,7 +60,7 @@ def generate(
     chosen = c.read_plan(plan, width)
     engine = c.open_engine(
         model, revision=revision, widths=widths, max_width=max_width, threads=threads,
-        max_num_seqs=1,
+        max_num_seqs=1, kv_cache_dtype=kv_cache_dtype, mamba_ssm_cache_dtype=state_dtype,
     )  # fmt: skip
     with engine:
         params = c.sampling_params(

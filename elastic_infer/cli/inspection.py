@@ -66,6 +66,8 @@ def info(
         str | None, typer.Option(help="Such as 16GB or 24GiB; default: what is free now.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and output.")] = 4096,
+    kv_cache_dtype: c.KvCacheDtype = "auto",
+    state_dtype: c.StateDtype = "auto",
     widths: c.WidthTable = None,
     revision: c.Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
@@ -79,7 +81,7 @@ def info(
     if length < 1:
         raise InvalidRequest(f"--length: must be at least 1, got {length}")
     opened = open_sizes(model, revision, widths)
-    facts = describe(opened, size, length)
+    facts = describe(opened, size, length, kv_cache_dtype, state_dtype)
     if as_json:
         typer.echo(json.dumps({"model": model, **facts}, indent=2))
     else:
@@ -129,23 +131,30 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
     return Opened(config, found, default, source, config.dtype, formats, False)
 
 
-def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
-    """Everything that `info` tells, as plain values."""
+def describe(
+    opened: Opened, memory: int, length: int, kv_cache_dtype: str, state_dtype: str
+) -> dict[str, Any]:
+    """Everything that `info` tells, as plain values.
+
+    Raises: InvalidRequest for dtypes of the cache that there are none of.
+    """
     import torch
 
     from elastic_infer._C import Pool, cuda_architectures, usable_isas
+    from elastic_infer.cache_dtypes import cache_dtypes, item_size
     from elastic_infer.capacity import slot_bytes
     from elastic_infer.config import count_parameters, kv_bytes_per_token
     from elastic_infer.devices import why_not_cuda
-    from elastic_infer.footprint import bytes_per_token, fit, item_size, weight_bytes
+    from elastic_infer.footprint import bytes_per_token, fit, weight_bytes
 
     config, formats = opened.config, opened.formats
     run = torch.float32 if opened.stored in ("float32", "float16") else torch.bfloat16
     length = min(length, config.max_position_embeddings)
+    dtypes = cache_dtypes(config, run, kv_cache_dtype, state_dtype)
     rows = {}
     for name, width in opened.widths.items():
         counts = count_parameters(config, width)
-        room = fit(config, width, run, memory, length, formats=formats)
+        room = fit(config, width, run, memory, length, formats=formats, dtypes=dtypes)
         rows[name] = {
             "hidden_size": width.hidden_size,
             **{key: sizes(config, width, key) for key in _AXES if has(config, key)},
@@ -156,7 +165,7 @@ def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
                 for kind in ("bfloat16", "float32")
             },
             "weight_bytes_per_token": bytes_per_token(config, width, run, formats=formats),
-            "state_bytes_per_sequence": slot_bytes(config, width, run),
+            "state_bytes_per_sequence": slot_bytes(config, width, dtypes),
             "working_bytes": room.working,
             "sequences_that_fit": room.sequences,
             "longest_sequence_that_fits": room.longest,
@@ -171,7 +180,9 @@ def describe(opened: Opened, memory: int, length: int) -> dict[str, Any]:
         "tensors_checked": opened.checked,
         "width_table": opened.source,
         "default_width": opened.default_width,
-        "kv_bytes_per_token": kv_bytes_per_token(config, item_size(run)),
+        "kv_cache_dtype": dtypes.names[0],
+        "mamba_ssm_cache_dtype": dtypes.names[1],
+        "kv_bytes_per_token": kv_bytes_per_token(config, item_size(dtypes.kv)),
         "memory": memory,
         "length": length,
         "widths": rows,
@@ -217,7 +228,8 @@ def show(model: str, opened: Opened, facts: dict[str, Any]) -> None:
         f"{stored_text(facts)}", soft_wrap=True, markup=False,
     )  # fmt: skip
     screen.print(f"widths from {facts['width_table']}, default {facts['default_width']}; KV cache "
-                 f"{facts['kv_bytes_per_token']} bytes per token at every width",
+                 f"{facts['kv_bytes_per_token']} bytes per token at every width, in "
+                 f"{facts['kv_cache_dtype']}; Mamba state in {facts['mamba_ssm_cache_dtype']}",
                  soft_wrap=True, markup=False)  # fmt: skip
     screen.print(width_table(facts))
     kernels = facts["kernels"]

@@ -42,18 +42,48 @@ SHAPES: dict[str, list[dict]] = {
     "moe_matmul": list(_experts()),
     "ssm_scan": [
         {"lengths": (150, 64, 1), "H": 2, "P": 64, "N": 128, "G": 1, "widths": (2, 1)},
+        {
+            "lengths": (150, 64, 1),
+            "H": 2,
+            "P": 64,
+            "N": 128,
+            "G": 1,
+            "widths": (2, 1),
+            "state": "f16",
+        },
         {"lengths": (70,), "H": 1, "P": 80, "N": 144, "G": 1, "widths": (1,)},  # beyond chunks
+        {"lengths": (70,), "H": 1, "P": 80, "N": 144, "G": 1, "widths": (1,), "state": "f16"},
     ],
     "ssm_step": [
         {"lengths": (1, 1), "H": 4, "P": 64, "N": 128, "G": 2, "widths": (2, 4), "step": True},
         {"lengths": (1,), "H": 1, "P": 16, "N": 256, "G": 1, "widths": (1,), "step": True},
+        {
+            "lengths": (1, 1),
+            "H": 4,
+            "P": 64,
+            "N": 256,
+            "G": 2,
+            "widths": (2, 4),
+            "step": True,
+            "state": "f16",
+        },
     ],
     "attention_decode": [
         {"lengths": (200, 64), "Hq": 32, "Hkv": 2, "K": 128, "widths": (32, 16)},
+        {"lengths": (200, 64), "Hq": 32, "Hkv": 2, "K": 128, "widths": (32, 16), "kv": "fp8"},
         {"lengths": (70,), "Hq": 2, "Hkv": 1, "K": 192, "widths": None},
     ],
     "attention_prefill": [
         {"tokens": (9, 30), "context": (128, 3), "Hq": 16, "Hkv": 2, "K": 128, "widths": (8, 16)},
+        {
+            "tokens": (9, 30),
+            "context": (128, 3),
+            "Hq": 16,
+            "Hkv": 2,
+            "K": 128,
+            "widths": (8, 16),
+            "kv": "fp8",
+        },
         {"tokens": (5,), "context": (64,), "Hq": 2, "Hkv": 1, "K": 192, "widths": None},
     ],
     "moe_route": [

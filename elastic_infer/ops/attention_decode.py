@@ -6,7 +6,9 @@ import torch
 
 from .. import _C
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn
-from .kv_append import PAGE
+from .kv_append import PAGE, from_codes, kv_itemsize, to_codes
+
+NAN_CODE = 0x7F
 
 
 def attention_decode(
@@ -20,6 +22,8 @@ def attention_decode(
     scale: float,
     seq_width: torch.Tensor | None = None,
     q_sizes: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     run=None,
 ) -> torch.Tensor:
     """``out[s, n] = softmax(scale * q[s, n] @ keys.T) @ values`` over the first ``lengths[s]``
@@ -27,8 +31,8 @@ def attention_decode(
 
     Args:
         q: [S, Hq*K] float32 or bfloat16; Hq a multiple of Hkv, K of 16.
-        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `q`, contiguous. Nothing beyond a sequence's
-            length is read.
+        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `q` or uint8 (E4M3, see `kv_append`),
+            contiguous. Nothing beyond a sequence's length is read.
         out: [S, Hq*K], dtype of `q`: exact zero for inactive heads and sequences of length 0.
         page_table: [S, P] int32: token j of sequence s is in page ``page_table[s, j // 64]`` at
             offset ``j % 64``. Entries that the length does not need are never read.
@@ -36,6 +40,7 @@ def attention_decode(
         scale: multiplies the scores.
         seq_width: [S] int32 index of each sequence's width, or None for all heads.
         q_sizes: [W] int32 active query heads of each width.
+        k_scale, v_scale: what the codes of E4M3 pages are multiplied by; 1 for other pages.
         run: None, a Pool or a Step.
 
     Returns: `out`.
@@ -47,8 +52,9 @@ def attention_decode(
     as in Dao et al., "Flash-Decoding", at fixed places so that bits never depend on the batch.
     """
     _C.attention_decode(
-        q, k_pages, v_pages, out, page_table, lengths, scale, seq_width, q_sizes, run
-    )
+        q, k_pages, v_pages, out, page_table, lengths, scale, seq_width, q_sizes, k_scale, v_scale,
+        run,
+    )  # fmt: skip
     return out
 
 
@@ -62,7 +68,12 @@ def active_heads(a: Arguments, s: int) -> int:
 def cached(a: Arguments, name: str, s: int, tokens: int) -> torch.Tensor:
     """The first `tokens` keys or values of sequence s, [tokens, Hkv, K]."""
     table = a["page_table"][s, : -(-tokens // PAGE)].long()
-    return a[name][table].transpose(1, 2).flatten(0, 1)[:tokens]
+    found = a[name][table].transpose(1, 2).flatten(0, 1)[:tokens]
+    if found.dtype != torch.uint8:
+        return found
+    return from_codes(
+        found, a[f"{name[0]}_scale"], torch.promote_types(a["q"].dtype, torch.float32)
+    )
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -73,9 +84,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     return torch.einsum("nj,jnk->nk", scores.softmax(-1), v[:, heads].to(wide)).to(q.dtype)
 
 
-def draw_cache(generator: torch.Generator, tokens: list[int], Hkv: int, K: int, dtype: torch.dtype):
-    """Pages and a page table for sequences of the given lengths, pages in shuffled order, unneeded
-    entries -1: k_pages, v_pages, page_table."""
+def draw_cache(generator: torch.Generator, tokens: list[int], Hkv: int, K: int, dtype: torch.dtype,
+               kv: str | None) -> Arguments:  # fmt: skip
+    """k_pages, v_pages and page_table for sequences of the given lengths, pages in shuffled order,
+    unneeded entries -1; with `kv` "fp8" pages of E4M3 codes, and their scales."""
     needed = [-(-n // PAGE) for n in tokens]
     order = torch.randperm(sum(needed) + 2, generator=generator).to(torch.int32)
     table = torch.full((len(tokens), max(needed) + 1), -1, dtype=torch.int32)
@@ -84,7 +96,12 @@ def draw_cache(generator: torch.Generator, tokens: list[int], Hkv: int, K: int, 
         table[s, :n] = order[at : at + n]
         at += n
     shape = (len(order), Hkv, PAGE, K)
-    return randn(generator, *shape, dtype=dtype), randn(generator, *shape, dtype=dtype), table
+    pages = {name: randn(generator, *shape, dtype=dtype) for name in ("k_pages", "v_pages")}
+    if kv == "fp8":
+        scales = {"k_scale": 0.37, "v_scale": 0.05}
+        pages = {name: to_codes(x, scales[f"{name[0]}_scale"]) for name, x in pages.items()}
+        pages |= scales
+    return pages | {"page_table": table}
 
 
 def poison_cache(a: Arguments, tokens: list[int]) -> None:
@@ -94,7 +111,7 @@ def poison_cache(a: Arguments, tokens: list[int]) -> None:
         for p in range(-(-n // PAGE)):
             used[int(a["page_table"][s, p]), : min(PAGE, n - p * PAGE)] = True
     for name in ("k_pages", "v_pages"):
-        a[name].transpose(1, 2)[~used] = float("nan")
+        a[name].transpose(1, 2)[~used] = NAN_CODE if a[name].dtype == torch.uint8 else torch.nan
 
 
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
@@ -112,6 +129,8 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
 def _cases():
     yield {"lengths": (1,), "Hq": 1, "Hkv": 1, "K": 16, "widths": None}
     yield {"lengths": (65, 0, 7, 64, 130), "Hq": 6, "Hkv": 2, "K": 48, "widths": (2, 4, 6)}
+    yield {"lengths": (65, 0, 7, 64, 130), "Hq": 6, "Hkv": 2, "K": 48, "widths": (2, 4, 6),
+           "kv": "fp8"}  # fmt: skip
     yield {"lengths": (1100,), "Hq": 12, "Hkv": 1, "K": 80, "widths": None}
     yield {"lengths": (513, 1025), "Hq": 54, "Hkv": 2, "K": 32, "widths": (0, 52)}
     yield {"lengths": (512,), "Hq": 16, "Hkv": 2, "K": 128, "widths": None, "bench": True}
@@ -122,13 +141,10 @@ def _cases():
 def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
     lengths, widths = list(case["lengths"]), case["widths"]
     S, Hq, K = len(lengths), case["Hq"], case["K"]
-    k_pages, v_pages, table = draw_cache(generator, lengths, case["Hkv"], K, dtype)
-    return {
+    cache = draw_cache(generator, lengths, case["Hkv"], K, dtype, case.get("kv"))
+    return cache | {
         "q": randn(generator, S, Hq * K + 32, dtype=dtype, scale=2.0)[:, : Hq * K],
-        "k_pages": k_pages,
-        "v_pages": v_pages,
         "out": torch.empty(S, Hq * K, dtype=dtype),
-        "page_table": table,
         "lengths": torch.tensor(lengths, dtype=torch.int32),
         "scale": K**-0.5,
         "seq_width": draw_widths(generator, S, len(widths), sort=False) if widths else None,
@@ -169,10 +185,9 @@ def _row(a: Arguments, s: int):
 
 def _cost(case: Case, itemsize: int) -> tuple[int, int]:
     tokens, heads = sum(case["lengths"]), case["Hq"]
-    cache = 2 * tokens * case["Hkv"] * case["K"]
-    return (cache + 2 * len(case["lengths"]) * heads * case["K"]) * itemsize, (
-        4 * tokens * heads * case["K"]
-    )
+    cache = 2 * tokens * case["Hkv"] * case["K"] * kv_itemsize(case, itemsize)
+    rows = 2 * len(case["lengths"]) * heads * case["K"] * itemsize
+    return cache + rows, 4 * tokens * heads * case["K"]
 
 
 SPECS = [

@@ -8,6 +8,7 @@ from .. import _C
 from ._segments import offsets
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn
 from .attention_decode import active_heads, attend, cached, draw_cache, poison_cache
+from .kv_append import kv_itemsize
 
 
 def attention_prefill(
@@ -22,6 +23,8 @@ def attention_prefill(
     scale: float,
     seq_width: torch.Tensor | None = None,
     q_sizes: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
     run=None,
 ) -> torch.Tensor:
     """``out[t, n] = softmax(scale * q[t, n] @ keys.T) @ values`` over the tokens of t's sequence up
@@ -33,8 +36,8 @@ def attention_prefill(
 
     Args:
         q: [T, Hq*K] float32 or bfloat16; Hq a multiple of Hkv, K of 16.
-        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `q`, contiguous. Nothing beyond a sequence's
-            last token is read.
+        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `q` or uint8 (E4M3, see `kv_append`),
+            contiguous. Nothing beyond a sequence's last token is read.
         out: [T, Hq*K], dtype of `q`: exact zero for inactive heads; rows from ``cu_seqlens[S]`` on
             stay as they are.
         page_table: [S, P] int32: token j of sequence s is in page ``page_table[s, j // 64]`` at
@@ -44,6 +47,7 @@ def attention_prefill(
         scale: multiplies the scores.
         seq_width: [S] int32 index of each sequence's width, or None for all heads.
         q_sizes: [W] int32 active query heads of each width.
+        k_scale, v_scale: what the codes of E4M3 pages are multiplied by; 1 for other pages.
         run: None, a Pool or a Step.
 
     Returns: `out`.
@@ -55,8 +59,9 @@ def attention_prefill(
     "FlashAttention"; pages as in Kwon et al., "PagedAttention".
     """
     _C.attention_prefill(
-        q, k_pages, v_pages, out, page_table, cu_seqlens, context, scale, seq_width, q_sizes, run
-    )
+        q, k_pages, v_pages, out, page_table, cu_seqlens, context, scale, seq_width, q_sizes,
+        k_scale, v_scale, run,
+    )  # fmt: skip
     return out
 
 
@@ -94,6 +99,8 @@ def _cases():
     yield {**base, "tokens": (1,), "context": (0,), "Hq": 1, "Hkv": 1, "K": 16}
     yield {**base, "tokens": (5, 0, 70, 1), "context": (0, 9, 61, 128), "Hq": 6,
            "widths": (2, 4, 6)}  # fmt: skip
+    yield {**base, "tokens": (5, 0, 70, 1), "context": (0, 9, 61, 128), "Hq": 6,
+           "widths": (2, 4, 6), "kv": "fp8"}  # fmt: skip
     yield {**base, "tokens": (130,), "context": (64,), "Hq": 8, "Hkv": 1, "K": 80}
     yield {**base, "tokens": (65, 3), "context": (0, 700), "Hq": 54, "K": 32, "widths": (0, 52)}
     bench = {"Hq": 16, "Hkv": 2, "K": 128, "widths": None, "bench": True}
@@ -106,13 +113,10 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
     tokens, context, widths = list(case["tokens"]), list(case["context"]), case["widths"]
     S, T, Hq, K = len(tokens), sum(tokens), case["Hq"], case["K"]
     cache = [n + before if n else 0 for n, before in zip(tokens, context)]
-    k_pages, v_pages, table = draw_cache(generator, cache, case["Hkv"], K, dtype)
-    return {
+    pages = draw_cache(generator, cache, case["Hkv"], K, dtype, case.get("kv"))
+    return pages | {
         "q": randn(generator, T + 2, Hq * K + 32, dtype=dtype, scale=2.0)[:, : Hq * K],
-        "k_pages": k_pages,
-        "v_pages": v_pages,
         "out": randn(generator, T + 2, Hq * K, dtype=dtype),
-        "page_table": table,
         "cu_seqlens": offsets(tokens),
         "context": torch.tensor(context, dtype=torch.int32),
         "scale": K**-0.5,
@@ -159,9 +163,10 @@ def _row(a: Arguments, s: int):
 def _cost(case: Case, itemsize: int) -> tuple[int, int]:
     width = case["Hq"] * case["K"]
     chunks = list(zip(case["tokens"], case["context"]))
-    cache = sum(2 * (n + before) * case["Hkv"] * case["K"] for n, before in chunks)
+    read = 2 * case["Hkv"] * case["K"] * kv_itemsize(case, itemsize)
+    cache = read * sum(n + before for n, before in chunks)
     pairs = sum(n * before + n * (n + 1) // 2 for n, before in chunks)
-    return (cache + 2 * sum(case["tokens"]) * width) * itemsize, 4 * pairs * width
+    return cache + 2 * sum(case["tokens"]) * width * itemsize, 4 * pairs * width
 
 
 SPECS = [

@@ -24,12 +24,17 @@ def ssm_scan(
     slots: torch.Tensor,
     seq_width: torch.Tensor | None = None,
     h_sizes: torch.Tensor | None = None,
+    context: torch.Tensor | None = None,
+    seed: int = 0,
     run=None,
 ) -> torch.Tensor:
     """``dt' = softplus(dt + dt_bias); h = exp(-exp(A_log) dt') h + (dt' x) B^T; y = h C + D x``,
     token by token within each sequence.
 
-    Cutting a sequence anywhere, down to single tokens (`ssm_step`), gives equal bits.
+    Cutting a sequence anywhere, down to single tokens (`ssm_step`), gives equal bits. All of it is
+    computed in float32; a float16 state is rounded stochastically after every token whose number in
+    its sequence is a multiple of 64 and after the last one given, by random numbers that depend on
+    (seed, number of the token, head, element) alone. Cuts at multiples of 64 then give equal bits.
     Heads are in rank-major order: head n reads group n % G of B and C.
 
     Args:
@@ -40,14 +45,16 @@ def ssm_scan(
         A_log: [H] float32; the decay rate is -exp(A_log).
         D: [H] float32, the skip connection.
         dt_bias: [H] float32.
-        state: [slots, H, P, N] float32, h of every sequence, updated in place. P and N are
-            multiples of 16, N at most 256.
+        state: [slots, H, P, N] float32 or float16, h of every sequence, updated in place. P and N
+            are multiples of 16, N at most 256.
         y: [T, H*P], dtype of `x`.
         cu_seqlens: [S+1] int32; sequence s owns tokens cu_seqlens[s] to cu_seqlens[s + 1].
         slots: [S] int32 distinct slots; -1 skips the sequence (nothing read or written).
         seq_width: [S] int32 index of each sequence's width, or None for all heads.
         h_sizes: [W] int32 active heads, multiples of G. State and y of the other heads keep their
             values.
+        context: [S] int32 tokens that each sequence read before; needed for a float16 state.
+        seed: in [0, 2**31), of the rounding of a float16 state; the layer's number in the model.
         run: None, a Pool or a Step.
 
     Returns: `y`.
@@ -58,8 +65,9 @@ def ssm_scan(
     Structured State Space Duality".
     """
     _C.ssm_scan(
-        x, B, C, dt, A_log, D, dt_bias, state, y, cu_seqlens, slots, seq_width, h_sizes, run
-    )
+        x, B, C, dt, A_log, D, dt_bias, state, y, cu_seqlens, slots, seq_width, h_sizes,
+        context, seed, run,
+    )  # fmt: skip
     return y
 
 
@@ -68,6 +76,9 @@ def _cases():
     yield {"lengths": (3, 1, 0, 70, 2), "H": 6, "P": 16, "N": 48, "G": 2, "widths": (2, 6, 4),
            "padded": 1}  # fmt: skip
     yield {"lengths": (5, 66), "H": 8, "P": 48, "N": 32, "G": 4, "widths": (4, 8), "dt": "f32"}
+    yield {"lengths": (5, 0, 66, 130), "H": 8, "P": 48, "N": 32, "G": 4, "widths": (4, 8, 8),
+           "state": "f16"}  # fmt: skip
+    yield {"lengths": (5, 66), "H": 4, "P": 16, "N": 48, "G": 2, "widths": (2, 4), "padded": 0}
     yield {"lengths": (256,), "H": 32, "P": 64, "N": 128, "G": 8, "widths": (32,), "bench": True}
 
 

@@ -23,12 +23,16 @@ def ssm_step(
     slots: torch.Tensor,
     seq_width: torch.Tensor | None = None,
     h_sizes: torch.Tensor | None = None,
+    context: torch.Tensor | None = None,
+    seed: int = 0,
     run=None,
 ) -> torch.Tensor:
     """``dt' = softplus(dt + dt_bias); h = exp(-exp(A_log) dt') h + (dt' x) B^T; y = h C + D x``,
     one token per sequence.
 
-    The same code as `ssm_scan` on sequences of length 1, so both give equal bits.
+    The same code as `ssm_scan` on sequences of length 1, so both give equal bits. All of it is
+    computed in float32; a float16 state is then rounded stochastically, by random numbers that
+    depend on (seed, number of the token in its sequence, head, element) alone.
     Heads are in rank-major order: head n reads group n % G of B and C.
 
     Args:
@@ -39,13 +43,15 @@ def ssm_step(
         A_log: [H] float32; the decay rate is -exp(A_log).
         D: [H] float32, the skip connection.
         dt_bias: [H] float32.
-        state: [slots, H, P, N] float32, h of every sequence, updated in place. P and N are
-            multiples of 16, N at most 256.
+        state: [slots, H, P, N] float32 or float16, h of every sequence, updated in place. P and N
+            are multiples of 16, N at most 256.
         y: [S, H*P], dtype of `x`.
         slots: [S] int32 distinct slots; -1 skips the sequence (nothing read or written).
         seq_width: [S] int32 index of each sequence's width, or None for all heads.
         h_sizes: [W] int32 active heads, multiples of G. State and y of the other heads keep their
             values.
+        context: [S] int32 tokens that each sequence read before; needed for a float16 state.
+        seed: in [0, 2**31), of the rounding of a float16 state; the layer's number in the model.
         run: None, a Pool or a Step.
 
     Returns: `y`.
@@ -55,7 +61,9 @@ def ssm_step(
     Source: Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
     Structured State Space Duality".
     """
-    _C.ssm_step(x, B, C, dt, A_log, D, dt_bias, state, y, slots, seq_width, h_sizes, run)
+    _C.ssm_step(
+        x, B, C, dt, A_log, D, dt_bias, state, y, slots, seq_width, h_sizes, context, seed, run
+    )
     return y
 
 
@@ -63,11 +71,14 @@ def _cases():
     yield {"lengths": (1,), "H": 1, "P": 16, "N": 16, "G": 1, "widths": (1,), "step": True}
     yield {"lengths": (1,) * 5, "H": 6, "P": 16, "N": 48, "G": 2, "widths": (2, 6, 4),
            "padded": 1, "step": True}  # fmt: skip
+    yield {"lengths": (1,) * 5, "H": 6, "P": 48, "N": 48, "G": 2, "widths": (2, 6, 4),
+           "padded": 1, "state": "f16", "step": True}  # fmt: skip
     yield {"lengths": (1,) * 9, "H": 8, "P": 48, "N": 32, "G": 4, "widths": (4, 8), "dt": "f32",
            "step": True}  # fmt: skip
+    bench = {"H": 32, "P": 64, "N": 128, "G": 8, "widths": (32,), "step": True, "bench": True}
     for S in (1, 8):
-        yield {"lengths": (1,) * S, "H": 32, "P": 64, "N": 128, "G": 8, "widths": (32,),
-               "step": True, "bench": True}  # fmt: skip
+        yield {"lengths": (1,) * S, **bench}
+    yield {"lengths": (1,) * 8, **bench, "state": "f16"}
 
 
 def _call(a: Arguments, run) -> None:

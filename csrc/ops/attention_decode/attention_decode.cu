@@ -8,7 +8,8 @@
 //   shared memory a few runs ahead, and keeps its own softmax: no barrier until the warps are
 //   joined at the end. With more than one split a second kernel joins their results.
 // Order: keys of a warp ascending; warps, then splits, ascending.
-// Shared memory: 96 KiB of runs (K = 128), then the warps' results in the same place.
+// Shared memory: 96 KiB of runs (K = 128), 80 KiB where pages hold E4M3 codes, which are copied as
+//   they are and widened to bfloat16 a run at a time, then the warps' results in the same place.
 // Workspace: o, m and l of every split in float.
 // Limits: head sizes are multiples of 16 up to 256; bfloat16 beyond 128 and float32 take the plain
 //   kernel below. q starts its rows at multiples of 16 bytes.
@@ -75,17 +76,20 @@ EI_DEVICE void finish(const AttentionDecodeArgs& a, const Plan& p, int64_t s, in
     for (; c < p.K; c += step) to[c] = o(c);
   } else {
     T* out = row<T>(a.out, s) + n * p.K;
-    for (; c < p.K; c += step) from_float(l > 0.0f || l != l ? o(c) / l : 0.0f, out[c]);
+    for (; c < p.K; c += step) from_float(l > 0.0f || l != l ? o(c) / l * a.v_scale : 0.0f, out[c]);
   }
 }
 
 // ---- bfloat16 on tensor cores
 
-template <int kHead>
+template <int kHead, class KV>
 struct Ring {
   static constexpr int kStages = 3;
-  static constexpr int kRunBytes = kRun * kHead * 2;  // keys, and as much for values
-  static constexpr int kWarpBytes = kStages * 2 * kRunBytes;
+  static constexpr bool kCodes = sizeof(KV) == 1;
+  static constexpr int kRunBytes = kRun * kHead * 2;         // keys, and as much for values
+  static constexpr int kStaged = kRun * kHead * sizeof(KV);  // the same as the pages hold it
+  static constexpr int kWide = kCodes ? 2 * kRunBytes : 0;   // codes that were widened
+  static constexpr int kWarpBytes = kStages * 2 * kStaged + kWide;
   static constexpr int kBytes = kWarps * kWarpBytes;
 };
 
@@ -96,25 +100,27 @@ struct Found {
 };
 
 // Copies the run of keys from `key` on to shared memory; keys from `end` on become zero.
-template <int kHead>
+template <int kHead, class KV>
 EI_DEVICE void stage(const AttentionDecodeArgs& a, const Plan& p, const Sequence& q, int h,
                      char* keys, int key) {
   const int64_t page = q.pages[key / kPage];
   const int64_t at = ((page * p.Hkv + h) * kPage + key % kPage) * p.K;
-  const int chunks = p.K / 8;
+  constexpr int V = kVector<KV>;
+  const int chunks = p.K / V;
   for (int i = threadIdx.x % kWarp; i < kRun * chunks; i += kWarp) {
-    const int r = i / chunks, chunk = i % chunks, to = chunk_place<kHead>(r, chunk);
+    const int r = i / chunks, chunk = i % chunks;
     const bool there = key + r < q.end;
-    const int64_t from = there ? at + r * p.K + chunk * 8 : 0;
-    copy16_async(keys + to, a.k_pages.ptr<bf16>() + from, there);
-    copy16_async(keys + Ring<kHead>::kRunBytes + to, a.v_pages.ptr<bf16>() + from, there);
+    const int64_t from = there ? at + r * p.K + chunk * V : 0;
+    stage_chunk<kHead>(keys, r, chunk, a.k_pages.ptr<KV>() + from, there);
+    stage_chunk<kHead>(keys + Ring<kHead, KV>::kStaged, r, chunk, a.v_pages.ptr<KV>() + from,
+                       there);
   }
 }
 
-template <int kHead>
+template <int kHead, class KV>
 __global__ void __launch_bounds__(kThreads)
     attend_split(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
-  using R = Ring<kHead>;
+  using R = Ring<kHead, KV>;
   EI_DYNAMIC_SHARED(char, shared);
   const int64_t s = blockIdx.z;
   const int h = blockIdx.y / p.tiles, first_row = blockIdx.y % p.tiles * kRows;
@@ -134,20 +140,26 @@ __global__ void __launch_bounds__(kThreads)
   EI_UNROLL
   for (int i = 0; i < R::kStages - 1; ++i) {
     if (from + i * step < end)
-      stage<kHead>(a, p, q, h, mine + i * 2 * R::kRunBytes, from + i * step);
+      stage<kHead, KV>(a, p, q, h, mine + i * 2 * R::kStaged, from + i * step);
     commit_copies();
   }
   int now = 0;
   for (int key = from; key < end; key += step) {
     const int ahead = key + (R::kStages - 1) * step, slot = (now + R::kStages - 1) % R::kStages;
-    if (ahead < end) stage<kHead>(a, p, q, h, mine + slot * 2 * R::kRunBytes, ahead);
+    if (ahead < end) stage<kHead, KV>(a, p, q, h, mine + slot * 2 * R::kStaged, ahead);
     commit_copies();
     wait_copies<R::kStages - 1>();
     sync_warp();  // what the other lanes copied is there too
-    const char* keys = mine + now * 2 * R::kRunBytes;
+    const char* keys = mine + now * 2 * R::kStaged;
+    if constexpr (R::kCodes) {
+      char* wide = mine + R::kStages * 2 * R::kStaged;
+      widen<kHead>(keys, wide, 2 * kRun, p.K, lane, kWarp);  // keys, then values
+      sync_warp();
+      keys = wide;
+    }
     const int visible[2] = {first_row + lane / 4 < q.active ? end - key : 0,
                             first_row + lane / 4 + 8 < q.active ? end - key : 0};
-    rows.template attend<kRun>(keys, keys + R::kRunBytes, a.scale * kLog2e, visible);
+    rows.template attend<kRun>(keys, keys + R::kRunBytes, a.scale * a.k_scale * kLog2e, visible);
     sync_warp();  // before this slot is written again
     now = (now + 1) % R::kStages;
   }
@@ -188,7 +200,7 @@ struct PlainFound {
   float o[kWarps][kMostHead], m[kWarps], l[kWarps];
 };
 
-template <class T>
+template <class T, class KV>
 __global__ void __launch_bounds__(kThreads)
     attend_plain(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
   EI_SHARED(PlainFound, found);
@@ -199,12 +211,12 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const bool active = n / p.Hkv < q.active;
   PlainRow mine(found.room[warp], active ? row<T>(a.q, s) + n * p.K : static_cast<T*>(nullptr), p.K,
-                a.scale);
+                a.scale * a.k_scale);
   const auto at = [&](int j) {
     return ((static_cast<int64_t>(q.pages[j / kPage]) * p.Hkv + h) * kPage + j % kPage) * p.K;
   };
   for (int key = q.first + warp * kWarp; active && key < q.end; key += kWarps * kWarp)
-    mine.attend(a.k_pages.ptr<T>(), a.v_pages.ptr<T>(), key, min(key + kWarp, q.end), at);
+    mine.attend(a.k_pages.ptr<KV>(), a.v_pages.ptr<KV>(), key, min(key + kWarp, q.end), at);
   EI_UNROLL
   for (int i = 0; i < PlainRow::kSteps; ++i) found.o[warp][lane + i * kWarp] = mine.o[i];
   if (lane == 0) found.m[warp] = mine.m * kLog2e, found.l[warp] = mine.l;
@@ -241,7 +253,7 @@ __global__ void __launch_bounds__(kThreads)
     float o = 0.0f;
     for (int i = 0; i < splits; ++i)
       o += all[i * (p.K + 2) + c] * exp2_fast(all[i * (p.K + 2) + p.K] - finite_maximum(m));
-    from_float(l > 0.0f || l != l ? o / l : 0.0f, row<T>(a.out, s)[n * p.K + c]);
+    from_float(l > 0.0f || l != l ? o / l * a.v_scale : 0.0f, row<T>(a.out, s)[n * p.K + c]);
   }
 }
 
@@ -249,8 +261,24 @@ int64_t workspace_bytes(const AttentionDecodeArgs& a, const CudaCall&) {
   return make_plan(a).floats(a.q.shape[0]) * 4;
 }
 
+// T of the queries, KV of the pages.
+template <class T, class KV>
+void launch_typed(const AttentionDecodeArgs& a, const Plan& p, const CudaCall& call) {
+  const unsigned S = static_cast<unsigned>(a.q.shape[0]), Hq = p.Hkv * p.group;
+  if constexpr (sizeof(T) == 2) {
+    const dim3 grid(p.splits, p.Hkv * p.tiles, S);
+    if (p.K <= 64)
+      return launch(call, attend_split<64, KV>, grid, kThreads, Ring<64, KV>::kBytes, a, p);
+    if (p.K <= 128)
+      return launch(call, attend_split<128, KV>, grid, kThreads, Ring<128, KV>::kBytes, a, p);
+  }
+  launch(call, attend_plain<T, KV>, dim3(p.splits, Hq, S), kThreads, 0, a, p);
+}
+
 void launch_attention_decode(const AttentionDecodeArgs& a, const CudaCall& call) {
   require_aligned("attention_decode", "q", a.q);
+  require_aligned("attention_decode", "k_pages", a.k_pages);
+  require_aligned("attention_decode", "v_pages", a.v_pages);
   Plan p = make_plan(a);
   if (p.K > kMostHead)
     throw std::invalid_argument(
@@ -258,17 +286,11 @@ void launch_attention_decode(const AttentionDecodeArgs& a, const CudaCall& call)
         a.k_pages.describe());
   if (p.splits > 1) p.partial = reinterpret_cast<float*>(call.workspace);
   const unsigned S = static_cast<unsigned>(a.q.shape[0]), Hq = p.Hkv * p.group;
-  const bool q16 = a.q.dtype == DType::bf16;
-  if (q16 && p.K <= 128) {
-    const dim3 grid(p.splits, p.Hkv * p.tiles, S);
-    if (p.K <= 64)
-      launch(call, attend_split<64>, grid, kThreads, Ring<64>::kBytes, a, p);
-    else
-      launch(call, attend_split<128>, grid, kThreads, Ring<128>::kBytes, a, p);
-  } else {
-    launch(call, q16 ? attend_plain<bf16> : attend_plain<float>, dim3(p.splits, Hq, S), kThreads, 0,
-           a, p);
-  }
+  const bool q16 = a.q.dtype == DType::bf16, codes = a.k_pages.dtype == DType::u8;
+  if (q16)
+    codes ? launch_typed<bf16, e4m3>(a, p, call) : launch_typed<bf16, bf16>(a, p, call);
+  else
+    codes ? launch_typed<float, e4m3>(a, p, call) : launch_typed<float, float>(a, p, call);
   if (p.splits > 1) launch(call, q16 ? join<bf16> : join<float>, dim3(Hq, S), kThreads, 0, a, p);
 }
 

@@ -16,13 +16,14 @@ constexpr int64_t kSplitPages = 8;
 
 struct AttentionDecodeArgs {
   Tensor q;                 // [S, Hq*K] f32 or bf16
-  Tensor k_pages, v_pages;  // [pages, Hkv, 64, K], dtype of q
+  Tensor k_pages, v_pages;  // [pages, Hkv, 64, K], dtype of q or u8 (E4M3)
   Tensor out;               // [S, Hq*K], dtype of q
   Tensor page_table;        // [S, P] i32
   Tensor lengths;           // [S] i32
   Tensor seq_width;         // [S] i32, may be absent
   Tensor q_sizes;           // [W] i32 query heads
   float scale;
+  float k_scale, v_scale;  // what the codes of E4M3 pages are multiplied by
 };
 
 EI_CPU_KERNEL(attention_decode, AttentionDecodeArgs)

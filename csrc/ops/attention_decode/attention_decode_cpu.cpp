@@ -45,7 +45,7 @@ void join(const AttentionBlock& total, const AttentionBlock& next) {
   }
 }
 
-template <class T>
+template <class T, class KV>
 class Sequence {
  public:
   Sequence(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, int64_t h, float* scratch)
@@ -57,7 +57,8 @@ class Sequence {
         length_ > 0 && heads > h ? static_cast<int>((heads - h + shape.Hkv - 1) / shape.Hkv) : 0;
     block = place_block(scratch, active_, shape.K);
     for (int i = 0; i < active_; ++i) {
-      set_query(block, i, a.q.ptr<T>() + s * a.q.stride[0] + head(i) * shape.K, a.scale);
+      set_query(block, i, a.q.ptr<T>() + s * a.q.stride[0] + head(i) * shape.K,
+                a.scale * a.k_scale);
       block.visible[i] = static_cast<float>(length_);
     }
     fill_spare_rows(block, active_);
@@ -74,7 +75,7 @@ class Sequence {
     for (int64_t first = split * kSplitPages * kPage; first < end; first += kPage) {
       const int64_t at = (pages[first / kPage] * shape_.Hkv + h_) * kPage * shape_.K;
       const int n = static_cast<int>(std::min<int64_t>(kPage, end - first));
-      attend_page(b, a_.k_pages.ptr<T>() + at, a_.v_pages.ptr<T>() + at, n, n < kPage, first);
+      attend_page(b, a_.k_pages.ptr<KV>() + at, a_.v_pages.ptr<KV>() + at, n, n < kPage, first);
     }
   }
 
@@ -82,7 +83,7 @@ class Sequence {
     T* out = a_.out.ptr<T>() + s_ * a_.out.stride[0];
     for (int i = 0; i < shape_.group; ++i)
       if (i < active_)
-        write_result(b, i, out + head(i) * shape_.K);
+        write_result(b, i, a_.v_scale, out + head(i) * shape_.K);
       else
         std::memset(static_cast<void*>(out + head(i) * shape_.K), 0, shape_.K * sizeof(T));
   }
@@ -99,10 +100,10 @@ class Sequence {
   int active_;
 };
 
-template <class T>
+template <class T, class KV>
 void all_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, int64_t h,
                 float* scratch) {
-  const Sequence<T> sequence(a, shape, s, h, scratch);
+  const Sequence<T, KV> sequence(a, shape, s, h, scratch);
   const AttentionBlock total =
       place_partial(sequence.block, scratch + attention_floats(shape.group, shape.K));
   if (sequence.active() > 0) {
@@ -116,7 +117,7 @@ void all_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, int
 }
 
 // One sequence on all threads; partial results are kept in the scratch of all of them.
-template <class T>
+template <class T, class KV>
 void shared_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, Pool& pool) {
   constexpr int64_t keys = kSplitPages * kPage;
   const int64_t splits = (a.lengths.ptr<int32_t>()[s] + keys - 1) / keys;
@@ -131,12 +132,12 @@ void shared_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, 
   };
   pool.run(splits * shape.Hkv, [&](int64_t part, int thread) {
     const int64_t h = part % shape.Hkv, split = part / shape.Hkv;
-    const Sequence<T> sequence(a, shape, s, h, scratch(thread));
+    const Sequence<T, KV> sequence(a, shape, s, h, scratch(thread));
     if (sequence.active() > 0)
       sequence.attend(split, place_partial(sequence.block, kept(split, h)));
   });
   pool.run(shape.Hkv, [&](int64_t h, int thread) {
-    const Sequence<T> sequence(a, shape, s, h, scratch(thread));
+    const Sequence<T, KV> sequence(a, shape, s, h, scratch(thread));
     const AttentionBlock total = place_partial(sequence.block, kept(0, h));
     if (sequence.active() > 0)
       for (int64_t i = 1; i < splits; ++i) join(total, place_partial(total, kept(i, h)));
@@ -144,7 +145,7 @@ void shared_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, 
   });
 }
 
-template <class T>
+template <class T, class KV>
 void decode(const AttentionDecodeArgs& a, Pool& pool) {
   const int64_t Hkv = a.k_pages.shape[1], K = a.k_pages.shape[3];
   const Shape shape{a.q.shape[0], Hkv, a.q.shape[1] / K / Hkv, static_cast<int>(K)};
@@ -152,18 +153,23 @@ void decode(const AttentionDecodeArgs& a, Pool& pool) {
   const bool several_splits =
       std::any_of(lengths, lengths + shape.S, [](int32_t n) { return n > kSplitPages * kPage; });
   if (several_splits && pool.threads() > 1 && shape.S * Hkv < 2 * pool.threads()) {
-    for (int64_t s = 0; s < shape.S; ++s) shared_splits<T>(a, shape, s, pool);
+    for (int64_t s = 0; s < shape.S; ++s) shared_splits<T, KV>(a, shape, s, pool);
     return;
   }
   pool.run(shape.S * Hkv, [&](int64_t part, int thread) {
-    all_splits<T>(a, shape, part / Hkv, part % Hkv, reinterpret_cast<float*>(pool.scratch(thread)));
+    all_splits<T, KV>(a, shape, part / Hkv, part % Hkv,
+                      reinterpret_cast<float*>(pool.scratch(thread)));
   });
 }
 
 }  // namespace
 
 void attention_decode(const AttentionDecodeArgs& a, Pool& pool) {
-  a.q.dtype == DType::bf16 ? decode<bf16>(a, pool) : decode<float>(a, pool);
+  const bool codes = a.k_pages.dtype == DType::u8;
+  if (a.q.dtype == DType::bf16)
+    codes ? decode<bf16, e4m3>(a, pool) : decode<bf16, bf16>(a, pool);
+  else
+    codes ? decode<float, e4m3>(a, pool) : decode<float, float>(a, pool);
 }
 
 }  // namespace ei::EI_ISA

@@ -9,7 +9,8 @@
 //   memory; a block ends with the page that its last row sees.
 // Order: pages ascending, at absolute positions; a page that a row does not see leaves its bits. So
 //   where a prompt is cut into chunks changes no bit.
-// Shared memory: two pages of keys and values, 64 KiB at K = 128.
+// Shared memory: two pages of keys and values, 64 KiB at K = 128; as much where the cache holds
+//   E4M3 codes, which are copied as they are and widened to bfloat16 a page at a time.
 // Limits: head sizes are multiples of 16 up to 256; bfloat16 beyond 128 and float32 take the plain
 //   kernel below (a warp per row). q starts its rows at multiples of 16 bytes.
 // Speed: not yet measured on a GPU. Floor: 4 K flops per row and key it sees.
@@ -58,28 +59,34 @@ struct Chunk {
   }
 };
 
-template <int kHead>
+template <int kHead, class KV>
 struct Page {
-  static constexpr int kBytes = kPage * kHead * 2;  // keys; as much for values
+  static constexpr int kBytes = kPage * kHead * 2;            // keys; as much for values
+  static constexpr int kStaged = kPage * kHead * sizeof(KV);  // the same as the cache holds it
+  static constexpr bool kCodes = sizeof(KV) == 1;
+  static constexpr int kRing = kStages * 2 * kStaged + (kCodes ? 2 * kBytes : 0);
 };
 
 // Copies a page of keys and values; those of tokens that are not there become zero.
-template <int kHead>
+template <int kHead, class KV>
 EI_DEVICE void stage(const AttentionPrefillArgs& a, const Chunk& c, char* keys, int page) {
-  const int chunks = c.K / 8, there = c.before + c.tokens - page * kPage;
+  constexpr int V = kVector<KV>;
+  const int chunks = c.K / V, there = c.before + c.tokens - page * kPage;
   const int64_t base = c.key(page * kPage);
   for (int i = threadIdx.x; i < kPage * chunks; i += kThreads) {
-    const int r = i / chunks, chunk = i % chunks, to = chunk_place<kHead>(r, chunk);
-    const int64_t from = r < there ? base + r * c.K + chunk * 8 : 0;
-    copy16_async(keys + to, a.k_pages.ptr<bf16>() + from, r < there);
-    copy16_async(keys + Page<kHead>::kBytes + to, a.v_pages.ptr<bf16>() + from, r < there);
+    const int r = i / chunks, chunk = i % chunks;
+    const int64_t from = r < there ? base + r * c.K + chunk * V : 0;
+    stage_chunk<kHead>(keys, r, chunk, a.k_pages.ptr<KV>() + from, r < there);
+    stage_chunk<kHead>(keys + Page<kHead, KV>::kStaged, r, chunk, a.v_pages.ptr<KV>() + from,
+                       r < there);
   }
 }
 
-template <int kHead>
+template <int kHead, class KV>
 __global__ void __launch_bounds__(kThreads)
     attend_pages(const __grid_constant__ AttentionPrefillArgs a) {
-  constexpr int kStage = 2 * Page<kHead>::kBytes;
+  using P = Page<kHead, KV>;
+  constexpr int kStage = 2 * P::kStaged;
   EI_DYNAMIC_SHARED(char, ring);
   const Chunk c(a, blockIdx.z, blockIdx.y);
   const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kRows;
@@ -95,23 +102,29 @@ __global__ void __launch_bounds__(kThreads)
   const int pages = c.active ? (c.before + last_row / c.group + kPage) / kPage : 0;
   EI_UNROLL
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i < pages) stage<kHead>(a, c, ring + i * kStage, i);
+    if (i < pages) stage<kHead, KV>(a, c, ring + i * kStage, i);
     commit_copies();
   }
   for (int page = 0; page < pages; ++page) {
     wait_copies<kStages - 2>();
     __syncthreads();  // the page is there for all, and all have left the one before
     const int ahead = page + kStages - 1;
-    if (ahead < pages) stage<kHead>(a, c, ring + ahead % kStages * kStage, ahead);
+    if (ahead < pages) stage<kHead, KV>(a, c, ring + ahead % kStages * kStage, ahead);
     commit_copies();
     const char* keys = ring + page % kStages * kStage;
+    if constexpr (P::kCodes) {
+      char* wide = ring + kStages * kStage;
+      widen<kHead>(keys, wide, 2 * kPage, c.K, threadIdx.x, kThreads);  // keys, then values
+      __syncthreads();
+      keys = wide;
+    }
     const int visible[2] = {sees[0] - page * kPage, sees[1] - page * kPage};
-    rows.template attend<kPage>(keys, keys + Page<kHead>::kBytes, a.scale * kLog2e, visible);
+    rows.template attend<kPage>(keys, keys + P::kBytes, a.scale * a.k_scale * kLog2e, visible);
   }
   EI_UNROLL
   for (int i = 0; i < 2; ++i) {
     if (mine[i] >= c.rows()) continue;
-    const float scale = sees[i] ? 1.0f / rows.l[i] : 0.0f;
+    const float scale = sees[i] ? a.v_scale / rows.l[i] : 0.0f;
     uint32_t* out = reinterpret_cast<uint32_t*>(c.at<bf16>(a.out, mine[i]));
     EI_UNROLL
     for (int k = 0; k < kHead / 8; ++k)
@@ -127,7 +140,7 @@ struct PlainRooms {
   PlainRoom of_warp[kWarps];
 };
 
-template <class T>
+template <class T, class KV>
 __global__ void __launch_bounds__(kThreads)
     attend_plain(const __grid_constant__ AttentionPrefillArgs a) {
   EI_SHARED(PlainRooms, rooms);
@@ -137,36 +150,48 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= c.rows()) return;
   const int sees = c.visible(i);
   PlainRow mine(rooms.of_warp[warp], sees ? c.at<T>(a.q, i) : static_cast<T*>(nullptr), c.K,
-                a.scale);
+                a.scale * a.k_scale);
   for (int key = 0; key < sees; key += kWarp)
-    mine.attend(a.k_pages.ptr<T>(), a.v_pages.ptr<T>(), key, min(key + kWarp, sees),
+    mine.attend(a.k_pages.ptr<KV>(), a.v_pages.ptr<KV>(), key, min(key + kWarp, sees),
                 [&](int j) { return c.key(j); });
   EI_UNROLL
   for (int k = 0; k < PlainRow::kSteps; ++k)
     if (lane + k * kWarp < c.K)
-      from_float(sees ? mine.o[k] / mine.l : 0.0f, c.at<T>(a.out, i)[lane + k * kWarp]);
+      from_float(sees ? mine.o[k] / mine.l * a.v_scale : 0.0f, c.at<T>(a.out, i)[lane + k * kWarp]);
+}
+
+// T of the queries, KV of the pages.
+template <class T, class KV>
+void launch_typed(const AttentionPrefillArgs& a, const CudaCall& call) {
+  const int64_t Hkv = a.k_pages.shape[1], K = a.k_pages.shape[3];
+  const int64_t rows = a.q.shape[0] * (a.q.shape[1] / K / Hkv);
+  const auto grid = [&](int per_block) {
+    return dim3(static_cast<unsigned>(ceil_div(rows, per_block)), static_cast<unsigned>(Hkv),
+                static_cast<unsigned>(a.context.shape[0]));
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (K <= 64)
+      return launch(call, attend_pages<64, KV>, grid(kRows), kThreads, Page<64, KV>::kRing, a);
+    if (K <= 128)
+      return launch(call, attend_pages<128, KV>, grid(kRows), kThreads, Page<128, KV>::kRing, a);
+  }
+  launch(call, attend_plain<T, KV>, grid(kWarps), kThreads, 0, a);
 }
 
 void launch_attention_prefill(const AttentionPrefillArgs& a, const CudaCall& call) {
   require_aligned("attention_prefill", "q", a.q);
   require_aligned("attention_prefill", "out", a.out);
-  const int64_t Hkv = a.k_pages.shape[1], K = a.k_pages.shape[3];
-  if (K > kMostHead)
+  require_aligned("attention_prefill", "k_pages", a.k_pages);
+  require_aligned("attention_prefill", "v_pages", a.v_pages);
+  if (a.k_pages.shape[3] > kMostHead)
     throw std::invalid_argument(
         "attention_prefill: k_pages must have a head size of at most 256, got " +
         a.k_pages.describe());
-  const int64_t rows = a.q.shape[0] * (a.q.shape[1] / K / Hkv);
-  const bool q16 = a.q.dtype == DType::bf16;
-  const auto grid = [&](int per_block) {
-    return dim3(static_cast<unsigned>(ceil_div(rows, per_block)), static_cast<unsigned>(Hkv),
-                static_cast<unsigned>(a.context.shape[0]));
-  };
-  if (q16 && K <= 64)
-    launch(call, attend_pages<64>, grid(kRows), kThreads, kStages * 2 * Page<64>::kBytes, a);
-  else if (q16 && K <= 128)
-    launch(call, attend_pages<128>, grid(kRows), kThreads, kStages * 2 * Page<128>::kBytes, a);
+  const bool codes = a.k_pages.dtype == DType::u8;
+  if (a.q.dtype == DType::bf16)
+    codes ? launch_typed<bf16, e4m3>(a, call) : launch_typed<bf16, bf16>(a, call);
   else
-    launch(call, q16 ? attend_plain<bf16> : attend_plain<float>, grid(kWarps), kThreads, 0, a);
+    codes ? launch_typed<float, e4m3>(a, call) : launch_typed<float, float>(a, call);
 }
 
 const RegisterCuda<AttentionPrefillArgs, launch_attention_prefill> registered("attention_prefill");

@@ -16,7 +16,7 @@ namespace ei {
 
 struct AttentionPrefillArgs {
   Tensor q;                 // [T, Hq*K] f32 or bf16
-  Tensor k_pages, v_pages;  // [pages, Hkv, 64, K], dtype of q
+  Tensor k_pages, v_pages;  // [pages, Hkv, 64, K], dtype of q or u8 (E4M3)
   Tensor out;               // [T, Hq*K], dtype of q
   Tensor page_table;        // [S, P] i32
   Tensor cu_seqlens;        // [S+1] i32
@@ -24,6 +24,7 @@ struct AttentionPrefillArgs {
   Tensor seq_width;         // [S] i32, may be absent
   Tensor q_sizes;           // [W] i32 query heads
   float scale;
+  float k_scale, v_scale;  // what the codes of E4M3 pages are multiplied by
 };
 
 EI_CPU_KERNEL(attention_prefill, AttentionPrefillArgs)

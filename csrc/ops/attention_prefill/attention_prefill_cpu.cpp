@@ -54,7 +54,7 @@ class Blocks {
   int64_t count_ = 0;
 };
 
-template <class T>
+template <class T, class KV>
 void attend_block(const AttentionPrefillArgs& a, const Block& block, int64_t h, float* scratch) {
   const int64_t Hkv = a.k_pages.shape[1], K = a.k_pages.shape[3];
   const int64_t group = a.q.shape[1] / K / Hkv;
@@ -70,7 +70,7 @@ void attend_block(const AttentionPrefillArgs& a, const Block& block, int64_t h, 
   for (int t = 0; t < tokens; ++t)
     for (int i = 0; i < active; ++i) {
       const T* q = a.q.ptr<T>() + (first_row + t) * a.q.stride[0] + (h + i * Hkv) * K;
-      set_query(b, t * active + i, q, a.scale);
+      set_query(b, t * active + i, q, a.scale * a.k_scale);
       b.visible[t * active + i] = static_cast<float>(before + t + 1);
     }
   fill_spare_rows(b, tokens * active);
@@ -80,13 +80,13 @@ void attend_block(const AttentionPrefillArgs& a, const Block& block, int64_t h, 
     const int64_t at = (pages[first / kPage] * Hkv + h) * kPage * K;
     const int n = static_cast<int>(std::min<int64_t>(kPage, seen - first));
     const bool own = first + kPage > before;  // the page that the block's tokens are in
-    attend_page(b, a.k_pages.ptr<T>() + at, a.v_pages.ptr<T>() + at, n, own, first);
+    attend_page(b, a.k_pages.ptr<KV>() + at, a.v_pages.ptr<KV>() + at, n, own, first);
   }
   for (int t = 0; t < tokens; ++t)
     for (int i = 0; i < group; ++i) {
       T* out = a.out.ptr<T>() + (first_row + t) * a.out.stride[0] + (h + i * Hkv) * K;
       if (i < active)
-        write_result(b, t * active + i, out);
+        write_result(b, t * active + i, a.v_scale, out);
       else
         std::memset(static_cast<void*>(out), 0, K * sizeof(T));
     }
@@ -96,12 +96,17 @@ void attend_block(const AttentionPrefillArgs& a, const Block& block, int64_t h, 
 
 void attention_prefill(const AttentionPrefillArgs& a, Pool& pool) {
   const int64_t Hkv = a.k_pages.shape[1], K = a.k_pages.shape[3];
+  const bool codes = a.k_pages.dtype == DType::u8;
   const Blocks blocks(a, prefill_tokens(a.q.shape[1] / K / Hkv));
   pool.run(blocks.count() * Hkv, [&](int64_t part, int thread) {
     auto* scratch = reinterpret_cast<float*>(pool.scratch(thread));
     const Block block = blocks.at(part / Hkv);
-    a.q.dtype == DType::bf16 ? attend_block<bf16>(a, block, part % Hkv, scratch)
-                             : attend_block<float>(a, block, part % Hkv, scratch);
+    if (a.q.dtype == DType::bf16)
+      codes ? attend_block<bf16, e4m3>(a, block, part % Hkv, scratch)
+            : attend_block<bf16, bf16>(a, block, part % Hkv, scratch);
+    else
+      codes ? attend_block<float, e4m3>(a, block, part % Hkv, scratch)
+            : attend_block<float, float>(a, block, part % Hkv, scratch);
   });
 }
 

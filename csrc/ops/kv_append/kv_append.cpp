@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../../core/check.h"
+#include "../../core/attention_checks.h"
 #include "../../core/step.h"
 
 namespace py = pybind11;
@@ -29,25 +29,35 @@ void check_slots(const Checker& check, const Tensor& slot_mapping, int64_t place
 }
 
 void kv_append_entry(const TensorArg& k, const TensorArg& v, const TensorArg& k_pages,
-                     const TensorArg& v_pages, const TensorArg& slot_mapping,
-                     const py::object& run) {
+                     const TensorArg& v_pages, const TensorArg& slot_mapping, double k_scale,
+                     double v_scale, const py::object& run) {
   Checker check("kv_append");
   const Runner runner = runner_from(run);
-  check(k_pages, "k_pages").dtype({DType::f32, DType::bf16}).shape({"pages", "Hkv", 64, "K"});
+  check(k_pages, "k_pages").dtype({DType::f32, DType::bf16, DType::u8});
+  check(k_pages, "k_pages").shape({"pages", "Hkv", 64, "K"});
   check(k_pages, "k_pages").contiguous();
   check(v_pages, "v_pages").dtype({k_pages.dtype}).shape({"pages", "Hkv", 64, "K"}).contiguous();
   const int64_t row = check["Hkv"] * check["K"];
-  check(k, "k").dtype({k_pages.dtype}).shape({"R", row}).rows_dense();
-  check(v, "v").dtype({k_pages.dtype}).shape({"R", row}).rows_dense();
+  if (k_pages.dtype == DType::u8)
+    check(k, "k").dtype({DType::f32, DType::bf16});
+  else
+    check(k, "k").dtype({k_pages.dtype});
+  check(k, "k").shape({"R", row}).rows_dense();
+  check(v, "v").dtype({k.dtype}).shape({"R", row}).rows_dense();
   check(slot_mapping, "slot_mapping").dtype({DType::i32}).shape({"R"}).contiguous();
+  check_page_scale(check, k_pages, k_scale, "k_scale");
+  check_page_scale(check, v_pages, v_scale, "v_scale");
   if (!runner.step && !slot_mapping.cuda) check_slots(check, slot_mapping, check["pages"] * 64);
-  submit(runner, kv_append_cpu, KvAppendArgs{k, v, k_pages, v_pages, slot_mapping},
+  submit(runner, kv_append_cpu,
+         KvAppendArgs{k, v, k_pages, v_pages, slot_mapping, static_cast<float>(k_scale),
+                      static_cast<float>(v_scale)},
          {&k, &v, &k_pages, &v_pages, &slot_mapping});
 }
 
 const RegisterOp registered([](py::module_& m) {
   m.def("kv_append", kv_append_entry, py::arg("k"), py::arg("v"), py::arg("k_pages"),
-        py::arg("v_pages"), py::arg("slot_mapping"), py::arg("run"));
+        py::arg("v_pages"), py::arg("slot_mapping"), py::arg("k_scale"), py::arg("v_scale"),
+        py::arg("run"));
 });
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 64;
 
-template <class T>
+template <class T, class KV>
 __global__ void __launch_bounds__(kThreads) scatter(const __grid_constant__ KvAppendArgs a) {
   const int64_t r = blockIdx.x, head = blockIdx.y, heads = gridDim.y;
   const int32_t slot = a.slot_mapping.ptr<int32_t>()[r];
@@ -22,16 +22,30 @@ __global__ void __launch_bounds__(kThreads) scatter(const __grid_constant__ KvAp
   const bool value = threadIdx.x >= kThreads / 2;
   const int64_t place = ((slot / 64 * heads + head) * 64 + slot % 64) * K;
   const T* from = (value ? row<T>(a.v, r) : row<T>(a.k, r)) + head * K;
-  T* to = (value ? a.v_pages.ptr<T>() : a.k_pages.ptr<T>()) + place;
-  copy_row(to, from, K, threadIdx.x % (kThreads / 2), kThreads / 2);
+  KV* to = (value ? a.v_pages.ptr<KV>() : a.k_pages.ptr<KV>()) + place;
+  const int me = threadIdx.x % (kThreads / 2);
+  if constexpr (sizeof(KV) == 1) {
+    const float scale = value ? a.v_scale : a.k_scale;
+    for (int c = 2 * me; c < K; c += kThreads) {
+      const bool both = c + 1 < K;
+      const float next = both ? to_float(from[c + 1]) / scale : 0.0f;
+      const uint32_t two = pack_e4m3(to_float(from[c]) / scale, next);
+      to[c].bits = static_cast<uint8_t>(two);
+      if (both) to[c + 1].bits = static_cast<uint8_t>(two >> 8);
+    }
+  } else {
+    copy_row(to, from, K, me, kThreads / 2);
+  }
 }
 
 void launch_kv_append(const KvAppendArgs& a, const CudaCall& call) {
   const dim3 grid(static_cast<unsigned>(a.k.shape[0]), static_cast<unsigned>(a.k_pages.shape[1]));
+  const auto run = [&](auto* kernel) { launch(call, kernel, grid, kThreads, 0, a); };
+  const bool codes = a.k_pages.dtype == DType::u8;
   if (a.k.dtype == DType::bf16)
-    launch(call, scatter<bf16>, grid, kThreads, 0, a);
+    codes ? run(scatter<bf16, e4m3>) : run(scatter<bf16, bf16>);
   else
-    launch(call, scatter<float>, grid, kThreads, 0, a);
+    codes ? run(scatter<float, e4m3>) : run(scatter<float, float>);
 }
 
 const RegisterCuda<KvAppendArgs, launch_kv_append> registered("kv_append");

@@ -11,8 +11,8 @@
 //   exact.
 // Work split: a block per (head, sequence), walking through its chunks; the next chunk arrives
 //   (cp.async) while this one is computed. The scores C B^T of a warp end at its own diagonal.
-// Order: chunks ascending from the sequence's first token here, which the runtime cuts at multiples
-//   of 64.
+// Order: chunks ascending; they end at multiples of 64 tokens of the whole sequence, where a
+//   float16 state is rounded in its registers.
 // Shared memory: 97 KiB: two chunks of x, B and C, and the rounded state.
 // Limits: chunks take P up to 64, N up to 128 and x, B, C, y whose rows start at multiples of 16
 //   bytes; in all, P and N are multiples of 16, N at most 256, the state starts at multiples of 16
@@ -47,6 +47,7 @@ struct Head {
   const SsmArgs& a;
   ChunkShared& shared;
   int head, group, P, N, begin, end;
+  int before;  // tokens that the sequence read before `begin`
   int warp, lane;
 
   EI_DEVICE Head(const SsmArgs& args, ChunkShared& room, int head_, int64_t s)
@@ -56,22 +57,29 @@ struct Head {
     N = static_cast<int>(a.state.shape[3]);
     begin = a.cu_seqlens.ptr<int32_t>()[s];
     end = a.cu_seqlens.ptr<int32_t>()[s + 1];
+    before = static_cast<int>(read_before(a, s));
     warp = threadIdx.x / kWarp;
     lane = threadIdx.x % kWarp;
   }
 
-  // Copies the 64 tokens from `first` on; those from the end on become zero.
+  // Where the chunk that begins at `first` ends: at a multiple of 64 of the whole sequence, where a
+  // float16 state is rounded, or at the last token.
+  EI_DEVICE int stop(int first) const {
+    return min(end, first + kChunk - (before + first - begin) % kChunk);
+  }
+
+  // Copies the chunk that begins at `first`; what is missing to 64 tokens becomes zero.
   EI_DEVICE void stage(int first, ChunkInputs& to) const {
-    const int x_chunks = P / 8, n_chunks = N / 8;
+    const int x_chunks = P / 8, n_chunks = N / 8, last = stop(first);
     for (int i = threadIdx.x; i < kChunk * x_chunks; i += kThreads) {
       const int t = i / x_chunks, chunk = i % x_chunks;
-      const bool there = first + t < end;
+      const bool there = first + t < last;
       copy16_async(to.x + chunk_place<kMostP>(t, chunk),
                    row<bf16>(a.x, there ? first + t : begin) + head * P + chunk * 8, there);
     }
     for (int i = threadIdx.x; i < kChunk * n_chunks; i += kThreads) {
       const int t = i / n_chunks, chunk = i % n_chunks, at = chunk_place<kMostN>(t, chunk);
-      const bool there = first + t < end;
+      const bool there = first + t < last;
       const int64_t token = there ? first + t : begin;
       copy16_async(to.B + at, row<bf16>(a.B, token) + group * N + chunk * 8, there);
       copy16_async(to.C + at, row<bf16>(a.C, token) + group * N + chunk * 8, there);
@@ -82,13 +90,14 @@ struct Head {
   // 0: it neither fades the state nor adds to it.
   EI_DEVICE void time_steps(int first) const {
     const float rate = -expf(a.A_log.ptr<float>()[head]);
+    const int last = stop(first);
     float dt[2];
     double sum[2] = {0.0, 0.0};
     EI_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int t = first + 2 * lane + i;
       dt[i] = 0.0f;
-      if (t < end) dt[i] = time_step(a, t, head);
+      if (t < last) dt[i] = time_step(a, t, head);
       sum[i] = (i ? sum[0] : 0.0) + static_cast<double>(rate * dt[i]);
     }
     double before = sum[1];  // of the lanes before this one
@@ -112,20 +121,29 @@ struct Head {
 struct WarpState {
   float h[kMostN / 8][4];
 
-  EI_DEVICE void read(const Head& b, const float* state) {
+  template <class State>
+  EI_DEVICE void read(const Head& b, const State* state) {
     EI_UNROLL
     for (int n = 0; n < kMostN / 8; ++n) EI_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int p = b.warp * 16 + b.lane / 4 + j / 2 * 8, column = n * 8 + b.lane % 4 * 2 + j % 2;
-      h[n][j] = p < b.P && column < b.N ? state[p * b.N + column] : 0.0f;
+      h[n][j] = p < b.P && column < b.N ? to_float(state[p * b.N + column]) : 0.0f;
     }
   }
+  // After round(): exactly.
   EI_DEVICE void write(const Head& b, float* state) const {
+    each(b, [&](int at, float h) { state[at] = h; });
+  }
+  EI_DEVICE void write(const Head& b, f16* state) const {
+    each(b, [&](int at, float h) { state[at].bits = static_cast<uint16_t>(pack_halves(h, 0.0f)); });
+  }
+  // The values become what float16 holds; `key`: of the head and position.
+  EI_DEVICE void round(const Head& b, uint32_t key) {
     EI_UNROLL
     for (int n = 0; n < kMostN / 8; ++n) EI_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int p = b.warp * 16 + b.lane / 4 + j / 2 * 8, column = n * 8 + b.lane % 4 * 2 + j % 2;
-      if (p < b.P && column < b.N) state[p * b.N + column] = h[n][j];
+      h[n][j] = rounded_state(h[n][j], key + p * b.N + column);
     }
   }
   // Rounded, where all warps read it.
@@ -181,6 +199,18 @@ struct WarpState {
           multiply_add(h[2 * n + 1], terms[i], B[2], B[3]);
         }
       }
+    }
+  }
+
+ private:
+  // f(place in the head's state, value) of every value that there is.
+  template <class F>
+  EI_DEVICE void each(const Head& b, const F& f) const {
+    EI_UNROLL
+    for (int n = 0; n < kMostN / 8; ++n) EI_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int p = b.warp * 16 + b.lane / 4 + j / 2 * 8, column = n * 8 + b.lane % 4 * 2 + j % 2;
+      if (p < b.P && column < b.N) f(p * b.N + column, h[n][j]);
     }
   }
 };
@@ -266,7 +296,7 @@ struct WarpOutput {
     EI_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int t = token(b, i);
-      if (first + t >= b.end) continue;
+      if (first + t >= b.stop(first)) continue;
       bf16* out = row<bf16>(b.a.y, first + t) + b.head * b.P;
       EI_UNROLL
       for (int n = 0; n < kMostP / 8; ++n) {
@@ -287,6 +317,7 @@ struct WarpOutput {
   }
 };
 
+template <class State>
 __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ SsmArgs a) {
   EI_DYNAMIC_SHARED(ChunkShared, shared);
   const int64_t s = blockIdx.y;
@@ -294,17 +325,18 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ 
   const Head b(a, *shared, blockIdx.x, s);
   if (slot < 0 || b.begin == b.end) return;
   if (b.head >= active_size(a.seq_width, a.h_sizes, s, gridDim.x)) return;
-  float* state =
-      a.state.ptr<float>() + slot * a.state.stride[0] + static_cast<int64_t>(b.head) * b.P * b.N;
+  State* state =
+      a.state.ptr<State>() + slot * a.state.stride[0] + static_cast<int64_t>(b.head) * b.P * b.N;
   WarpState h;
   h.read(b, state);
   b.stage(b.begin, shared->inputs[0]);
   commit_copies();
   int now = 0;
-  for (int first = b.begin; first < b.end; first += kChunk, now ^= 1) {
+  for (int first = b.begin, next; first < b.end; first = next, now ^= 1) {
+    next = b.stop(first);
     wait_copies<0>();
     __syncthreads();  // this chunk is there for all, and all have left the one before
-    if (first + kChunk < b.end) b.stage(first + kChunk, shared->inputs[now ^ 1]);
+    if (next < b.end) b.stage(next, shared->inputs[now ^ 1]);
     commit_copies();
     if (b.warp == 0) b.time_steps(first);
     h.share(b);
@@ -315,6 +347,7 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ 
     y.from_chunk(b, in);
     y.write(b, in, first);
     if (b.warp * 16 < b.P) h.update(b, in);
+    if constexpr (sizeof(State) == 2) h.round(b, state_key(a, b.before + next - b.begin, b.head));
   }
   h.write(b, state);
 }
@@ -323,7 +356,7 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ 
 
 constexpr int kRows = kThreads / kWarp * kSsmRows;
 
-template <class T, int kSteps>
+template <class T, class State, int kSteps>
 __global__ void __launch_bounds__(kThreads) scan_tokens(const __grid_constant__ SsmArgs a) {
   const int head = blockIdx.y;
   const int64_t s = blockIdx.z;
@@ -331,7 +364,7 @@ __global__ void __launch_bounds__(kThreads) scan_tokens(const __grid_constant__ 
   const int32_t* cu = a.cu_seqlens.ptr<int32_t>() + s;
   if (slot < 0 || head >= active_size(a.seq_width, a.h_sizes, s, gridDim.y)) return;
   const int first = blockIdx.x * kRows + threadIdx.x / kWarp * kSsmRows;
-  run_rows<T, kSteps>(a, cu[0], cu[1], slot, head, first);
+  run_rows<T, State, kSteps>(a, s, cu[0], cu[1], head, first);
 }
 
 void launch_ssm_scan(const SsmArgs& a, const CudaCall& call) {
@@ -344,10 +377,11 @@ void launch_ssm_scan(const SsmArgs& a, const CudaCall& call) {
   const unsigned S = static_cast<unsigned>(a.slots.shape[0]);
   const int64_t P = a.state.shape[2], N = a.state.shape[3];
   if (a.x.dtype == DType::bf16 && P <= kMostP && N <= kMostN)
-    return launch(call, scan_chunks, dim3(H, S), kThreads, sizeof(ChunkShared), a);
+    return launch(call, a.stochastic() ? scan_chunks<f16> : scan_chunks<float>, dim3(H, S),
+                  kThreads, sizeof(ChunkShared), a);
   const dim3 grid(static_cast<unsigned>(P / kRows), H, S);
-  by_kind(a, [&](auto x, auto steps) {
-    launch(call, scan_tokens<decltype(x), steps()>, grid, kThreads, 0, a);
+  by_kind(a, [&](auto x, auto state, auto steps) {
+    launch(call, scan_tokens<decltype(x), decltype(state), steps()>, grid, kThreads, 0, a);
   });
 }
 

@@ -1,6 +1,6 @@
 // Computes: ssm_step (ssm_step.h).
-// Layout: state [P][N] per head in float; a warp holds 4 rows of it in registers, a lane 16 bytes
-//   of each, so that all reads of the state are under way before the first is used.
+// Layout: state [P][N] per head in float or float16; a warp holds 4 rows of it in registers,
+//   a lane 4 values of each, so that all reads of the state are under way before the first is used.
 // Work split: blocks are (16 rows of state, head, sequence), a warp 4 rows: 256 blocks for one
 //   sequence of 64 heads x 64. Every warp computes the head's time step itself: cheaper than a
 //   barrier.
@@ -19,22 +19,22 @@ namespace {
 
 constexpr int kThreads = 128, kRows = kThreads / kWarp * kSsmRows;
 
-template <class T, int kSteps>
+template <class T, class State, int kSteps>
 __global__ void __launch_bounds__(kThreads) step(const __grid_constant__ SsmArgs a) {
   const int head = blockIdx.y;
   const int64_t s = blockIdx.z;
   const int32_t slot = a.slots.ptr<int32_t>()[s];
   if (slot < 0 || head >= active_size(a.seq_width, a.h_sizes, s, gridDim.y)) return;
   const int first = blockIdx.x * kRows + threadIdx.x / kWarp * kSsmRows;
-  run_rows<T, kSteps>(a, s, s + 1, slot, head, first);
+  run_rows<T, State, kSteps>(a, s, s, s + 1, head, first);
 }
 
 void launch_ssm_step(const SsmArgs& a, const CudaCall& call) {
   require_aligned("ssm_step", "state", a.state);
   const dim3 grid(static_cast<unsigned>(a.state.shape[2] / kRows),
                   static_cast<unsigned>(a.state.shape[1]), static_cast<unsigned>(a.slots.shape[0]));
-  by_kind(a, [&](auto x, auto steps) {
-    launch(call, step<decltype(x), steps()>, grid, kThreads, 0, a);
+  by_kind(a, [&](auto x, auto state, auto steps) {
+    launch(call, step<decltype(x), decltype(state), steps()>, grid, kThreads, 0, a);
   });
 }
 
