@@ -6,7 +6,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 from emulated import built, installed, load
-from engines import assert_all_free, base_engine, draw, run_read, sized_engine
+from engines import (
+    assert_all_free,
+    base_config,
+    base_engine,
+    base_widths,
+    draw,
+    open_engine,
+    run_read,
+    sized_engine,
+)
+from quantized import write_quantised
 
 from elastic_infer import Engine, Plan, SamplingParams, demo_model
 from elastic_infer.devices import Shared
@@ -220,6 +230,17 @@ def test_one_bad_row_ends_alone(engine, expected):
     good, bad = engine._call(run)
     assert good.isfinite().all() and bad.isnan().any()
     assert engine.generate(PROMPT, GREEDY, width="L").token_ids == expected["L"]
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
+def test_quantised_weights_give_the_logits_of_the_cpu(tmp_path, kind):
+    """Codes go to the device and into its own order of tiles; every width reads its prefix."""
+    write_quantised(tmp_path, base_config(), base_widths(), {"": kind}, seed=1)
+    with open_engine(tmp_path, device="cpu") as cpu:
+        wanted = {width: cpu.score(PROMPT, width=width).clone() for width in WIDTHS}
+    with installed(emu), open_engine(tmp_path, device="emulated") as engine:
+        for width, logits in wanted.items():
+            assert_near(engine.score(PROMPT, width=width), logits)
 
 
 def test_the_shipped_reasoner_answers_alike():
