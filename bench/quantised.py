@@ -196,7 +196,7 @@ def bytes_per_step(built: Built, width: str) -> int:
                 total += value.image.numel()
             elif isinstance(value, ExpertWeights):
                 total += value.image.numel() // value.experts * share
-            else:
+            elif isinstance(value, torch.Tensor):
                 total += value.nbytes
     return total
 

@@ -13,7 +13,6 @@ from ptxas import readable, short
 from elastic_infer.ops import OpSpec, registry
 from elastic_infer.ops import _laws as laws
 from elastic_infer.ops._shapes import SHAPES
-from elastic_infer.ops._spec import Case
 
 from .worker import PartBase
 
@@ -25,7 +24,7 @@ class Part(PartBase):
 
     def __init__(self, setting, module):
         super().__init__(setting, module)
-        self.specs = {name: spec for name, spec in registry().items() if cases_of(spec)}
+        self.specs = {name: spec for name, spec in registry().items() if laws.small_cases(spec)}
 
     def items(self) -> list[str]:
         return list(self.specs)[:2] if self.setting.quick else list(self.specs)
@@ -42,15 +41,10 @@ class Part(PartBase):
         return {"checks": count, "broken": broken, "kernels": sorted(ran)}
 
 
-def cases_of(spec: OpSpec) -> list[Case]:
-    """The op's small cases that it has CUDA kernels for."""
-    return [case for case in laws.small_cases(spec) if spec.cuda(case)]
-
-
 def checks(spec: OpSpec, module, device: str, quick: bool) -> list[Check]:
     """(what, function that raises LawBroken) for every law, case and dtype."""
     found: list[Check] = []
-    small = cases_of(spec)[: 1 if quick else None]
+    small = laws.small_cases(spec)[: 1 if quick else None]
     large = [] if quick else SHAPES.get(spec.name, [])
     for dtype in spec.dtypes:
         for i, case in enumerate([*small, *(large if dtype == torch.bfloat16 else [])]):

@@ -45,6 +45,10 @@ class RandomCheckpoint:
         sizes = [_kept(n, axis) for n, axis in zip(spec.shape, (rows, cols, *spec.shape[2:]))]
         return draw_values(spec.kind, tuple(sizes), spec.dtype, self._generator)
 
+    def scalar(self, name: str) -> float | None:
+        """No scales of a cache are stored."""
+        return None
+
     def format_of(self, name: str) -> str:
         """The dtype's name: nothing here is quantised."""
         return str(self._specs[name].dtype).removeprefix("torch.")

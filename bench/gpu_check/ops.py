@@ -35,14 +35,13 @@ class Part(PartBase):
             steps = [c for c in steps if c.rows <= 8]
         head = len(prompts) // 2
         ordered = [*steps[:25], *prompts[:head], *steps[25:], *prompts[head:]]
-        ordered = [c for c in ordered if self.specs[c.op].cuda(c.case)]
         if setting.quick:
             ordered = list({c.op: c for c in reversed(ordered)}.values())
         self.cases = {c.name: c for c in ordered}
         known = {c.op for c in ordered}
         for spec in self.specs.values():  # an op that no model's case names brings its own
             for case in spec.cases() if spec.name not in known else ():
-                if bool(case.get("bench")) != setting.emulate and spec.cuda(case):
+                if bool(case.get("bench")) != setting.emulate:
                     own = OpCase(spec.name, case_id(case), 0, "", case, case)
                     self.cases.setdefault(own.name, own)
         self.roof: dict[str, float] = {}
