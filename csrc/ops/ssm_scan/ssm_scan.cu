@@ -12,7 +12,7 @@
 // Work split: a block per (head, sequence), walking through its chunks; the next chunk arrives
 //   (cp.async) while this one is computed. The scores C B^T of a warp end at its own diagonal.
 // Order: chunks ascending; they end at multiples of 64 tokens of the whole sequence, where a
-//   float16 state is rounded in its registers.
+//   float16 state is rounded.
 // Shared memory: 97 KiB: two chunks of x, B and C, and the rounded state.
 // Limits: chunks take P up to 64, N up to 128 and x, B, C, y whose rows start at multiples of 16
 //   bytes; in all, P and N are multiples of 16, N at most 256, the state starts at multiples of 16
@@ -130,21 +130,12 @@ struct WarpState {
       h[n][j] = p < b.P && column < b.N ? to_float(state[p * b.N + column]) : 0.0f;
     }
   }
-  // After round(): exactly.
   EI_DEVICE void write(const Head& b, float* state) const {
     each(b, [&](int at, float h) { state[at] = h; });
   }
-  EI_DEVICE void write(const Head& b, f16* state) const {
-    each(b, [&](int at, float h) { state[at].bits = static_cast<uint16_t>(pack_halves(h, 0.0f)); });
-  }
-  // The values become what float16 holds; `key`: of the head and position.
-  EI_DEVICE void round(const Head& b, uint32_t key) {
-    EI_UNROLL
-    for (int n = 0; n < kMostN / 8; ++n) EI_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int p = b.warp * 16 + b.lane / 4 + j / 2 * 8, column = n * 8 + b.lane % 4 * 2 + j % 2;
-      h[n][j] = rounded_state(h[n][j], key + p * b.N + column);
-    }
+  // Rounded stochastically; `key`: of the head and position.
+  EI_DEVICE void write(const Head& b, f16* state, uint32_t key) const {
+    each(b, [&](int at, float h) { state[at] = round_stochastic(h, random_word(key + at)); });
   }
   // Rounded, where all warps read it.
   EI_DEVICE void share(const Head& b) const {
@@ -347,9 +338,13 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(const __grid_constant__ 
     y.from_chunk(b, in);
     y.write(b, in, first);
     if (b.warp * 16 < b.P) h.update(b, in);
-    if constexpr (sizeof(State) == 2) h.round(b, state_key(a, b.before + next - b.begin, b.head));
+    if constexpr (sizeof(State) == 2) {  // through memory, rows after rows: no registers spill
+      h.write(b, state, state_key(a, b.before + next - b.begin, b.head));
+      sync_warp();
+      h.read(b, state);
+    }
   }
-  h.write(b, state);
+  if constexpr (sizeof(State) == 4) h.write(b, state);
 }
 
 // ---- token by token
