@@ -30,7 +30,7 @@ class Part(PartBase):
 
     def __init__(self, setting, module):
         super().__init__(setting, module)
-        names = [n for n, s in registry().items() if any(map(s.cuda, s.cases()))]
+        names = list(registry())
         self.groups = _groups(names, 2 if setting.quick else 4)
 
     def items(self) -> list[str]:
