@@ -53,14 +53,21 @@ class Buffers:
         return sum(t.numel() * t.element_size() for t in vars(self).values())
 
 
+def draw_tables(rows: int) -> Sizes:
+    """Names and sizes of the tables that say how `rows` tokens are drawn (`model.Draw`)."""
+    each, f32 = (rows,), torch.float32
+    return {
+        "seed": (each, torch.int64), "position": (each, torch.int64), "top_k": each,
+        "temperature": (each, f32), "top_p": (each, f32), "min_p": (each, f32),
+    }  # fmt: skip
+
+
 def batch_tables(rows: int, segments: int, max_length: int) -> Sizes:
     """Names and sizes of the tables of a pass of up to `rows` tokens of up to `segments` sequences
     of up to `max_length` tokens. The page table, the largest by far, comes last: it is copied to a
     device only when it changes."""
-    each, f32 = (segments,), torch.float32
     return {
-        "seed": (each, torch.int64), "position": (each, torch.int64), "temperature": (each, f32),
-        "top_p": (each, f32), "min_p": (each, f32), "top_k": each,
+        **draw_tables(segments),
         "ids": (rows,), "row_mode": (rows,), "slot_mapping": (rows,),
         "seq_mode": (segments,), "slots": (segments,), "lengths": (segments,),
         "context": (segments,), "cu_seqlens": (segments + 1,), "cu_prefill": (segments + 1,),

@@ -48,6 +48,9 @@ class Draw:
     position: int = 0
 
 
+DRAW_FIELDS = tuple(f.name for f in fields(Draw))
+
+
 @dataclass
 class Segment:
     """The next tokens of one sequence in a pass.
@@ -208,8 +211,8 @@ class Model:
         write("lengths", lengths)
         write("context", context)
         if shape.rows == shape.steps and not self.device.is_cpu:
-            for field in fields(Draw):
-                write(field.name, [getattr(s.draw, field.name) for s in segments])
+            for name in DRAW_FIELDS:
+                write(name, [getattr(s.draw, name) for s in segments])
         if shape.rows > shape.steps:
             self._fill_logit_rows(self._wanted_rows(segments)[0][:LOGIT_ROWS])
         self.batch.upload("page_table" if new_pages else "logit_mode")
@@ -250,7 +253,7 @@ class Model:
             self._record(step, Shape(size, size, size))
             self._head(step, self.buffers.normed[:size], self.batch.row_mode[:size])
             if not self.device.is_cpu:
-                tables = {f.name: getattr(self.batch, f.name)[:size] for f in fields(Draw)}
+                tables = {name: getattr(self.batch, name)[:size] for name in DRAW_FIELDS}
                 sample(self.buffers.logits[:size], self.buffers.drawn[:size], **tables, run=step)
             self._recorded[size] = step
         self._recorded[size].run()

@@ -7,8 +7,9 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from .buffers import draw_tables
 from .devices import CPU, Device, Shared
-from .model import Draw
+from .model import DRAW_FIELDS, Draw
 from .ops.sample import sample
 from .outputs import TopLogprobs
 from .request import Branch
@@ -46,6 +47,7 @@ class Sampler:
 
     def __init__(self, run, device: Device = CPU):
         self._run, self._device = run, device
+        self._tables: Shared | None = None  # of as many rows as the largest draw so far had
 
     @staticmethod
     def parameters(branch: Branch) -> Draw:
@@ -126,13 +128,15 @@ class Sampler:
         return processed, failures
 
     def _ids(self, rows: torch.Tensor, branches: Seq[Branch]) -> list[int]:
-        draws, each = [self.parameters(b) for b in branches], (len(branches),)
-        tables = {"seed": (each, torch.int64), "position": (each, torch.int64), "top_k": each}
-        tables |= {name: (each, torch.float32) for name in ("temperature", "top_p", "min_p")}
-        shared = Shared(self._device, tables)
-        for name in tables:
-            shared.write(name, [getattr(d, name) for d in draws])
-        shared.upload("min_p")
-        ids = torch.empty(len(branches), dtype=torch.int32, device=self._device.place)
-        sample(rows, ids, **{name: getattr(shared, name) for name in tables}, run=self._run)
+        draws, n = [self.parameters(b) for b in branches], len(branches)
+        if self._tables is None or len(self._tables.seed) < n:
+            self._tables = Shared(self._device, draw_tables(n))
+        tables = self._tables
+        tables.settle()
+        for name in DRAW_FIELDS:
+            tables.write(name, [getattr(d, name) for d in draws])
+        tables.upload("min_p")
+        ids = torch.empty(n, dtype=torch.int32, device=self._device.place)
+        given = {name: getattr(tables, name)[:n] for name in DRAW_FIELDS}
+        sample(rows, ids, **given, run=self._run)
         return ids.tolist()

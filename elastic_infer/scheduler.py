@@ -197,9 +197,10 @@ class Scheduler:
                     self._wanted(r, n))
             for r, n in batch
         ]  # fmt: skip
-        for segment, (row, _) in zip(segments, batch):
-            if isinstance(row, Branch):
-                segment.draw = self.sampler.parameters(row)
+        if not self.model.device.is_cpu:  # there the pass draws the tokens itself
+            for segment, (row, _) in zip(segments, batch):
+                if isinstance(row, Branch):
+                    segment.draw = self.sampler.parameters(row)
         result = self._forward(segments)
         rows, branches = [], []
         for i, (row, n) in enumerate(batch):
