@@ -112,6 +112,40 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The 30B model's sizes are its published config. Those of its two nested widths are a working
+# assumption: of the sizes that nest, these fit the published parameter counts. They are data, as
+# widths are everywhere.
+THIRTY: dict[str, Any] = {
+    **SHARED_CONFIG,
+    "hidden_size": 2688,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    "num_hidden_layers": 52,
+    "vocab_size": 131072,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "intermediate_size": 1856,
+    "max_position_embeddings": 131072,
+    "elastic": {
+        "version": 1,
+        "default_width": "30B",
+        "widths": {
+            "12B": {"hidden_size": 1920, "mamba_num_heads": 56, "moe_intermediate_size": 960},
+            "23B": {"hidden_size": 2240, "mamba_num_heads": 56, "moe_intermediate_size": 1664},
+            "30B": {},
+        },
+    },
+}
+
+
 def narrowed(sizes: dict[str, Any], width: dict[str, int]) -> dict[str, int]:
     """A width of the shipped reasoner as a width of a benchmark model: the same share of every
     axis, rounded down to what the model's groups and the channel step allow."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from commit import ROOT, commit
 from compare import Ours, paired, state_bytes, turns
-from models import SHARED_CONFIG, draw_values, model_config
+from models import THIRTY, draw_values, model_config
 from peer_build import QUANTIZED, convert
 from peer_llama import Peer, interleave, random_tokens
 from roof import read_rate
@@ -43,31 +43,6 @@ from elastic_infer.widths import parse_widths
 
 PROMPT = 16  # tokens read before the timed steps
 PREFILL = 256
-
-# The sizes behind kernels of the 30B family; widths as prefixes of the largest.
-FULL = {
-    "hidden_size": 2688,
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "vocab_size": 131072,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "ssm_state_size": 128,
-    "n_groups": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "n_routed_experts": 128,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-    "intermediate_size": 1856,
-    "num_hidden_layers": 52,
-}
-WIDTHS = {
-    "12B": {"hidden_size": 1920, "mamba_num_heads": 56, "moe_intermediate_size": 960},
-    "23B": {"hidden_size": 2240, "mamba_num_heads": 56, "moe_intermediate_size": 1664},
-    "30B": {},
-}
 
 
 class Random:
@@ -216,9 +191,7 @@ def python_share(built: Built, width: str, prompt: list[int], steps: list[int]) 
 
 def measure(width: str, threads: int, tokens: int, count: int) -> dict[str, Any]:
     """One row of the full-size file."""
-    data = {**SHARED_CONFIG, **FULL, "max_position_embeddings": 8192,
-            "elastic": {"version": 1, "default_width": "30B", "widths": WIDTHS}}  # fmt: skip
-    built = build(data, width, threads)
+    built = build({**THIRTY, "max_position_embeddings": 8192}, width, threads)
     ours, vocabulary = Ours(built), built.config.vocab_size
     prompt, steps = random_tokens(PROMPT, vocabulary, 0), random_tokens(tokens, vocabulary, 2)
     long = random_tokens(PREFILL, vocabulary, 3)
@@ -274,7 +247,8 @@ def main() -> None:
     """Command line: prints the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["full", "peer"])
-    parser.add_argument("--width", choices=sorted(WIDTHS), default="12B", help="of `full`")
+    widths = sorted(THIRTY["elastic"]["widths"])
+    parser.add_argument("--width", choices=widths, default="12B", help="of `full`")
     parser.add_argument("--types", nargs="+", choices=sorted(QUANTIZED), default=["q4_0"])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "models" / "620m")
     parser.add_argument("--threads", type=int, default=2)

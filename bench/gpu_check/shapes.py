@@ -1,8 +1,6 @@
 """Models of true sizes, and the ops' cases in them.
 
-The 30B model's sizes are its published config. Those of its two nested widths are *a working
-assumption*: of the sizes that nest, these fit the published parameter counts. They are data here,
-as widths are everywhere.
+The sizes are those of `models.THIRTY`.
 """
 
 from __future__ import annotations
@@ -10,40 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from models import SHARED_CONFIG, model_config
+from models import THIRTY, model_config
 
 from elastic_infer.config import ModelConfig, Width, parse_widths
 from elastic_infer.ops._spec import Case
-
-THIRTY = {
-    **SHARED_CONFIG,
-    "hidden_size": 2688,
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "num_hidden_layers": 52,
-    "vocab_size": 131072,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "ssm_state_size": 128,
-    "n_groups": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "n_routed_experts": 128,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-    "intermediate_size": 1856,
-    "max_position_embeddings": 131072,
-    "elastic": {
-        "version": 1,
-        "default_width": "30B",
-        "widths": {
-            "12B": {"hidden_size": 1920, "mamba_num_heads": 56, "moe_intermediate_size": 960},
-            "23B": {"hidden_size": 2240, "mamba_num_heads": 56, "moe_intermediate_size": 1664},
-            "30B": {},
-        },
-    },
-}
 
 
 def sizes(emulate: bool) -> dict[str, Any]:
