@@ -12,8 +12,8 @@ from .floors import step_bytes
 from .hf import Peer
 from .model import Loaded, fits
 from .shapes import alone, sizes
-from .timing import Clock, roofs
-from .worker import PartBase, PassedOver
+from .timing import RoofPart
+from .worker import PassedOver
 
 CONTEXT, SPARE_TOKENS = 4096, 256
 BATCHES = (1, 8, 32, 128, 512)
@@ -30,12 +30,12 @@ def per_call(loaded: Loaded, work: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-class Part(PartBase):
+class Part(RoofPart):
     """Items are "WIDTH B=N"; the peer's come last."""
 
     def __init__(self, setting, module):
         super().__init__(setting, module)
-        self.clock, self.data = Clock(setting), sizes(setting.emulate)
+        self.data = sizes(setting.emulate)
         self.batches = (1, 3) if setting.emulate else BATCHES
         self.context, self.spare = (70, 30) if setting.emulate else (CONTEXT, SPARE_TOKENS)
         self.rounds, self.steps = (1, 1) if setting.emulate else (7, 5)
@@ -43,7 +43,6 @@ class Part(PartBase):
         self.names.sort(key=lambda n: len(self.data["elastic"]["widths"][n]))  # the full one first
         self.loaded: Loaded | None = None
         self.peer: Peer | None = None
-        self.roof: dict[str, float] = {}
 
     def items(self) -> list[str]:
         batches = self.batches[:1] if self.setting.quick else self.batches
@@ -51,11 +50,7 @@ class Part(PartBase):
         narrow = self.names[-1]
         return ["roof", *own, *(f"{narrow} B={b} | transformers" for b in batches[:3:2])]
 
-    def run(self, item: str) -> dict[str, Any]:
-        if not self.roof:
-            self.roof = roofs(self.clock)
-        if item == "roof":
-            return self.roof
+    def row(self, item: str) -> dict[str, Any]:
         name, _, peer = item.partition(" | ")
         width, _, batch = name.partition(" B=")
         return self._beside(width, int(batch)) if peer else self._row(width, int(batch))

@@ -14,20 +14,20 @@ from elastic_infer.ops.matmul import weight_bytes
 
 from .peers import COMPILED, peers_of
 from .shapes import OpCase, OpCases, sizes
-from .timing import Clock, emptied, floor, free_bytes, roofs
-from .worker import PartBase, PassedOver
+from .timing import RoofPart, emptied, floor, free_bytes
+from .worker import PassedOver
 
 DTYPE = torch.bfloat16
 CONTEXT, PROMPT = 4096, 4096  # tokens
 COPIES = 24 << 30  # bytes that all copies of one problem may take
 
 
-class Part(PartBase):
+class Part(RoofPart):
     """Items are "roof", then the ops' cases in turns of steps and prompts, then further peers."""
 
     def __init__(self, setting, module):
         super().__init__(setting, module)
-        self.clock, self.specs = Clock(setting), registry()
+        self.specs = registry()
         made = OpCases(sizes(setting.emulate))
         context, prompt = (70, 16) if setting.emulate else (CONTEXT, PROMPT)
         steps, prompts = made.steps(context), made.prompts(prompt)
@@ -44,7 +44,6 @@ class Part(PartBase):
                 if bool(case.get("bench")) != setting.emulate:
                     own = OpCase(spec.name, case_id(case), 0, "", case, case)
                     self.cases.setdefault(own.name, own)
-        self.roof: dict[str, float] = {}
 
     def items(self) -> list[str]:
         further = [] if self.setting.emulate else [
@@ -53,11 +52,7 @@ class Part(PartBase):
         ]  # fmt: skip
         return ["roof", *self.cases, *further]
 
-    def run(self, item: str) -> dict[str, Any]:
-        if not self.roof:
-            self.roof = roofs(self.clock)
-        if item == "roof":
-            return self.roof
+    def row(self, item: str) -> dict[str, Any]:
         name, _, way = item.partition(" | ")
         with emptied(), torch.device(self.setting.device):  # cases are drawn where they are used
             return self._row(self.cases[name], bool(way))

@@ -11,25 +11,24 @@ from .floors import prefill_flops, step_bytes
 from .hf import Peer
 from .model import Loaded, fits
 from .shapes import alone, sizes
-from .timing import Clock, roofs
-from .worker import PartBase, PassedOver
+from .timing import RoofPart
+from .worker import PassedOver
 
 ROWS = 4096  # tokens of one pass
 
 
-class Part(PartBase):
+class Part(RoofPart):
     """Items are "WIDTH T=N"; the peer's comes last."""
 
     def __init__(self, setting, module):
         super().__init__(setting, module)
-        self.clock, self.data = Clock(setting), sizes(setting.emulate)
+        self.data = sizes(setting.emulate)
         self.lengths, self.rows = ((24, 70), 64) if setting.emulate else ((ROWS, 8 * ROWS), ROWS)
         self.rounds = 1 if setting.emulate else 5
         self.names = sorted(
             self.data["elastic"]["widths"], key=lambda n: len(self.data["elastic"]["widths"][n])
         )  # the full one first
         self.loaded: Loaded | None = None
-        self.roof: dict[str, float] = {}
 
     def items(self) -> list[str]:
         short, long = self.lengths
@@ -37,11 +36,7 @@ class Part(PartBase):
         further = [] if self.setting.quick else [f"{name} T={long}" for name in self.names]
         return ["roof", *own, f"{self.names[-1]} T={short} | transformers", *further]
 
-    def run(self, item: str) -> dict[str, Any]:
-        if not self.roof:
-            self.roof = roofs(self.clock)
-        if item == "roof":
-            return self.roof
+    def row(self, item: str) -> dict[str, Any]:
         name, _, peer = item.partition(" | ")
         width, _, tokens = name.partition(" T=")
         return self._beside(width, int(tokens)) if peer else self._row(width, int(tokens))

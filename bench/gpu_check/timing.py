@@ -6,12 +6,14 @@ import contextlib
 import math
 import statistics
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .setting import Setting
+from .worker import PartBase
 
 Work = Callable[[], Any]
 
@@ -117,6 +119,27 @@ def roofs(clock: Clock) -> dict[str, float]:
         "read_bytes_s": source.nbytes / best(*reading),
         "bf16_flops_s": 2 * n**3 / best(lambda: torch.mm(left, right, out=out)),
     }
+
+
+class RoofPart(PartBase):
+    """A part whose other rows are shares of the roofs, which its item "roof" shows.
+
+    roof: what `roofs` measured, once in a process.
+    """
+
+    def __init__(self, setting: Setting, module: Any):
+        super().__init__(setting, module)
+        self.clock = Clock(setting)
+        self.roof: dict[str, float] = {}
+
+    def run(self, item: str) -> dict[str, Any]:
+        """The roofs, or the row of another item."""
+        self.roof = self.roof or roofs(self.clock)
+        return self.roof if item == "roof" else self.row(item)
+
+    @abstractmethod
+    def row(self, item: str) -> dict[str, Any]:
+        """The row of an item other than "roof"."""
 
 
 def floor(moved: float, flops: float, measured: dict[str, float]) -> tuple[str, float]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +37,7 @@ class PassedOver(Exception):
     """An item that cannot run here, and why."""
 
 
-class PartBase:
+class PartBase(ABC):
     """A part of the check. NATIVE: whether it calls the native module, which must be built by then.
     A part keeps what its items share between them.
 
@@ -48,17 +49,17 @@ class PartBase:
     def __init__(self, setting: Setting, module: Any):
         self.setting, self.module = setting, module
 
+    @abstractmethod
     def items(self) -> list[str]:
         """Names of what there is to do, the most important first."""
-        raise NotImplementedError
 
     def estimate(self, item: str) -> float:
         """Seconds that `item` will take; 0 for as long as the one before."""
         return 0.0
 
+    @abstractmethod
     def run(self, item: str) -> Any:
         """Does it. Returns: its row of figures. Raises: PassedOver where it cannot run here."""
-        raise NotImplementedError
 
 
 def part_class(name: str) -> type[PartBase]:
