@@ -16,13 +16,14 @@
 namespace ei {
 
 constexpr float kE4m3Max = 448.0f, kE2m1Max = 6.0f;
+constexpr uint8_t kE4m3Nan = 0x7f;
 constexpr int kScaleBlock = 16;  // columns that share a block scale
 
 EI_HOST_DEVICE inline float e4m3_to_float(uint8_t code) {
   const int magnitude = code & 0x7f;
   uint32_t u = 0x7fc00000u;
   float f;
-  if (magnitude >= 0x7f) {
+  if (magnitude >= kE4m3Nan) {
     std::memcpy(&f, &u, 4);
   } else if (magnitude < 8) {
     f = static_cast<float>(magnitude) * 0x1p-9f;

@@ -26,7 +26,7 @@ EI_HOST_DEVICE inline float to_float(e4m3 code) { return e4m3_to_float(code.bits
 
 // To nearest, ties to even; beyond 448 (infinity too) becomes 448, any NaN 0x7f.
 EI_HOST_DEVICE inline void from_float(float x, e4m3& out) {
-  out.bits = x != x ? uint8_t{0x7f} : e4m3_from_float(x);
+  out.bits = x != x ? kE4m3Nan : e4m3_from_float(x);
 }
 
 // Exact.

@@ -15,14 +15,13 @@ namespace ei::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr uint8_t kNanCode = 0x7f;
 
 __global__ void __launch_bounds__(kThreads) quantize(const __grid_constant__ Fp8QuantizeArgs a) {
   const int64_t r = blockIdx.x;
   const int64_t c = blockIdx.y * int64_t{kThreads} + threadIdx.x;
   if (c >= a.weight.shape[1]) return;
   const float x = value_at(a.weight, r * a.weight.stride[0] + c);
-  row<uint8_t>(a.codes, r)[c] = std::fabs(x) < INFINITY ? e4m3_from_float(x / a.scale) : kNanCode;
+  row<uint8_t>(a.codes, r)[c] = std::fabs(x) < INFINITY ? e4m3_from_float(x / a.scale) : kE4m3Nan;
 }
 
 void launch_fp8_quantize(const Fp8QuantizeArgs& a, const CudaCall& call) {

@@ -15,7 +15,6 @@ namespace ei::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr uint8_t kNanCode = 0x7f;
 
 __global__ void __launch_bounds__(kThreads) quantize(const __grid_constant__ Nvfp4QuantizeArgs a) {
   const int64_t r = blockIdx.x;
@@ -29,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) quantize(const __grid_constant__ Nvf
     amax = max(amax, std::fabs(x[i]));
     finite = finite && std::fabs(x[i]) < INFINITY;
   }
-  const uint8_t scale = !finite        ? kNanCode
+  const uint8_t scale = !finite        ? kE4m3Nan
                         : amax == 0.0f ? 0
                                        : e4m3_from_float(amax / (kE2m1Max * a.scale));
   const float step = finite ? e4m3_to_float(scale) * a.scale : 0.0f;
