@@ -39,17 +39,10 @@ from elastic_infer.quantization.write import (
 from elastic_infer.slicing import slice_checkpoint, tensor_selections
 from elastic_infer.tensor_files import Selection, take
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17]
 ALL = dict.fromkeys(GROUPS, "nvfp4")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices: a second thread would only wait, for long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_matrix(seed=0, rows=40, columns=160):

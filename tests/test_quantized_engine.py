@@ -17,21 +17,14 @@ from elastic_infer.sampling import SamplingParams
 from elastic_infer.slicing import slice_checkpoint
 from elastic_infer.weights import WeightLoader
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EVERYTHING = {"": "nvfp4"}
 RELEASED = {"experts": "nvfp4", "lm_head": "nvfp4", "in_proj": "fp8", "out_proj": "fp8"}
 REST = {"q_proj": "fp8", "k_proj": "fp8", "v_proj": "fp8", "o_proj": "nvfp4", "out_proj": "nvfp4",
         "up_proj": "fp8", "down_proj": "fp8"}  # fmt: skip
 FORMATS = {"everything": EVERYTHING, "released": RELEASED, "rest": REST}
 TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17, 33, 55, 101, 9, 6, 70]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices: a second thread would only wait, for long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(tmp_path, formats, layout="modelopt", dtype=torch.float32):

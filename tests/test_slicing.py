@@ -22,14 +22,7 @@ from elastic_infer.slicing import (
 )
 from elastic_infer.tensor_files import take
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices: a second thread would only wait, for long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(tmp_path, seed, per_layer, dtype=torch.float32, shards=1, **overrides):
