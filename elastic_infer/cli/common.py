@@ -107,6 +107,24 @@ def byte_progress(title: str, total: int | None = None) -> Iterator[Callable[...
         yield lambda count, total=total: progress.update(task, advance=count, total=total)
 
 
+class Written:
+    """Bytes written so far: a progress function of (all of them, how many there will be)."""
+
+    def __init__(self, advance: Callable[..., None]):
+        self.bytes, self._advance = 0, advance
+
+    def __call__(self, written: int, total: int) -> None:
+        self._advance(written - self.bytes, total)
+        self.bytes = written
+
+
+@contextlib.contextmanager
+def writing(what: object) -> Iterator[Written]:
+    """`byte_progress` for functions that tell how many bytes they have written in all."""
+    with byte_progress(f"writing {what}") as advance:
+        yield Written(advance)
+
+
 @contextlib.contextmanager
 def working(title: str) -> Iterator[None]:
     """Shows on stderr, on a terminal only, that something is being done."""

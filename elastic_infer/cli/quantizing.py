@@ -83,20 +83,13 @@ def quantize(
     options["threads"] = threads or c.available_threads()
     if distill:
         options |= distilled(checkpoint, formats, data, settings, options)
-    done = 0
-    with c.byte_progress(f"writing {out}", None) as advance:
-
-        def progress(written: int, total: int) -> None:
-            nonlocal done
-            advance(written - done, total)
-            done = written
-
-        report = quantize_checkpoint(checkpoint, out, formats, progress=progress, **options)
+    with c.writing(out) as written:
+        report = quantize_checkpoint(checkpoint, out, formats, progress=written, **options)
     screen = c.console()
     screen.print(error_table(report))
     screen.print(
-        f"{escape(str(out))}: {done / 1e6:.1f} MB, {len(formats)} matrices quantised; errors in "
-        "quantization.json", soft_wrap=True,
+        f"{escape(str(out))}: {written.bytes / 1e6:.1f} MB, {len(formats)} matrices quantised; "
+        "errors in quantization.json", soft_wrap=True,
     )  # fmt: skip
 
 

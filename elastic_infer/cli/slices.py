@@ -57,16 +57,10 @@ def slice_width(
     from elastic_infer.slicing import slice_checkpoint
 
     checkpoint = c.open_checkpoint(model, revision, widths)
-    done = 0
-    with c.byte_progress(f"writing {width}", None) as advance:
-
-        def progress(written: int, total: int) -> None:
-            nonlocal done
-            advance(written - done, total)
-            done = written
-
-        folder = slice_checkpoint(checkpoint, width, out, progress)
-    c.console().print(f"{escape(str(folder))}: width {escape(width)}, {done / 1e6:.1f} MB",
+    with c.writing(width) as written:
+        folder = slice_checkpoint(checkpoint, width, out, written)
+    size = f"{written.bytes / 1e6:.1f} MB"
+    c.console().print(f"{escape(str(folder))}: width {escape(width)}, {size}",
                       soft_wrap=True)  # fmt: skip
 
 
