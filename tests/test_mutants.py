@@ -47,6 +47,10 @@ MUTANTS = {
         "matmul", "csrc/core/gemv.cuh",
         "products.write(room.of[warp]);\n    __syncthreads();", "products.write(room.of[warp]);",
     ),
+    "sums of warps overwritten while they are read": (
+        "moe_matmul", "csrc/core/gemv.cuh",
+        "__syncthreads();  // all have read what the last call left in the room", "",
+    ),
     # ragged ends
     "codes beyond the prefix": (
         "matmul", "csrc/core/gemv.cuh", "min(4, (columns - t * kTile) / kRun)", "4",

@@ -138,9 +138,11 @@ class Worker {
     for (auto& f : fibers_) munmap(f->stack, kStackBytes);
   }
 
-  // Runs all threads of one block. Empty, or what went wrong.
+  // Runs all threads of one block. Empty, or what went wrong. `ahead`: a warp runs on as long as it
+  // need not wait for another, so that what it overwrites too early is lost to the others; else all
+  // warps take turns at every warp operation.
   std::string run(dim3 block, dim3 block_size, dim3 grid_size, size_t shared_bytes,
-                  const std::function<void()>& body, const std::vector<int>& order) {
+                  const std::function<void()>& body, const std::vector<int>& order, bool ahead) {
     body_ = &body;
     count_ = static_cast<int>(order.size());
     failure_.clear();
@@ -161,6 +163,7 @@ class Worker {
         if (fibers_[i]->state != State::ready) continue;
         moved = true;
         resume(*fibers_[i]);
+        if (ahead) run_warp(i / kLanes * kLanes);
         if (!failure_.empty()) break;
       }
       if (!failure_.empty()) break;
@@ -273,6 +276,18 @@ class Worker {
 #endif
   }
 
+  // Until none of a warp's threads is ready.
+  void run_warp(int first) {
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (int i = first + kLanes - 1; i >= first && failure_.empty(); --i) {
+        if (fibers_[i]->state != State::ready) continue;
+        moved = true;
+        resume(*fibers_[i]);
+      }
+    }
+  }
+
   void release(State from, int begin, int end) {
     for (int i = begin; i < end; ++i)
       if (fibers_[i]->state == from) fibers_[i]->state = State::ready;
@@ -370,6 +385,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
   if (blocks < 1 || grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("a grid must have 1 to 65535 blocks along y and z, and no empty side");
   const std::vector<int> thread_order = ordered(threads, settings().threads);
+  const bool ahead = settings().threads == Order::descending;
   const std::vector<int> block_order = ordered(static_cast<int>(blocks), settings().blocks);
 
   std::atomic<int64_t> next{0};
@@ -379,7 +395,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
     for (int64_t i; (i = next++) < blocks;) {
       const int64_t b = block_order[i];
       const dim3 index(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-      const std::string wrong = w.run(index, block, grid, shared_bytes, body, thread_order);
+      const std::string wrong = w.run(index, block, grid, shared_bytes, body, thread_order, ahead);
       if (wrong.empty()) continue;
       std::lock_guard<std::mutex> guard(failure_lock);
       failure = wrong;

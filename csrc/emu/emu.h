@@ -37,7 +37,8 @@ struct dim3 {
 
 namespace ei::emu {
 
-// In which order the threads of a block, and the blocks of a launch, are run.
+// In which order the threads of a block, and the blocks of a launch, are run. Descending threads
+// also let one warp run ahead of the others, up to the block's next barrier.
 enum class Order { ascending, descending, shuffled };
 
 struct Settings {
