@@ -68,11 +68,14 @@ def check_codes(op: str, codes: torch.Tensor, block_scales: torch.Tensor | None)
         raise ValueError(f"{op}: {name} must {must}, got {int(values[at]):#04x} at {list(at)}")
 
 
-def draw_codes(generator: torch.Generator, *shape: int, form: str) -> dict[str, torch.Tensor]:
-    """Random quantised weights: every code, block scales from subnormal to 4.
+def draw_codes(
+    generator: torch.Generator, *shape: int, form: str, small: bool = False
+) -> dict[str, torch.Tensor]:
+    """Random quantised weights: every code, block scales from 1/64 to 4; `small`: the 15 smallest
+    block scales, most of them subnormal, alone, so that no larger one hides them.
 
     Args:
-        shape: [..., N, K]. form: "nvfp4" or "fp8".
+        shape: [..., N, K]. form: "nvfp4" or "fp8", which has no block scales to be small.
 
     Returns: codes, block_scales (None for FP8) and scale ([...] float32, so that values are of
     the size of 1/sqrt(K)).
@@ -85,7 +88,10 @@ def draw_codes(generator: torch.Generator, *shape: int, form: str) -> dict[str, 
         return {"codes": codes, "block_scales": None, "scale": unit * K**-0.5 / 64}
     codes = torch.randint(0, 256, (*head, N, K // 2), generator=generator, dtype=torch.uint8)
     shape = (*head, N, K // BLOCK)
+    if small:
+        scales = torch.randint(1, 16, shape, generator=generator, dtype=torch.uint8)
+        return {"codes": codes, "block_scales": scales, "scale": unit * K**-0.5 * 64}
     scales = torch.randint(0x20, 0x48, shape, generator=generator, dtype=torch.uint8)
     rare = torch.rand(shape, generator=generator) < 0.1
-    scales[rare] >>= 2  # down to subnormal ones
+    scales[rare] >>= 2
     return {"codes": codes, "block_scales": scales, "scale": unit * K**-0.5}

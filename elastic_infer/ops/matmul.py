@@ -339,6 +339,8 @@ def _cases():
                "n": ((32, 8), (96, 40), (130, 1)), "act": "relu2", "weights": weights}  # fmt: skip
         yield {"R": 7, "K": 96, "segments": (64, 100, 3), "k": (48, 96),
                "n": ((16, 100, 1), (64, 100, 3)), "act": "none", "weights": weights}  # fmt: skip
+    yield {"R": 9, "K": 80, "segments": (72,), "k": (32, 80), "n": ((24,), (72,)), "act": "none",
+           "weights": "nvfp4", "small": True}  # fmt: skip
     for R in (1, 8, 256):
         for weights in ({}, {"weights": "fp8"}, {"weights": "nvfp4"}):
             yield {"R": R, "K": 2688, "segments": (4096, 4096, 1024, 1024, 64), "k": (2688,),
@@ -349,7 +351,7 @@ def _cases():
 def _weights(case: Case, N: int, K: int, dtype: torch.dtype, generator) -> Arguments:
     if "weights" not in case:
         return {"weight": randn(generator, N, K, dtype=dtype, scale=K**-0.5)}
-    drawn = draw_codes(generator, N, K, form=case["weights"])
+    drawn = draw_codes(generator, N, K, form=case["weights"], small=case.get("small", False))
     steps = torch.arange(1.0, len(case["segments"]) + 1)
     return drawn | {"scale": drawn["scale"] * steps}
 
