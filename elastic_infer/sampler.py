@@ -43,7 +43,8 @@ def entropy_of(row: torch.Tensor, temperature: float) -> float:
 
 class Sampler:
     """Draws tokens with one native call per pass. run: the model's Pool. device: where the logits
-    are; only rows that the host must see come to its memory."""
+    are; only rows that the host must see come to its memory. It keeps tables from draw to draw, so
+    that only the engine's worker may call it."""
 
     def __init__(self, run, device: Device = CPU):
         self._run, self._device = run, device

@@ -131,8 +131,8 @@ class EngineSequence:
         row, tokens = self._read_all(), self.token_ids
         branch = self._engine._intake.lone_branch(tokens, params, self._width)
         branch.token_ids = tokens  # positions and penalties count all tokens
-        with self._engine._model.device.running():
-            drawn = self._engine._scheduler.sampler.draw(row[None], [0], [branch])[0]
+        sampler = self._engine._scheduler.sampler  # its tables are the worker's alone
+        drawn = self._engine._call(lambda: sampler.draw(row[None], [0], [branch])[0])
         if drawn.token < 0:
             raise branch.request.error or NonFiniteLogits(
                 f"step: logits must be finite to be sampled, got NaN or nothing finite at token "
