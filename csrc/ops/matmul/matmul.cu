@@ -14,49 +14,12 @@
 // Limits: x starts its rows at multiples of 16 bytes; k sizes are multiples of 16.
 // Speed: not yet measured on a GPU. Floor: the weight's prefix read once (up to about 180 rows),
 //   then the products.
-#include "../../core/gemv.cuh"
 #include "../../core/launch.cuh"
 #include "../../core/mma_tile.cuh"
-#include "matmul.h"
+#include "matmul.cuh"
 
 namespace ei::cuda {
 namespace {
-
-// The weight rows of a block of kRows: a segment, and the first of them inside it.
-struct Place {
-  int segment, first;
-};
-template <int kRows>
-EI_DEVICE Place locate(const MatmulArgs& a, int block) {
-  int s = 0;
-  for (; block >= (a.rows[s] + kRows - 1) / kRows; ++s) block -= (a.rows[s] + kRows - 1) / kRows;
-  return {s, block * kRows};
-}
-int blocks_of(const MatmulArgs& a, int rows) {
-  int64_t blocks = 0;
-  for (int s = 0; s < a.segments; ++s) blocks += ceil_div(a.rows[s], rows);
-  return static_cast<int>(blocks);
-}
-
-EI_DEVICE int columns_of(const MatmulArgs& a, int64_t r) {
-  return active_size(a.row_width, a.k_sizes, r, a.x.shape[1]);
-}
-// How many rows of segment s row r of x takes.
-EI_DEVICE int wanted_of(const MatmulArgs& a, int64_t r, int s) {
-  if (!a.row_width) return a.rows[s];
-  return a.n_sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r] * a.segments + s];
-}
-// The value of one output: x's dtype X decides what the activation rounds to.
-template <class X>
-EI_DEVICE float activated(const MatmulArgs& a, float v) {
-  return a.activation == Activation::relu2 ? relu_squared<X>(v) : v;
-}
-// Where row `first` of a segment is in its K tile 0.
-template <class W>
-EI_DEVICE const char* weight_row(const MatmulArgs& a, const Place& p) {
-  const int64_t tile = a.tile_row[p.segment] + p.first / kTile;
-  return a.w.ptr<char>() + tile * a.w.shape[1] * kTileBytes<W> + row_offset<W>(p.first % kTile);
-}
 
 template <int R, class X, class W, class O>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
