@@ -22,8 +22,6 @@ struct Totals {
   alignas(64) float scales[kTile / kScaleBlock * kTile];
 };
 
-constexpr int kAhead = 2;  // tiles that are fetched before they are needed
-
 // Float image of the first n columns of a bf16 tile.
 inline void widen_tile(const char* w, int n, float* out) {
   const uint32_t* b = reinterpret_cast<const uint32_t*>(w);
@@ -50,9 +48,14 @@ inline void block_tile(const RowBlock& block, const char* w, int t, float* total
     micro_any<W>(block.rows, w, x, n, totals, t == 0);
 }
 
+// One row of tiles of an image, and where the tiles end that the caller goes on to read.
+struct ImageRow {
+  const char *tiles, *end;
+};
+
 // The blocks [first, end) times one row of tiles.
 template <Weights W, DType Tile>
-inline void tile_row_as(const Panel& p, int first, int end, const char* image_row, Totals& totals) {
+inline void tile_row_as(const Panel& p, int first, int end, const ImageRow& row, Totals& totals) {
   constexpr int sums = kMicroRows * kTile;
   // What a tile that several blocks share is expanded to.
   constexpr Weights expanded = W == Weights::pairs ? Weights::pairs : Weights::f32;
@@ -63,8 +66,11 @@ inline void tile_row_as(const Panel& p, int first, int end, const char* image_ro
   int k = 0;
   for (int b = first; b < end; ++b) k = std::max(k, p.block[b].k);
   const int tiles_read = static_cast<int>(tiles(k));
+  const auto ahead = [&](int t, int distance) {
+    return tile_ahead(row.tiles, p.row_bytes, t, distance, tiles_read, tile_bytes(Tile), row.end);
+  };
   for (int t = 0; t < tiles_read; ++t) {
-    const char* w = image_row + t * tile_bytes(Tile);
+    const char* w = row.tiles + t * tile_bytes(Tile);
     const int n = std::min(kTile, k - t * kTile);
     if constexpr (quantised(Tile)) {
       if (expand) expand_tile<expanded, Tile>(w, n, image, totals.scales);
@@ -76,10 +82,7 @@ inline void tile_row_as(const Panel& p, int first, int end, const char* image_ro
       if (expand)
         block_tile<expanded>(p.block[b], image, t, out, nvfp4 ? totals.scales : nullptr);
       else if constexpr (nvfp4)
-        block_codes<W>(p.block[b], w, t, out,
-                       t + kAhead < tiles_read ? w + kAhead * tile_bytes(Tile)
-                                               : image_row + p.row_bytes +
-                                                     (t + kAhead - tiles_read) * tile_bytes(Tile));
+        block_codes<W>(p.block[b], w, t, out, Fetch{ahead(t, kNear), ahead(t, kFar)});
       else if constexpr (Tile != DType::fp8)
         block_tile<W>(p.block[b], w, t, out);
     }
@@ -89,17 +92,17 @@ inline void tile_row_as(const Panel& p, int first, int end, const char* image_ro
 }
 
 template <DType Tile>
-inline void tile_row_of(const Panel& p, int first, int end, const char* image_row, Totals& totals) {
+inline void tile_row_of(const Panel& p, int first, int end, const ImageRow& row, Totals& totals) {
   if constexpr (V::kPairs)
     if (p.kind == Weights::pairs)
-      return tile_row_as<Weights::pairs, Tile>(p, first, end, image_row, totals);
-  tile_row_as<Weights::widen, Tile>(p, first, end, image_row, totals);
+      return tile_row_as<Weights::pairs, Tile>(p, first, end, row, totals);
+  tile_row_as<Weights::widen, Tile>(p, first, end, row, totals);
 }
 
 // Calls out(row, sums) for every row of the panel with its 64 sums over one row of weight tiles,
 // times `scale` where tiles are quantised.
 template <class Out>
-inline void tile_row(const Panel& p, const char* image_row, Totals& totals, Out out,
+inline void tile_row(const Panel& p, const ImageRow& row, Totals& totals, Out out,
                      float scale = 1.0f) {
   const V factor = V::set(p.tile == DType::nvfp4 ? scale * kBlockFactor : scale);
   const int together = quantised(p.tile) ? kCodeBlocks : kBlocks;
@@ -107,11 +110,11 @@ inline void tile_row(const Panel& p, const char* image_row, Totals& totals, Out 
     const int end = std::min(first + together, p.blocks);
     switch (p.tile) {
       case DType::f32:
-        tile_row_as<Weights::f32, DType::f32>(p, first, end, image_row, totals);
+        tile_row_as<Weights::f32, DType::f32>(p, first, end, row, totals);
         break;
-      case DType::fp8: tile_row_of<DType::fp8>(p, first, end, image_row, totals); break;
-      case DType::nvfp4: tile_row_of<DType::nvfp4>(p, first, end, image_row, totals); break;
-      default: tile_row_of<DType::bf16>(p, first, end, image_row, totals);
+      case DType::fp8: tile_row_of<DType::fp8>(p, first, end, row, totals); break;
+      case DType::nvfp4: tile_row_of<DType::nvfp4>(p, first, end, row, totals); break;
+      default: tile_row_of<DType::bf16>(p, first, end, row, totals);
     }
     const int rows = std::min(p.rows, end * kMicroRows);
     for (int r = first * kMicroRows; r < rows; ++r) {

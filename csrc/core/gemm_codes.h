@@ -127,13 +127,40 @@ inline void code_products(V (&acc)[MR], const uint32_t* words, const char* const
   }
 }
 
+// Tiles to fetch while another is multiplied: `far` from memory into the second cache, `near` from
+// there into the first. With so little arithmetic a byte the hardware's own guess comes late, and
+// the first cache alone can wait for too few lines at once to hide the way to memory.
+struct Fetch {
+  const char *near, *far;
+};
+constexpr int kNear = 2, kFar = 12;  // tiles before they are needed
+
+// The tile that is read `distance` tiles after tile t of a row of tiles, of which `count` are read;
+// tile t itself from `end` on.
+inline const char* tile_ahead(const char* row, int64_t row_bytes, int t, int distance, int count,
+                              int64_t bytes, const char* end) {
+  const int at = t + distance;
+  const char* ahead = row + at / count * row_bytes + at % count * bytes;
+  return ahead < end ? ahead : row + t * bytes;
+}
+
+// Some lines of 64 bytes of both tiles.
+template <int Lines>
+inline void fetch_lines(const Fetch& fetch, int offset) {
+#pragma GCC unroll 4
+  for (int line = 0; line < Lines; ++line) {
+    __builtin_prefetch(fetch.near + offset + line * 64, 0, 3);
+    __builtin_prefetch(fetch.far + offset + line * 64, 0, 2);
+  }
+}
+
 // totals[m][64 lanes] (+)= sum over n columns of an NVFP4 tile, in the order of micro_blocks().
-// `next`: a tile to fetch meanwhile; with so little arithmetic the hardware's own guess comes late.
 template <int MR, Weights W>
 inline void micro_codes(const char* tile, const char* const* x, int n, float* totals, bool first,
-                        const char* next) {
+                        const Fetch& fetch) {
   constexpr int L = V::kLanes;
   for (int j = 0; j < kTile; j += L) {
+    const int group = j / kRowGroup * kGroupBytes;
     V total[MR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) total[m] = first ? V::set(0.0f) : V::load(totals + m * kTile + j);
@@ -141,8 +168,8 @@ inline void micro_codes(const char* tile, const char* const* x, int n, float* to
       V acc[MR];
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) acc[m] = V::set(0.0f);
-      const char* ahead = next + j / kRowGroup * kGroupBytes + k * kGroupBytes / kTile;
-      for (int line = 0; line < 3; ++line) __builtin_prefetch(ahead + line * 64);
+      // 9 lines by 4 blocks of columns: each fetches its first line again.
+      fetch_lines<3>(fetch, group + k * 8);
       code_products<MR, W>(acc, nvfp4_word(tile, k, j), x, k);
       const V scale = e4m3_scales(nvfp4_scale(tile, k, j));
 #pragma GCC unroll 8
@@ -156,13 +183,13 @@ inline void micro_codes(const char* tile, const char* const* x, int n, float* to
 // One block of rows times K tile t, straight from the codes.
 template <Weights W>
 inline void block_codes(const RowBlock& block, const char* tile, int t, float* totals,
-                        const char* next) {
+                        const Fetch& fetch) {
   const int n = std::min(kTile, block.k - t * kTile);
   if (n <= 0) return;
   const char* x[kMicroRows];
   for (int i = 0; i < block.rows; ++i) x[i] = block.x[i] + t * block.step;
   with_rows(block.rows,
-            [&](auto count) { micro_codes<count, W>(tile, x, n, totals, t == 0, next); });
+            [&](auto count) { micro_codes<count, W>(tile, x, n, totals, t == 0, fetch); });
 }
 
 }  // namespace ei::EI_ISA

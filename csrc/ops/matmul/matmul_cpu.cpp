@@ -78,9 +78,11 @@ void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
       int widest = 0;
       for (int r = 0; r < rows; ++r) widest = std::max(widest, wanted(r));
       const int64_t row = a.tile_row[t.segment] + t.first / kTile;
+      const int in_segment = static_cast<int>(tiles(a.rows[t.segment])) - t.first / kTile;
+      const char* image = a.w.ptr<char>() + row * row_bytes;
       if (widest > 0)
-        tile_row(panel, a.w.ptr<char>() + row * row_bytes, totals, write,
-                 a.scale ? a.scale.ptr<float>()[t.segment] : 1.0f);
+        tile_row(panel, {image, image + std::min(end - tile, in_segment) * row_bytes}, totals,
+                 write, a.scale ? a.scale.ptr<float>()[t.segment] : 1.0f);
       else
         for (int r = 0; r < rows; ++r) write(r, totals.sum);
     }

@@ -113,9 +113,10 @@ void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int
         [&](int i) { return up ? m.k(source(i)) : m.f(source(i)); }, Alone());
     panel.row_bytes = row_bytes;
     X* out = reinterpret_cast<X*>(up ? m.middle : m.result) + static_cast<int64_t>(at) * out_size;
-    for (int t = first; t < end && t * kTile < widest; ++t)
+    const int last = std::min<int>(end, static_cast<int>(tiles(widest)));
+    for (int t = first; t < last; ++t)
       tile_row(
-          panel, image + t * row_bytes, totals,
+          panel, {image + t * row_bytes, image + last * row_bytes}, totals,
           [&](int i, const float* sums) {
             const int n = std::clamp(wanted(i) - t * kTile, 0, kTile);
             X* to = out + static_cast<int64_t>(i) * out_size + t * kTile;

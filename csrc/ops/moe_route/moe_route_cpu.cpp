@@ -53,8 +53,9 @@ void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, i
       Alone());
   const V one = V::set(1.0f), zero = V::set(0.0f);
   for (int64_t t = 0; t < tiles(E); ++t) {
-    const char* image_row = a.gate.ptr<char>() + t * a.gate.shape[1] * tile_bytes(DType::f32);
-    tile_row(panel, image_row, totals, [&](int r, const float* sums) {
+    const int64_t row_bytes = a.gate.shape[1] * tile_bytes(DType::f32);
+    const char* image_row = a.gate.ptr<char>() + t * row_bytes;
+    tile_row(panel, {image_row, image_row + row_bytes}, totals, [&](int r, const float* sums) {
       for (int c = 0; c < kTile; c += V::kLanes)
         store(score + r * padded + t * kTile + c,
               div(one, add(one, exp(sub(zero, V::load(sums + c))))));
