@@ -109,9 +109,7 @@ inline void tile_row(const Panel& p, const ImageRow& row, Totals& totals, Out ou
   for (int first = 0; first < p.blocks; first += together) {
     const int end = std::min(first + together, p.blocks);
     switch (p.tile) {
-      case DType::f32:
-        tile_row_as<Weights::f32, DType::f32>(p, first, end, row, totals);
-        break;
+      case DType::f32: tile_row_as<Weights::f32, DType::f32>(p, first, end, row, totals); break;
       case DType::fp8: tile_row_of<DType::fp8>(p, first, end, row, totals); break;
       case DType::nvfp4: tile_row_of<DType::nvfp4>(p, first, end, row, totals); break;
       default: tile_row_of<DType::bf16>(p, first, end, row, totals);
