@@ -32,7 +32,7 @@ test: env emu ## the tests: at most 10 minutes on 2 cores
 
 test-emu: env emu ## only the tests of the CUDA kernels, emulated
 	$(PYTEST) tests/test_emulator.py tests/test_cuda_ops.py tests/test_cuda_shapes.py \
-	  tests/test_ptxas.py -m "not slow" $(TEST_ARGS)
+	  tests/test_batch_invariant.py tests/test_ptxas.py -m "not slow" $(TEST_ARGS)
 
 test-emu-asan: env ## the same under AddressSanitizer and UBSan
 	@$(dir $(PY))cmake -S . -B build/emu-asan -DELASTIC_EMULATE=ON -DELASTIC_SANITIZE=ON \

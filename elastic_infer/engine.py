@@ -108,7 +108,9 @@ class Engine:
             mixing: "auto", "always" or "never": whether rows of different widths share a pass.
             isa: instruction set of the CPU kernels: "auto", "portable", "avx2" or "avx512".
             batch_invariant: demand that results of a row do not depend, to the bit, on what shares
-                its batch. On a CPU they never do; a GPU's kernels cannot promise it: refused.
+                its batch, nor on how prompts are cut into passes. On a CPU they never do. On a
+                GPU it costs speed with few rows (see DESIGN, section 12); without it, bits depend
+                on the number of rows there.
             enforce_eager: on a GPU, launch the kernels of every pass one by one, without graphs.
             progress: called with (tensor name, bytes) for every tensor read.
 

@@ -169,11 +169,6 @@ def _available(
 
 
 def _pool(device: Device, options: Options) -> _C.Pool:
-    if options.batch_invariant and not device.is_cpu:
-        raise InvalidRequest(
-            "engine: batch_invariant must be False on a GPU, whose kernels choose their order of "
-            "summation by the size of the batch (on a CPU no result depends on it), got True"
-        )
     threads = _threads(options.threads) if device.is_cpu else 1
     try:
         return _C.Pool(threads, options.isa, options.batch_invariant)

@@ -2,6 +2,7 @@
 
 Bits may depend on how many rows share a launch (each count has its own best split), so a slice and
 a row alone are held to equal bits where the number of rows is the same, and to law 1 otherwise.
+test_batch_invariant.py holds the option under which they may not.
 """
 
 import pytest

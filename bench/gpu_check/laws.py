@@ -68,6 +68,10 @@ def _of_case(spec: OpSpec, case, dtype, module, device: str, label: str) -> list
         found.append((f"slice {label}", check))
     if spec.row:
         found.append((f"rows {label}", lambda: laws.check_rows(spec, arguments, None, device)))
+        one_order = module.Pool(batch_invariant=True)
+        found.append(
+            (f"batch {label}", lambda: laws.check_batch(spec, arguments, one_order, device))
+        )
     return found
 
 

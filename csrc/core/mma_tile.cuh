@@ -187,4 +187,33 @@ using Tokens32 = TileShape<1, 2, 1, 2, 32, 4>;    // 32 x 32
 using Tokens64 = TileShape<1, 2, 1, 2, 64, 4>;    // 32 x 64
 using Tokens128 = TileShape<4, 2, 2, 1, 128, 3>;  // 128 x 128, warps 64 x 64: bound by the products
 
+// Where bits must not depend on how many tokens there are, no warp has a part of K. Every sum is
+// one accumulator that takes the steps in ascending order, in whichever of these shapes, so the
+// shape may still follow the number of tokens. Few tokens pay for it: a block's weight rows go
+// through one warp, which waits for each product, where four warps share the steps otherwise.
+using Whole16 = TileShape<1, 1, 1, 1, 16, 8>;  // 16 x 16
+using Whole64 = TileShape<1, 4, 1, 1, 64, 4>;  // 64 x 64
+using Whole128 = Tokens128;
+
+template <class Shape, class F>
+void with_whole(const F& f) {
+  static_assert(Shape::kWarpsK == 1, "one order of summation");
+  f(Shape());
+}
+
+// f(shape) with the shape for `tokens` tokens.
+template <class F>
+void with_shape(int64_t tokens, bool batch_invariant, const F& f) {
+  if (batch_invariant) {
+    if (tokens <= 16) return with_whole<Whole16>(f);
+    if (tokens <= 64) return with_whole<Whole64>(f);
+    return with_whole<Whole128>(f);
+  }
+  if (tokens <= 8) return f(Tokens8());
+  if (tokens <= 16) return f(Tokens16());
+  if (tokens <= 32) return f(Tokens32());
+  if (tokens <= 64) return f(Tokens64());
+  f(Tokens128());
+}
+
 }  // namespace ei::cuda

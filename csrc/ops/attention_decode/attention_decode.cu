@@ -3,14 +3,16 @@
 //   groups of 16), so the arithmetic stays far below the time of reading the cache.
 // Work split: blocks are (split of the keys, KV head and 16 query heads, sequence). Splits are
 //   whole pages; their number follows from the shapes of q and page_table alone, never from
-//   lengths, so one captured launch serves all of them; splits beyond a length leave at once. In a
+//   lengths, so one captured launch serves all of them; splits beyond a length leave at once. Under
+//   batch_invariant a sequence's own length says how many pages its splits have: at least 4, and as
+//   many as give at most 32 splits. The price: one or two long sequences fill fewer blocks. In a
 //   block each of four warps takes every fourth run of 16 keys, copies it into its own part of
 //   shared memory a few runs ahead, and keeps its own softmax: no barrier until the warps are
 //   joined at the end. With more than one split a second kernel joins their results.
 // Order: keys of a warp ascending; warps, then splits, ascending.
 // Shared memory: 96 KiB of runs (K = 128), 80 KiB where pages hold E4M3 codes, which are copied as
 //   they are and widened to bfloat16 a run at a time, then the warps' results in the same place.
-// Workspace: o, m and l of every split in float.
+// Workspace: o, m and l of every split in float; under batch_invariant of up to 32 per sequence.
 // Limits: head sizes are multiples of 16 up to 256; bfloat16 beyond 128 and float32 take the plain
 //   kernel below. q starts its rows at multiples of 16 bytes.
 // Speed: not yet measured on a GPU. Floor: keys and values of the sequences' own lengths read once.
@@ -24,16 +26,19 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16, kRun = 16;
 
+constexpr int kOwnPages = 4, kOwnSplits = 32;  // under batch_invariant: least pages, most splits
+
 // How the work is divided, from the shapes alone.
 struct Plan {
   int Hkv, K, group, tiles;  // tiles: groups of 16 query heads of one KV head
-  int pages, splits;         // pages of one split
+  int pages;                 // of one split; 0: by each sequence's own length
+  int splits;                // most splits of a sequence
   float* partial;            // [S][Hq][splits][K + 2]: o, then m and l; null with one split
 
   int64_t floats(int64_t S) const { return splits > 1 ? S * Hkv * group * splits * (K + 2) : 0; }
 };
 
-Plan make_plan(const AttentionDecodeArgs& a) {
+Plan make_plan(const AttentionDecodeArgs& a, const CudaCall& call) {
   constexpr int64_t kWantedBlocks = 512;  // some per multiprocessor
   Plan p{};
   p.Hkv = static_cast<int>(a.k_pages.shape[1]);
@@ -41,11 +46,22 @@ Plan make_plan(const AttentionDecodeArgs& a) {
   p.group = static_cast<int>(a.q.shape[1] / p.K / p.Hkv);
   p.tiles = static_cast<int>(ceil_div(p.group, kRows));
   const int64_t table = std::max<int64_t>(a.page_table.shape[1], 1);
+  if (call.batch_invariant) {
+    p.splits = static_cast<int>(std::min<int64_t>(kOwnSplits, ceil_div(table, kOwnPages)));
+    return p;
+  }
   const int64_t wanted = table * a.q.shape[0] * p.Hkv * p.tiles / kWantedBlocks;
   p.pages = 1;
   while (p.pages < wanted && p.pages < table) p.pages *= 2;
   p.splits = static_cast<int>(ceil_div(table, p.pages));
   return p;
+}
+
+// Keys of one split of a sequence of `length`.
+EI_DEVICE int keys_of_split(const Plan& p, int length) {
+  if (p.pages) return p.pages * kPage;
+  const int own = (length + kPage - 1) / kPage;
+  return max(kOwnPages, (own + kOwnSplits - 1) / kOwnSplits) * kPage;
 }
 
 // What a block needs of its sequence.
@@ -57,8 +73,9 @@ struct Sequence {
 EI_DEVICE Sequence sequence_of(const AttentionDecodeArgs& a, const Plan& p, int64_t s, int h) {
   Sequence q;
   q.length = a.lengths.ptr<int32_t>()[s];
-  q.first = min(static_cast<int>(blockIdx.x) * p.pages * kPage, q.length);
-  q.end = min(q.first + p.pages * kPage, q.length);
+  const int keys = keys_of_split(p, q.length);
+  q.first = min(static_cast<int>(blockIdx.x) * keys, q.length);
+  q.end = min(q.first + keys, q.length);
   const int heads = active_size(a.seq_width, a.q_sizes, s, p.Hkv * p.group);
   q.active = heads > h ? (heads - h + p.Hkv - 1) / p.Hkv : 0;
   q.pages = row<int32_t>(a.page_table, s);
@@ -243,7 +260,7 @@ __global__ void __launch_bounds__(kThreads)
     join(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
   const int64_t s = blockIdx.y;
   const int n = blockIdx.x, length = a.lengths.ptr<int32_t>()[s];
-  const int splits = (length + p.pages * kPage - 1) / (p.pages * kPage);
+  const int keys = keys_of_split(p, length), splits = (length + keys - 1) / keys;
   const float* all = p.partial + (s * p.Hkv * p.group + n) * p.splits * (p.K + 2);
   float m = kNothingSeen, l = 0.0f;
   for (int i = 0; i < splits; ++i) m = fmaxf(m, all[i * (p.K + 2) + p.K]);
@@ -257,8 +274,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int64_t workspace_bytes(const AttentionDecodeArgs& a, const CudaCall&) {
-  return make_plan(a).floats(a.q.shape[0]) * 4;
+int64_t workspace_bytes(const AttentionDecodeArgs& a, const CudaCall& call) {
+  return make_plan(a, call).floats(a.q.shape[0]) * 4;
 }
 
 // T of the queries, KV of the pages.
@@ -279,7 +296,7 @@ void launch_attention_decode(const AttentionDecodeArgs& a, const CudaCall& call)
   require_aligned("attention_decode", "q", a.q);
   require_aligned("attention_decode", "k_pages", a.k_pages);
   require_aligned("attention_decode", "v_pages", a.v_pages);
-  Plan p = make_plan(a);
+  Plan p = make_plan(a, call);
   if (p.K > kMostHead)
     throw std::invalid_argument(
         "attention_decode: k_pages must have a head size of at most 256, got " +

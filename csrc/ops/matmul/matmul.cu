@@ -8,6 +8,9 @@
 //   ordinary arithmetic). More rows: tensor cores (mma_tile.cuh), blocks of 16 to 128 weight rows x
 //   8 to 128 rows of x; with few rows the four warps of a block split K. Codes become bfloat16 in
 //   registers in every case; scales of tensors multiply the finished sums.
+//   Under batch_invariant, bfloat16 x takes the tensor cores for any number of rows, in shapes that
+//   leave K whole (mma_tile.cuh), and float32 x the kernel of 4 rows: one order of summation. The
+//   price: one row loses the wide reads of gemv.cuh, up to 64 rows the warps that share K.
 //   A block runs to the widest k among its own rows of x; one whose weight rows nobody wants only
 //   writes zeros.
 // Shared memory: up to 8 rows of x (few rows); 16 to 96 KiB of ring (tensor cores).
@@ -92,21 +95,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 // Rows of x of one block of few_rows, for R rows in all.
 template <class X, class W>
-int few_per_block(int64_t R) {
+int few_per_block(int64_t R, const CudaCall& call) {
+  if (call.batch_invariant) return kGemvRows;
   if (R == 1) return 1;
   if (kQuantised<W> && R > kGemvRows && std::is_same_v<X, bf16>) return kCodeRows;
   return !kQuantised<W> && R == 2 ? 2 : kGemvRows;
 }
 template <class X, class W>
-int64_t few_shared(const MatmulArgs& a) {
-  return few_per_block<X, W>(a.x.shape[0]) * int64_t{sizeof(X)} *
+int64_t few_shared(const MatmulArgs& a, const CudaCall& call) {
+  return few_per_block<X, W>(a.x.shape[0], call) * int64_t{sizeof(X)} *
          Gemv<W>::pitch(static_cast<int>(a.x.shape[1]));
 }
 constexpr int64_t kCodeShared = 96 * 1024;  // what few_rows may use: there is another kernel
 
 template <class X, class W, class O>
 void launch_few(const MatmulArgs& a, const CudaCall& call) {
-  const int64_t R = a.x.shape[0], per_block = few_per_block<X, W>(R);
+  const int64_t R = a.x.shape[0], per_block = few_per_block<X, W>(R, call);
   auto* kernel = per_block == 1 ? few_rows<1, X, W, O> : few_rows<kGemvRows, X, W, O>;
   if constexpr (!kQuantised<W>) {
     if (per_block == 2) kernel = few_rows<2, X, W, O>;
@@ -115,7 +119,7 @@ void launch_few(const MatmulArgs& a, const CudaCall& call) {
   }
   const dim3 grid(blocks_of(a, Gemv<W>::kBlockOutputs),
                   static_cast<unsigned>(ceil_div(R, per_block)));
-  launch(call, kernel, grid, kGemvThreads, few_shared<X, W>(a), a);
+  launch(call, kernel, grid, kGemvThreads, few_shared<X, W>(a, call), a);
 }
 
 template <class Shape, class W, class O>
@@ -130,14 +134,11 @@ void launch_output(const MatmulArgs& a, const CudaCall& call) {
   const int64_t R = a.x.shape[0];
   if (a.x.dtype == DType::f32) return launch_few<float, W, O>(a, call);
   if constexpr (!std::is_same_v<W, float>) {
-    const bool few =
-        kQuantised<W> ? R <= kCodeRows && few_shared<bf16, W>(a) <= kCodeShared : R <= kGemvRows;
-    if (few) return launch_few<bf16, W, O>(a, call);
-    if (R <= 8) return launch_shape<Tokens8, W, O>(a, call);
-    if (R <= 16) return launch_shape<Tokens16, W, O>(a, call);
-    if (R <= 32) return launch_shape<Tokens32, W, O>(a, call);
-    if (R <= 64) return launch_shape<Tokens64, W, O>(a, call);
-    launch_shape<Tokens128, W, O>(a, call);
+    const bool few = kQuantised<W> ? R <= kCodeRows && few_shared<bf16, W>(a, call) <= kCodeShared
+                                   : R <= kGemvRows;
+    if (few && !call.batch_invariant) return launch_few<bf16, W, O>(a, call);
+    with_shape(R, call.batch_invariant,
+               [&](auto shape) { launch_shape<decltype(shape), W, O>(a, call); });
   }
 }
 

@@ -10,6 +10,8 @@
 //     blocks along (weight rows, expert), looping over the expert's entries, so that its weights
 //     are read from memory once; (4) per row the sum over its entries. Experts without entries
 //     leave at once; the grid is the same whatever the routing.
+//   Under batch_invariant every number of bfloat16 rows is sorted, and products leave K whole
+//   (mma_tile.cuh). The price is that of matmul there, and with up to 4 rows two more launches.
 // Order: the sum over a row's experts ascends by expert; products as in gemv.cuh and mma_tile.cuh.
 // Shared memory: a row of x, then J rows of expert channels (few rows); 18 to 96 KiB of ring.
 // Limits: D, F and their prefixes are multiples of 16; x, shared and out start their rows at
@@ -273,16 +275,9 @@ template <class W>
 void launch_many(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
   launch(call, sort, dim3(m.E), kSortThreads, 0, a, m);
   const int64_t mean = ceil_div(static_cast<int64_t>(m.R) * m.J, m.E);  // entries of an expert
-  if (mean <= 6)
-    launch_shape<Tokens8, W>(a, m, call);
-  else if (mean <= 12)
-    launch_shape<Tokens16, W>(a, m, call);
-  else if (mean <= 24)
-    launch_shape<Tokens32, W>(a, m, call);
-  else if (mean <= 48)
-    launch_shape<Tokens64, W>(a, m, call);
-  else
-    launch_shape<Tokens128, W>(a, m, call);
+  with_shape(mean * 4 / 3, call.batch_invariant, [&](auto shape) {      // most fit one block so
+    launch_shape<decltype(shape), W>(a, m, call);
+  });
   launch(call, combine, dim3(m.R), kCombineThreads, 0, a, m);
 }
 
@@ -290,7 +285,8 @@ template <class W>
 void launch_weight(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
   if (a.x.dtype == DType::f32) return launch_few<float, W>(a, m, call);
   if constexpr (!std::is_same_v<W, float>)
-    m.R <= kGemvRows ? launch_few<bf16, W>(a, m, call) : launch_many<W>(a, m, call);
+    m.R <= kGemvRows && !call.batch_invariant ? launch_few<bf16, W>(a, m, call)
+                                              : launch_many<W>(a, m, call);
 }
 
 void launch_moe_matmul(const MoeMatmulArgs& a, const CudaCall& call) {

@@ -3,6 +3,7 @@
 // Work split: one kernel for the scores, a warp two experts of up to 4 rows of x; one for the
 // choice, a
 //   warp per row, whose lanes keep every 32nd candidate and agree on the best J times.
+//   Under batch_invariant one row takes the kernel of 4 rows too: more arithmetic, the same reads.
 // Order: logits by lane, then lanes by butterfly; the chosen scores are summed in descending order
 //   of selection. Everything is float32: rounding the scores would change the choice.
 // Shared memory: 4 rows of x; then the candidates of 4 rows.
@@ -112,10 +113,10 @@ __global__ void __launch_bounds__(kChoiceWarps* kWarp)
 template <class X>
 void launch_scores(const MoeRouteArgs& a, const CudaCall& call, float* scores) {
   const int64_t R = a.x.shape[0], pitch = ceil_div(a.x.shape[1], kTile) * kTile;
-  const int per_block = R == 1 ? 1 : kGemvRows;
+  const int per_block = R == 1 && !call.batch_invariant ? 1 : kGemvRows;
   const dim3 grid(static_cast<unsigned>(ceil_div(a.bias.shape[0], Gate::kBlockOutputs)),
                   static_cast<unsigned>(ceil_div(R, per_block)));
-  launch(call, R == 1 ? score<1, X> : score<kGemvRows, X>, grid, kGemvThreads,
+  launch(call, per_block == 1 ? score<1, X> : score<kGemvRows, X>, grid, kGemvThreads,
          per_block * pitch * int64_t{sizeof(X)}, a, scores);
 }
 
