@@ -1,14 +1,17 @@
 """KV in 8 bits and Mamba state in 16: bits, sizes, options, and what the smaller formats cost."""
 
 import pytest
+import tiny
 import torch
-from engines import base_config, base_engine, draw
+from engines import base_config, base_engine, base_widths, draw, open_engine
+from safetensors.torch import load_file, save_file
 
 from elastic_infer import _C, InvalidRequest, SamplingParams
 from elastic_infer.cache import PAGE, Run, append_run
 from elastic_infer.cache_dtypes import CacheDtypes, cache_dtypes
 from elastic_infer.capacity import slot_bytes
 from elastic_infer.config import ModelConfig, full_width
+from elastic_infer.errors import CheckpointError
 from elastic_infer.ops import Pool
 from elastic_infer.ops._ssm import round_stochastic
 from elastic_infer.ops.ssm_scan import ssm_scan
@@ -208,6 +211,41 @@ def test_small_caches_stay_near_the_default(tmp_path):
     for name, row in rows.items():
         error = (row - exact).norm() / exact.norm()
         assert 0 < error < (0.1 if "fp8" in name else 0.01), (name, error)
+
+
+def loud_folder(folder, scales):
+    """The fixed model with keys and values 4,096 times as large, made up for in the queries and
+    the output, and with `scales` beside every key and value projection."""
+    tiny.write_tiny(folder, base_config(), base_widths(), torch.float32, 7)
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    loud = {"q_proj": 2**-12, "k_proj": 2**12, "v_proj": 2**12, "o_proj": 2**-12}
+    for name in [n for n in state if n.split(".")[-2] in loud]:
+        at, part, _ = name.rsplit(".", 2)
+        state[name] *= loud[part]
+        if scales and part in ("k_proj", "v_proj"):
+            state[f"{at}.{part}.{part[0]}_scale"] = torch.tensor(scales[part[0] == "v"])
+    save_file(state, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_scales_of_a_checkpoint_keep_large_keys_and_values_from_saturating(tmp_path):
+    ids, rows = draw(120, 5), {}
+    for name, scales, kv in (("exact", None, "auto"), ("scaled", (70.0, 45.0), "fp8"),
+                             ("plain", None, "fp8")):  # fmt: skip
+        folder = loud_folder(tmp_path / name, scales)
+        with open_engine(folder, kv_cache_dtype=kv) as engine:
+            rows[name] = engine.score(ids, width="M").float()
+    error = {n: (rows[n] - rows["exact"]).norm() / rows["exact"].norm() for n in rows}
+    assert 0 < error["scaled"] < 0.1, error
+    assert error["plain"] > 3 * error["scaled"], error
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_no_positive_number_is_refused(tmp_path, scale):
+    folder = loud_folder(tmp_path / "model", (scale, 1.0))
+    with pytest.raises(CheckpointError, match="k_scale must be one finite number above 0"):
+        open_engine(folder, kv_cache_dtype="fp8")
 
 
 def test_prompts_off_the_grid_are_runs_of_their_own():
