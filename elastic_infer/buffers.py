@@ -68,7 +68,7 @@ def batch_tables(rows: int, segments: int, max_length: int) -> Sizes:
     device only when it changes."""
     return {
         **draw_tables(segments),
-        "ids": (rows,), "row_mode": (rows,), "slot_mapping": (rows,),
+        "feed": (segments,), "ids": (rows,), "row_mode": (rows,), "slot_mapping": (rows,),
         "seq_mode": (segments,), "slots": (segments,), "lengths": (segments,),
         "context": (segments,), "cu_seqlens": (segments + 1,), "cu_prefill": (segments + 1,),
         "logit_rows": (LOGIT_ROWS,), "logit_mode": (LOGIT_ROWS,),

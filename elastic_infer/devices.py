@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -51,6 +52,11 @@ class Device:
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device; itself where it is there."""
         return tensor.to(self.place, non_blocking=True)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies between the device and memory of `host_zeros`, in the order of the stream; nobody
+        waits for it."""
+        target.copy_(source, non_blocking=True)
 
     def mark(self) -> torch.cuda.Event | None:
         """A point in the stream that the host can wait for: `event.synchronize()`."""
@@ -128,21 +134,25 @@ class Shared:
 
     sizes: {name: shape} of int32 tables, or {name: (shape, dtype)}. Each is an attribute: the
     device's tensor; `host[name]` is the host's side as a numpy array, which takes small values ten
-    times faster than a tensor.
+    times faster than a tensor. sides: how many of these there are, so that one can be filled while
+    another may still be copied; `side` is the number of the one that `host` shows.
     """
 
-    def __init__(self, device: Device, sizes: Sizes):
-        self.device = device
-        total = self.nbytes(sizes)
-        self._host = device.host_zeros(total, dtype=torch.uint8)
-        self._there = self._host if device.is_cpu else device.zeros(total, dtype=torch.uint8)
-        self.host, self._ends, self._copied, at = {}, {}, None, 0
+    def __init__(self, device: Device, sizes: Sizes, sides: int = 1):
+        self.device, self.side = device, 0
+        total, sides = self.nbytes(sizes), 1 if device.is_cpu else sides
+        self._memory = [device.host_zeros(total, dtype=torch.uint8) for _ in range(sides)]
+        self._there = self._memory[0] if device.is_cpu else device.zeros(total, dtype=torch.uint8)
+        self._hosts = [{} for _ in range(sides)]
+        self._copied, self._ends, at = [None] * sides, {}, 0
         for name, (shape, dtype) in _typed(sizes).items():
             end = at + math.prod(shape) * dtype.itemsize
-            self.host[name] = self._host[at:end].view(dtype).view(shape).numpy()
+            for host, memory in zip(self._hosts, self._memory):
+                host[name] = memory[at:end].view(dtype).view(shape).numpy()
             setattr(self, name, self._there[at:end].view(dtype).view(shape))
             self._ends[name] = end
             at += _lines(shape, dtype)
+        self.host = self._hosts[0]
 
     @staticmethod
     def nbytes(sizes: Sizes) -> int:
@@ -153,15 +163,53 @@ class Shared:
         """Fills the beginning of a table on the host's side."""
         self.host[name][: len(values)] = values
 
+    @property
+    def sides(self) -> int:
+        """How many host's sides there are: one on a CPU."""
+        return len(self._hosts)
+
+    def turn(self) -> None:
+        """Goes to the next side of the host, which holds what was written there last."""
+        self.side = (self.side + 1) % len(self._hosts)
+        self.host = self._hosts[self.side]
+        self.settle()
+
     def settle(self) -> None:
-        """Waits until the last upload no longer reads the host's side."""
-        if self._copied is not None:
-            self._copied.synchronize()
-            self._copied = None
+        """Waits until the last upload no longer reads this side of the host."""
+        if self._copied[self.side] is not None:
+            self._copied[self.side].synchronize()
+            self._copied[self.side] = None
 
     def upload(self, last: str) -> None:
         """Copies all tables up to and including `last`, in the order of `sizes`."""
-        if self._there is not self._host:
+        memory = self._memory[self.side]
+        if self._there is not memory:
             end = self._ends[last]
-            self._there[:end].copy_(self._host[:end], non_blocking=True)
-            self._copied = self.device.mark()
+            self.device.copy(self._there[:end], memory[:end])
+            self._copied[self.side] = self.device.mark()
+
+
+class ReadBack:
+    """int32 values on their way from the device to the host. Two may be on their way at once.
+
+    count: the most values.
+    """
+
+    def __init__(self, device: Device, count: int):
+        self._device, self._side = device, 0
+        self._memory = [device.host_zeros(count, dtype=torch.int32) for _ in range(2)]
+
+    def begin(self, values: torch.Tensor) -> Callable[[], list[int]]:
+        """Copies `values` as they are at this point of the stream. Returns: what waits for the copy
+        and gives them, until the next but one begins."""
+        self._side = 1 - self._side
+        host = self._memory[self._side][: len(values)]
+        self._device.copy(host, values)
+        copied = self._device.mark()
+
+        def wait() -> list[int]:
+            if copied is not None:
+                copied.synchronize()
+            return host.tolist()
+
+        return wait

@@ -57,7 +57,9 @@ class Segment:
 
     kind: "step" (exactly one token) or "prefill". logits: "none", "last" (after the last token)
     or "all" (after every token). draw: for a step, how to draw the token after it; a device does
-    that in the same pass.
+    that in the same pass. feed: for a step on a device, the row of what the last pass drew that
+    holds its token (-1: `tokens` does); `tokens` then has any one id in its place, and the caller
+    tells the cache (`advance`) once it knows the token.
     """
 
     sequence: Sequence
@@ -66,6 +68,7 @@ class Segment:
     kind: str = "step"
     logits: str = "last"
     draw: Draw = Draw()
+    feed: int = -1
 
 
 @dataclass
@@ -127,8 +130,11 @@ class Model:
         self.tables = WidthTables(config, widths, weights.served, device.place)
         self.max_tokens, self.max_segments, self.max_length = max_tokens, max_segments, max_length
         self.buffers = Buffers(config, weights.served, weights.dtype, max_tokens, device)
-        self.batch = Shared(device, batch_tables(max_tokens, max_segments, max_length))
+        self.batch = Shared(device, batch_tables(max_tokens, max_segments, max_length), sides=2)
         self._pages: list[tuple[int, ...]] = []  # what the device's page table holds, by row
+        # Rows in which a side of the host has an older page table than the device.
+        self._stale: list[set[int]] = [set() for _ in range(self.batch.sides)]
+        self.last: Result | None = None  # of the last pass
         self._recorded: dict[int, _C.Step] = {}
 
     # -- passes ------------------------------------------------------------------------------
@@ -142,6 +148,7 @@ class Model:
         """
         order = sorted(range(len(segments)), key=lambda i: self._place(segments[i]))
         ordered = [segments[i] for i in order]
+        self._check_fed(ordered)
         self._reserve(ordered)
         steps = sum(s.kind == "step" for s in ordered)
         shape = Shape(sum(len(s.tokens) for s in ordered), steps, len(ordered))
@@ -155,9 +162,23 @@ class Model:
             self._record(self.pool, shape)
             logits, spans = self._logits(ordered)
         for s in ordered:
-            self.cache.advance(s.sequence, s.tokens, s.width, s.kind)
+            if s.feed < 0:
+                self.cache.advance(s.sequence, s.tokens, s.width, s.kind)
         by_segment = dict(zip(order, spans))
-        return Result(logits, [by_segment[i] for i in range(len(segments))], drawn)
+        self.last = Result(logits, [by_segment[i] for i in range(len(segments))], drawn)
+        return self.last
+
+    def _check_fed(self, segments: list[Segment]) -> None:
+        """Tokens can be fed where the last pass has drawn some and this one reads steps alone."""
+        fed = [s.feed for s in segments if s.feed >= 0]
+        drawn = self.last.drawn if self.last else None
+        if fed and (
+            drawn is None or max(fed) >= len(drawn) or any(s.kind != "step" for s in segments)
+        ):
+            raise ValueError(
+                "model: feed must be -1 unless the last pass drew tokens and all segments are "
+                f"steps, got {max(fed)} after {0 if drawn is None else len(drawn)} tokens"
+            )
 
     def _place(self, s: Segment) -> tuple[bool, int]:
         return s.kind != "step", self.tables.mode(s.width, s.sequence.track)
@@ -173,7 +194,7 @@ class Model:
 
     def _fill(self, segments: list[Segment], shape: Shape) -> None:
         """Writes the tables of a pass and brings them to the device."""
-        self.batch.settle()
+        self.batch.turn()
         write = self.batch.write
         ids, row_mode, mapping, cu = [], [], [], [0]
         seq_mode, lengths, context, slots = [], [], [], []
@@ -213,21 +234,29 @@ class Model:
         if shape.rows == shape.steps and not self.device.is_cpu:
             for name in DRAW_FIELDS:
                 write(name, [getattr(s.draw, name) for s in segments])
+            write("feed", [s.feed for s in segments] + [-1] * (len(ids) - shape.steps))
         if shape.rows > shape.steps:
             self._fill_logit_rows(self._wanted_rows(segments)[0][:LOGIT_ROWS])
         self.batch.upload("page_table" if new_pages else "logit_mode")
 
     def _fill_pages(self, segments: list[Segment]) -> bool:
-        """Writes the rows of the page table that differ; whether any did."""
-        table, changed = self.batch.host["page_table"], False
+        """Writes the rows of the page table that differ from the device's; whether any did."""
+        changed = set()
         for i, s in enumerate(segments):
             pages = tuple(s.sequence.pages)
             if i == len(self._pages):
                 self._pages.append(())
             if pages != self._pages[i]:
-                table[i, : len(pages)] = pages
-                self._pages[i], changed = pages, True
-        return changed
+                self._pages[i] = pages
+                changed.add(i)
+        if changed:
+            for stale in self._stale:
+                stale |= changed
+            table, stale = self.batch.host["page_table"], self._stale[self.batch.side]
+            while stale:
+                i = stale.pop()
+                table[i, : len(self._pages[i])] = self._pages[i]
+        return bool(changed)
 
     def _fill_logit_rows(self, rows: list[int]) -> None:
         """Which rows the head is to read, and their modes."""
@@ -312,8 +341,11 @@ class Model:
         normed rows are left in ``buffers.normed``."""
         b, w, t, R = self.buffers, self.weights, self.tables, shape.rows
         batch = self.batch
-        modes = batch.row_mode[:R]
-        embed(batch.ids[:R], w.embedding, b.residual[:R], row_width=modes, sizes=t.hidden, run=run)
+        modes, fed = batch.row_mode[:R], {}
+        if shape.steps == R and not self.device.is_cpu:
+            fed = {"drawn": b.drawn, "feed": batch.feed[:R]}
+        embed(batch.ids[:R], w.embedding, b.residual[:R], row_width=modes, sizes=t.hidden, run=run,
+              **fed)  # fmt: skip
         delta, kv, state = None, 0, 0
         for i, kind in enumerate(self.config.layers):
             self._norm(run, R, w.layers[i].norm, delta)

@@ -57,6 +57,15 @@ class Branch:
         """Whether it has tokens to read and a place in the cache."""
         return bool(self.pending) and self.sequence is not None and self.sequence.slot >= 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether its tokens are drawn from the logits as they are, which nobody looks at."""
+        return not (
+            self.processors.active
+            or self.request.params.logprobs is not None
+            or self.plan.plan.needs_entropy
+        )
+
     def emit(self, token: Token) -> None:
         """Adds a token to the result and, for the first branch, to the stream."""
         self.tokens.append(token)

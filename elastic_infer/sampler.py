@@ -51,25 +51,29 @@ class Sampler:
         self._tables: Shared | None = None  # of as many rows as the largest draw so far had
 
     @staticmethod
-    def parameters(branch: Branch) -> Draw:
-        """How the next token of a branch is drawn from its row."""
+    def parameters(branch: Branch, unknown: int = 0) -> Draw:
+        """How the next token of a branch is drawn from its row. unknown: tokens before it that the
+        branch does not have yet."""
         temperature, top_k, top_p, min_p = _truncation(branch.request.params)
         seed = branch_seed(branch.request.seed, branch.index)
-        return Draw(temperature, top_k, top_p, min_p, seed, len(branch.token_ids))
+        position = len(branch.token_ids) + unknown
+        return Draw(temperature, top_k, top_p, min_p, seed, position)
 
     def draw(
         self,
         logits: torch.Tensor,
         rows: Seq[int],
         branches: Seq[Branch],
-        drawn: torch.Tensor | None = None,
+        drawn: Seq[int] | None = None,
     ) -> list[Drawn]:
         """One token for each branch from its row.
 
         logits: float32 [n, V], not changed. rows: each branch's row; branches may share one.
-        drawn: int32 [n], what the pass drew from its rows as `parameters` says; it is taken where
-            no row is processed before.
+        drawn: what the pass drew from its rows as `parameters` says; it is taken where no row is
+            processed before.
         """
+        if drawn is not None and all(branch.plain for branch in branches):
+            return [Drawn(drawn[r], None, None) for r in rows]
         untouched = list(rows) == list(range(len(rows)))
         source = self._device.to(logits[: len(rows)] if untouched else logits[list(rows)])
         raw = self._on_host(source, branches)
@@ -79,8 +83,7 @@ class Sampler:
             drawn_from = source.clone()
             drawn_from[list(processed)] = self._device.to(torch.stack(list(processed.values())))
         if drawn is not None and not processed:
-            all_drawn = drawn.tolist()
-            ids = [all_drawn[r] for r in rows]
+            ids = [drawn[r] for r in rows]
         else:
             ids = self._ids(drawn_from, branches)
         result = []
@@ -100,12 +103,7 @@ class Sampler:
 
     def _on_host(self, source: torch.Tensor, branches: Seq[Branch]) -> dict[int, torch.Tensor]:
         """The rows that the host must see, by branch: not to be changed."""
-        needed = [
-            i
-            for i, b in enumerate(branches)
-            if b.processors.active or b.request.params.logprobs is not None
-            or b.plan.plan.needs_entropy
-        ]  # fmt: skip
+        needed = [i for i, branch in enumerate(branches) if not branch.plain]
         if not needed:
             return {}
         if self._device.is_cpu:

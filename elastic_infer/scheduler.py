@@ -220,7 +220,8 @@ class Scheduler:
                 rows += [result.spans[i][0]] * len(branches_of)
                 branches += branches_of
         if branches:
-            all_drawn = self.sampler.draw(result.logits, rows, branches, result.drawn)
+            ids = None if result.drawn is None else result.drawn.tolist()
+            all_drawn = self.sampler.draw(result.logits, rows, branches, ids)
             for branch, drawn in zip(branches, all_drawn):
                 self._guard(branch, lambda b=branch, d=drawn: self._take(b, d))
 

@@ -8,7 +8,7 @@ import torch
 from engines import open_engine, write_text_model
 
 from elastic_infer import devices, placement
-from elastic_infer.devices import CPU, Device, Shared, choose_device
+from elastic_infer.devices import CPU, Device, ReadBack, Shared, choose_device
 from elastic_infer.errors import InvalidRequest, OutOfCapacity
 
 
@@ -117,7 +117,31 @@ def test_shared_tables_reach_the_device_with_one_copy():
     assert Shared.nbytes({"a": (3,), "b": (2, 2)}) == 128
 
 
+def test_a_side_is_filled_while_the_other_may_still_be_copied():
+    shared = Shared(Small(1, 1), {"a": (3,)}, sides=2)
+    shared.write("a", [1, 2, 3])
+    shared.upload("a")
+    shared.turn()
+    shared.write("a", [4])
+    assert shared.a.tolist() == [1, 2, 3]
+    shared.upload("a")
+    assert shared.a.tolist() == [4, 0, 0] and shared.side == 1
+    shared.turn()
+    assert shared.host["a"].tolist() == [1, 2, 3] and shared.side == 0
+
+
+def test_values_come_back_as_they_were_when_their_copy_began():
+    values = torch.tensor([5, 6], dtype=torch.int32)
+    back = ReadBack(Small(1, 1), 3)
+    first = back.begin(values)
+    values += 10
+    second = back.begin(values[:1])
+    values += 10
+    assert first() == [5, 6] and second() == [15]
+
+
 def test_on_a_cpu_both_sides_are_the_same_memory():
-    shared = Shared(CPU, {"a": (3,)})
+    shared = Shared(CPU, {"a": (3,)}, sides=2)
+    shared.turn()
     shared.write("a", [1, 2])
     assert shared.a.tolist() == [1, 2, 0]

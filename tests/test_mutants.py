@@ -93,6 +93,12 @@ MUTANTS = {
         "max(amax, std::fabs(x[i]))", "max(amax, x[i])",
     ),
     # maps and slots
+    "the first token that was drawn is fed to nobody": (
+        "embed", OPS + "embed/embed.h", "if (from < 0) return a.ids", "if (from < 1) return a.ids",
+    ),
+    "a token that was not drawn is looked up": (
+        "embed", OPS + "embed/embed.cu", "if (id < 0 || id >=", "if (id >=",
+    ),
     "heads of a group side by side": (
         "ssm_step", "csrc/core/ssm.cuh",
         "head % a.groups", "head / static_cast<int>(a.state.shape[1] / a.groups)",

@@ -15,10 +15,15 @@ def embed(
     *,
     row_width: torch.Tensor | None = None,
     sizes: torch.Tensor | None = None,
+    drawn: torch.Tensor | None = None,
+    feed: torch.Tensor | None = None,
     run=None,
 ) -> torch.Tensor:
-    """``out[r, :n] = table[ids[r], :n]``, where n is row r's active prefix; `out` beyond n stays as
+    """``out[r, :n] = table[id[r], :n]``, where n is row r's active prefix; `out` beyond n stays as
     it is. Also gathers rows of any other matrix.
+
+    ``id[r] = ids[r]``, or ``drawn[feed[r]]`` where a `feed` is given and not -1: a token that
+    `sample` drew on the device is read on without a way through the host.
 
     Args:
         ids: [R] int32 indices in [0, V).
@@ -26,6 +31,10 @@ def embed(
         out: [R, D], dtype of `table`, not overlapping it.
         row_width: [R] int32 index of each row's width, or None for all of D.
         sizes: [W] int32 active channels of each width, multiples of 16.
+        drawn: [N] int32 ids in [-1, V) that another op wrote; -1 (nothing could be drawn) leaves a
+            row fed with it as it is.
+        feed: [R] int32 in [-1, N): where in `drawn` a row's id is, -1 for `ids`. Comes with
+            `drawn`.
         run: None, a Pool or a Step.
 
     Returns: `out`.
@@ -33,8 +42,16 @@ def embed(
     Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value; an id
     outside the table is found at the call, or at the replay of a recorded call.
     """
-    _C.embed(ids, table, out, row_width, sizes, run)
+    _C.embed(ids, table, out, row_width, sizes, drawn, feed, run)
     return out
+
+
+def _ids(a: Arguments) -> list[int]:
+    """The id of each row, -1 for none."""
+    ids = a["ids"].tolist()
+    if a["feed"] is None:
+        return ids
+    return [int(a["drawn"][j]) if j >= 0 else ids[r] for r, j in enumerate(a["feed"].tolist())]
 
 
 def _widths(a: Arguments) -> list[int]:
@@ -45,8 +62,9 @@ def _widths(a: Arguments) -> list[int]:
 
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     out = a["out"].clone()
-    for r, n in enumerate(_widths(a)):
-        out[r, :n] = a["table"][int(a["ids"][r]), :n]
+    for r, (i, n) in enumerate(zip(_ids(a), _widths(a))):
+        if i >= 0:
+            out[r, :n] = a["table"][i, :n]
     return {"out": out}
 
 
@@ -55,6 +73,7 @@ def _cases():
     yield {"R": 9, "V": 21, "D": 48, "widths": None}
     yield {"R": 70, "V": 33, "D": 208, "widths": (48, 112, 208)}
     yield {"R": 2000, "V": 130, "D": 80, "widths": (16, 80)}
+    yield {"R": 40, "V": 21, "D": 48, "widths": (16, 48), "drawn": 7}
     yield {"R": 64, "V": 131072, "D": 2688, "widths": (1920, 2688), "bench": True}
 
 
@@ -62,12 +81,19 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
     R, V, D, widths = case["R"], case["V"], case["D"], case["widths"]
     # A column view of a wider matrix, as the runtime's gathers use.
     table = randn(generator, V, D + 32, dtype=dtype)[:, 16 : D + 16]
+    N, drawn, feed = case.get("drawn"), None, None
+    if N:
+        drawn = torch.randint(0, V, (N,), generator=generator, dtype=torch.int32)
+        drawn[N // 2] = -1
+        feed = torch.randint(-1, N, (R,), generator=generator, dtype=torch.int32)
     return {
         "ids": torch.randint(0, V, (R,), generator=generator, dtype=torch.int32),
         "table": table,
         "out": randn(generator, R, D, dtype=dtype),
         "row_width": draw_widths(generator, R, len(widths), sort=False) if widths else None,
         "sizes": torch.tensor(widths, dtype=torch.int32) if widths else None,
+        "drawn": drawn,
+        "feed": feed,
     }
 
 
@@ -77,8 +103,9 @@ def _call(a: Arguments, run) -> None:
 
 def _poison(a: Arguments) -> None:
     used = torch.zeros(a["table"].shape, dtype=torch.bool)
-    for r, n in enumerate(_widths(a)):
-        used[int(a["ids"][r]), :n] = True
+    for i, n in zip(_ids(a), _widths(a)):
+        if i >= 0:
+            used[i, :n] = True
     a["table"][~used] = float("nan")
 
 
@@ -94,16 +121,18 @@ def _sliced(a: Arguments):
         cut = {
             "ids": a["ids"][rows],
             "table": a["table"][:, :n].contiguous(),
-            "out": torch.empty(len(rows), n, dtype=a["out"].dtype),
+            "out": a["out"][rows, :n].clone(),
             "row_width": None,
             "sizes": None,
+            "drawn": a["drawn"],
+            "feed": None if a["feed"] is None else a["feed"][rows],
         }
         yield cut, {"out": ((rows[:, None], torch.arange(n)), ...)}
 
 
 def _row(a: Arguments, r: int):
     one = dict(a)
-    for name in ("ids", "out", "row_width"):
+    for name in ("ids", "out", "row_width", "feed"):
         one[name] = None if a[name] is None else a[name][r : r + 1].clone()
     return one, {"out": ((r,), (0,))}
 

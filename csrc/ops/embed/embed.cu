@@ -1,4 +1,4 @@
-// Computes: embed (embed.h). An index outside the table copies nothing.
+// Computes: embed (embed.h). An id outside the table copies nothing, fed or not.
 // Layout: row-major rows; bits are copied, so both dtypes are exact.
 // Work split: one block per row, 16 bytes per thread and pass.
 // Shared memory: none.
@@ -16,7 +16,7 @@ constexpr int kThreads = 128;
 template <class T>
 __global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ EmbedArgs a) {
   const int64_t r = blockIdx.x;
-  const int32_t id = a.ids.ptr<int32_t>()[r];
+  const int32_t id = embed_id(a, r);
   if (id < 0 || id >= a.table.shape[0]) return;
   const int n = active_size(a.row_width, a.sizes, r, a.out.shape[1]);
   copy_row(row<T>(a.out, r), row<T>(a.table, id), n, threadIdx.x, kThreads);

@@ -16,10 +16,10 @@ void embed(const EmbedArgs& a, Pool& pool) {
   const int64_t rows_per_part = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, D));
   pool.run((R + rows_per_part - 1) / rows_per_part, [&](int64_t part, int) {
     for (int64_t r = part * rows_per_part; r < std::min(R, (part + 1) * rows_per_part); ++r) {
-      const int32_t id = a.ids.ptr<int32_t>()[r];
+      const int32_t id = embed_id(a, r);
       if (id < 0 || id >= V) {
-        pool.fail("embed: ids must hold indices in [0, " + std::to_string(V) + "), got " +
-                  std::to_string(id) + " at row " + std::to_string(r));
+        const std::string problem = embed_problem(a, r);
+        if (!problem.empty()) pool.fail("embed: " + problem);
         continue;
       }
       const int64_t n = a.row_width ? a.sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r]] : D;
