@@ -3,7 +3,7 @@
     python bench/ptxas.py [--jobs 2] [--out FILE] [--arch 80 ...] [--op matmul ...]
 
 Needs nvcc and no GPU. Ends with an error if a kernel spills registers or keeps local memory, or if
-the compiler warns.
+the compiler warns or makes asynchronous matrix products serial.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def assemble(nvcc: str, source: Path, arch: str) -> list[dict]:
     command = [nvcc, *FLAGS, f"-arch=sm_{arch}", "-o", "/dev/null", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     text = done.stdout + done.stderr
-    if done.returncode or "warning" in text:
+    if done.returncode or "warning" in text or ptxas_report.SERIAL.search(text):
         raise RuntimeError(f"{source.name} for sm_{arch}:\n{text}")
     rows = ptxas_report.kernels(text)
     for name, row in zip(readable([r["kernel"] for r in rows]), rows, strict=True):

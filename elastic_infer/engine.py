@@ -81,6 +81,7 @@ class Engine:
         isa: str = "auto",
         batch_invariant: bool = False,
         enforce_eager: bool = False,
+        activation_quantization: str = "none",
         progress: Callable[[str, int], None] | None = None,
     ) -> Engine:
         """Loads a `nemotron_h` checkpoint.
@@ -112,6 +113,9 @@ class Engine:
                 GPU it costs speed with few rows (see DESIGN, section 12); without it, bits depend
                 on the number of rows there.
             enforce_eager: on a GPU, launch the kernels of every pass one by one, without graphs.
+            activation_quantization: "none"; or "nvfp4": products with NVFP4 weights, those of
+                experts excepted, quantise their activations row by row. For GPUs of compute
+                capability 12.x alone; costs accuracy; has never run on one.
             progress: called with (tensor name, bytes) for every tensor read.
 
         Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
@@ -119,7 +123,7 @@ class Engine:
         options = Options(
             device, dtype, max_width, max_model_len, max_num_seqs, max_num_batched_tokens,
             kv_cache_memory_bytes, gpu_memory_utilization, threads, isa, progress, batch_invariant,
-            enforce_eager, kv_cache_dtype, mamba_ssm_cache_dtype,
+            enforce_eager, kv_cache_dtype, mamba_ssm_cache_dtype, activation_quantization,
         )  # fmt: skip
         _check_limit("max_waiting", max_waiting)
         check_mixing(mixing)

@@ -61,6 +61,7 @@ class Options:
     enforce_eager: bool = False
     kv_cache_dtype: str = "auto"
     mamba_ssm_cache_dtype: str = "auto"
+    activation_quantization: str = "none"
 
 
 def load(
@@ -82,6 +83,7 @@ def load(
     except ValueError as error:
         raise InvalidRequest(str(error)) from None
     config = checkpoint.config
+    check_activations(options.activation_quantization, device, checkpoint.formats)
     dtypes = cache_dtypes(config, kind, options.kv_cache_dtype, options.mamba_ssm_cache_dtype)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     generation_config = read_generation_config(checkpoint.folder)
@@ -99,6 +101,7 @@ def load(
         model = Model(
             config, weights, list(kept.values()), cache, pool, capacity.max_num_batched_tokens,
             capacity.max_num_seqs, capacity.max_model_len, device, not options.enforce_eager,
+            activation_quantization=options.activation_quantization,
         )  # fmt: skip
         device.wait()
     logger.info(
@@ -114,6 +117,34 @@ def load(
         model, tokenizer, checkpoint, capacity, default if default in kept else list(kept)[-1],
         generation_config, _eos_ids(checkpoint, tokenizer),
     )  # fmt: skip
+
+
+def check_activations(wish: object, device: Device, formats: Mapping[str, str]) -> None:
+    """Refuses activations in a form that the device or the weights do not allow.
+
+    Args:
+        wish: "none" or "nvfp4".
+        formats: of the checkpoint's quantised matrices, by name.
+
+    Raises: InvalidRequest.
+    """
+    name = "engine: activation_quantization"
+    if wish not in ("none", "nvfp4"):
+        raise InvalidRequest(f"{name} must be none or nvfp4, got {wish!r}")
+    if wish == "none":
+        return
+    if device.is_cpu:
+        why = "a GPU of compute capability 12.x is needed, the device is the CPU"
+    elif not any(f == "nvfp4" and ".experts." not in n for n, f in formats.items()):
+        why = "the checkpoint has no NVFP4 matrix outside of experts"
+    else:
+        why = _C.cuda_lacks(device.place.index or 0, 120, True)
+    if why:
+        raise InvalidRequest(f"{name} must be none: {why}, got {wish!r}")
+    logger.warning(
+        "activation_quantization: NVFP4 weights outside of experts multiply activations in 4 bits, "
+        "with kernels that have never run on a GPU"
+    )
 
 
 def served_widths(

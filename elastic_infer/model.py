@@ -19,13 +19,14 @@ from .cache import PAGE, Cache, Sequence
 from .cache_dtypes import FP8
 from .config import ModelConfig, Width
 from .devices import CPU, Device, Shared
+from .ops._quantised import NVFP4
 from .ops.attention_decode import attention_decode
 from .ops.attention_prefill import attention_prefill
 from .ops.causal_conv import causal_conv
 from .ops.embed import embed
 from .ops.gated_norm import gated_norm
 from .ops.kv_append import kv_append
-from .ops.matmul import matmul
+from .ops.matmul import TiledWeight, matmul
 from .ops.moe_matmul import moe_matmul
 from .ops.moe_route import moe_route
 from .ops.rms_norm import rms_norm
@@ -104,7 +105,8 @@ class Model:
     widths: served widths in index order. max_tokens: rows of the largest pass. max_segments:
     sequences of the largest pass. max_length: tokens of the longest sequence. device: where
     weights and cache are. graphs, dependent_launch: whether passes of steps are captured there, and
-    whether their kernels may overlap (see `Step`).
+    whether their kernels may overlap (see `Step`). activation_quantization: what `matmul` does to
+    activations where weights are NVFP4.
 
     On a GPU everything that `forward` does goes to the current stream: call it inside
     `device.running()`. Its logits are there too; reading them waits for the pass.
@@ -123,10 +125,12 @@ class Model:
         device: Device = CPU,
         graphs: bool = True,
         dependent_launch: bool = False,
+        activation_quantization: str = "none",
     ):
         self.config, self.weights, self.cache, self.pool = config, weights, cache, pool
         self.widths = {w.name: w for w in widths}
         self.device, self.graphs, self.dependent_launch = device, graphs, dependent_launch
+        self.activation_quantization = activation_quantization
         self.tables = WidthTables(config, widths, weights.served, device.place)
         self.max_tokens, self.max_segments, self.max_length = max_tokens, max_segments, max_length
         self.buffers = Buffers(config, weights.served, weights.dtype, max_tokens, device)
@@ -362,6 +366,10 @@ class Model:
             delta = b.delta[:R]
         self._norm(run, R, w.final_norm, delta)
 
+    def _matmul(self, x: torch.Tensor, weight: TiledWeight, out: torch.Tensor, **given) -> None:
+        wish = self.activation_quantization if weight.dtype == NVFP4 else "none"
+        matmul(x, weight, out, activation_quantization=wish, **given)
+
     def _norm(self, run, R: int, weight: torch.Tensor, delta: torch.Tensor | None) -> None:
         b, batch = self.buffers, self.batch
         rms_norm(
@@ -377,8 +385,10 @@ class Model:
         H = w.A_log.shape[0]
         inner, bc = H * c.mamba_head_dim, c.n_groups * c.ssm_state_size
         projected = b.projected[:R, : 2 * inner + 2 * bc + H]
-        matmul(b.normed[:R], w.in_proj, projected, row_width=modes, k_sizes=hidden,
-               n_sizes=t.rows, run=run)  # fmt: skip
+        self._matmul(
+            b.normed[:R], w.in_proj, projected, row_width=modes, k_sizes=hidden, n_sizes=t.rows,
+            run=run,
+        )  # fmt: skip
         z, xbc, dt = projected.split([inner, inner + 2 * bc, H], 1)
         ssm, conv_state = self.cache.ssm[state], self.cache.conv[state]
         conv = b.conv[:R, : inner + 2 * bc]
@@ -405,8 +415,10 @@ class Model:
             y, z, w.gated_norm, b.inner[:R, :inner], groups=c.n_groups, head_dim=c.mamba_head_dim,
             eps=c.layer_norm_epsilon, row_width=modes, h_sizes=t.heads, run=run,
         )  # fmt: skip
-        matmul(b.inner[:R, :inner], w.out_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
-               n_sizes=self.tables.hidden_rows, run=run)  # fmt: skip
+        self._matmul(
+            b.inner[:R, :inner], w.out_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
+            n_sizes=self.tables.hidden_rows, run=run,
+        )  # fmt: skip
 
     def _attention(self, run, shape: Shape, layer: int, kv: int) -> None:
         b, c, w = self.buffers, self.config, self.weights.layers[layer]
@@ -415,8 +427,10 @@ class Model:
         q_width, kv_width = (w.qkv.segments[i].rows for i in (0, 1))
         modes, hidden = batch.row_mode[:R], self.tables.hidden
         projected = b.projected[:R, : q_width + 2 * kv_width]
-        matmul(b.normed[:R], w.qkv, projected, row_width=modes, k_sizes=hidden, n_sizes=t.rows,
-               run=run)  # fmt: skip
+        self._matmul(
+            b.normed[:R], w.qkv, projected, row_width=modes, k_sizes=hidden, n_sizes=t.rows,
+            run=run,
+        )  # fmt: skip
         q, k, v = projected.split([q_width, kv_width, kv_width], 1)
         pages = (self.cache.k[kv], self.cache.v[kv])
         coded = pages[0].dtype == FP8
@@ -436,18 +450,24 @@ class Model:
                 seq_width=batch.seq_mode[B:S], q_sizes=t.q_heads, run=run,
                 **scales,
             )  # fmt: skip
-        matmul(out, w.o_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
-               n_sizes=self.tables.hidden_rows, run=run)  # fmt: skip
+        self._matmul(
+            out, w.o_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
+            n_sizes=self.tables.hidden_rows, run=run,
+        )  # fmt: skip
 
     def _ffn(self, run, R: int, up, down, layer: int, out: torch.Tensor) -> None:
         """out = down(relu(up normed)^2)."""
         b, batch, t = self.buffers, self.batch, self.tables.layers[layer]
         modes = batch.row_mode[:R]
         middle = b.projected[:R, : up.rows]
-        matmul(b.normed[:R], up, middle, activation="relu2", row_width=modes,
-               k_sizes=self.tables.hidden, n_sizes=t.rows, run=run)  # fmt: skip
-        matmul(middle, down, out[:R], row_width=modes, k_sizes=t.inner,
-               n_sizes=self.tables.hidden_rows, run=run)  # fmt: skip
+        self._matmul(
+            b.normed[:R], up, middle, activation="relu2", row_width=modes,
+            k_sizes=self.tables.hidden, n_sizes=t.rows, run=run,
+        )  # fmt: skip
+        self._matmul(
+            middle, down, out[:R], row_width=modes, k_sizes=t.inner,
+            n_sizes=self.tables.hidden_rows, run=run,
+        )  # fmt: skip
 
     def _moe(self, run, R: int, layer: int) -> None:
         b, w, t = self.buffers, self.weights.layers[layer], self.tables.layers[layer]
@@ -466,5 +486,7 @@ class Model:
 
     def _head(self, run, rows: torch.Tensor, modes: torch.Tensor) -> None:
         """Logits of `rows` [n, D] into ``buffers.logits``."""
-        matmul(rows, self.weights.head, self.buffers.logits[: rows.shape[0]], row_width=modes,
-               k_sizes=self.tables.hidden, n_sizes=self.tables.vocabulary, run=run)  # fmt: skip
+        self._matmul(
+            rows, self.weights.head, self.buffers.logits[: rows.shape[0]], row_width=modes,
+            k_sizes=self.tables.hidden, n_sizes=self.tables.vocabulary, run=run,
+        )  # fmt: skip

@@ -11,7 +11,15 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+# Every value of a format by its code, from the definition of its fields.
+E4M3 = np.array(
+    [m * 2.0**-9 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][
+        :127
+    ]
+)
+E2M1 = np.array(
+    [m / 2 if e == 0 else (1 + m / 2) * 2.0 ** (e - 1) for e in range(4) for m in (0, 1)]
+)
 EVERY_MATRIX = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj",
                 "down_proj", "lm_head")  # fmt: skip
 
@@ -34,6 +42,28 @@ def dequantise(codes: np.ndarray, blocks: np.ndarray | None, scale: float) -> np
     nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1)
     values = np.where(nibbles & 8, -1.0, 1.0) * E2M1[nibbles & 7]
     return values * np.repeat(e4m3(blocks), 16, 1) * scale
+
+
+def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Codes of the nearest values of an ascending table to magnitudes, ties to the even code; the
+    largest beyond it."""
+    x = values.astype(np.float64)
+    below = np.clip(np.searchsorted(table, x, side="right") - 1, 0, len(table) - 1)
+    above = np.minimum(below + 1, len(table) - 1)
+    down, up = x - table[below], table[above] - x
+    return np.where((up < down) | ((up == down) & (below % 2 == 1)), above, below).astype(np.uint8)
+
+
+def numpy_nvfp4(weight: np.ndarray, scale: np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [N, K/2] and block scales [N, K/16] of float32 weights."""
+    blocks = weight.reshape(weight.shape[0], -1, 16)
+    amax = np.abs(blocks).max(-1)
+    block_scales = nearest(amax / (np.float32(6) * scale), E4M3)
+    step = (E4M3[block_scales].astype(np.float32) * scale)[..., None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = nearest(np.abs(blocks / step), E2M1) | (np.signbit(blocks) * 8).astype(np.uint8)
+    codes = np.where(step == 0, 0, codes).reshape(weight.shape).astype(np.uint8)
+    return codes[:, ::2] | codes[:, 1::2] << 4, block_scales
 
 
 def matrix_format(name: str, formats: dict[str, str]) -> str | None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
 
 OPS = "csrc/ops/"
-# name: (op, file, old text, new text)
+# name: (op, or kernel file of one, file, old text, new text)
 MUTANTS = {
     # barriers and waits
     "sum without its barrier": (
@@ -92,6 +92,35 @@ MUTANTS = {
         "nvfp4_quantize", OPS + "nvfp4_quantize/nvfp4_quantize.cu",
         "max(amax, std::fabs(x[i]))", "max(amax, x[i])",
     ),
+    # activations as codes
+    "tokens take the block scales of others": (
+        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "m % 2, n % 4", "m % 2, 0",
+    ),
+    "weights take the block scales of others": (
+        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "m % 2, n % 4", "0, n % 4",
+    ),
+    "two codes of a row change places": (
+        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu",
+        "v[column_of(h, i)]", "v[column_of(h, i ^ 1)]",
+    ),
+    "a row's scale is that of all its columns": (
+        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu",
+        "b = threadIdx.x; b < blocks;", "b = threadIdx.x; b < a.x.shape[1] / kScaleBlock;",
+    ),
+    "block scales beyond the prefix count": (
+        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "if (s < steps) word", "word",
+    ),
+    "steps and block scales are in another order": (
+        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu",
+        "return s % 2 * 2 + s / 2;", "return s;",
+    ),
+    "ring of codes without its barrier": (
+        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu",
+        "__syncthreads();  // stage t is there for all", "// stage t is there for all",
+    ),
+    "ring of codes without its wait": (
+        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "wait_copies<Shape::kStages - 2>();", "",
+    ),
     # maps and slots
     "the first token that was drawn is fed to nobody": (
         "embed", OPS + "embed/embed.h", "if (from < 0) return a.ids", "if (from < 1) return a.ids",
@@ -133,8 +162,8 @@ MUTANTS = {
         "column < tokens_.columns[token];", "column < tokens_.columns[token] + 16;",
     ),
     "a narrow row keeps wide outputs": (
-        "matmul", OPS + "matmul/matmul.cu",
-        "wanted ? activated<bf16>(a, sum) : 0.0f", "activated<bf16>(a, sum)",
+        "matmul", OPS + "matmul/matmul.cuh",
+        "wanted ? activated<X>(a, sum(token, m)) : 0.0f", "activated<X>(a, sum(token, m))",
     ),
     "a row uses expert channels beyond its own": (
         "moe_matmul", OPS + "moe_matmul/moe_matmul.cu",
@@ -156,6 +185,11 @@ from elastic_infer.ops._laws import small_cases
 from elastic_infer.ops._shapes import SHAPES
 from elastic_infer.ops import registry
 
+if sys.argv[2] == "matmul_w4a4":
+    import w4a4
+    with installed(load(Path(sys.argv[1]))) as emu:
+        w4a4.check_all(emu)
+    sys.exit()
 spec = registry()[sys.argv[2]]
 with installed(load(Path(sys.argv[1]))) as emu:
     for case in small_cases(spec):
@@ -175,7 +209,7 @@ def compile_mutant(folder: Path, file: str, old: str, new: str, op: str) -> Path
     text = (folder / file).read_text()
     assert text.count(old) == 1, f"{file} must hold the text of the mutant once: {old}"
     (folder / file).write_text(text.replace(old, new))
-    source = folder / "csrc" / "ops" / op / f"{op}.cu"
+    [source] = (folder / "csrc" / "ops").glob(f"*/{op}.cu")
     made = folder / "mutant.o"
     flags = ["-DELASTIC_EMULATE=1", "-w", "-x", "c++"]
     subprocess.run([*CXX, *flags, "-c", str(source), "-o", str(made)], check=True)

@@ -4,6 +4,7 @@ refused by name."""
 import numpy as np
 import pytest
 import torch
+from quantized import E4M3, nearest, numpy_nvfp4
 
 from elastic_infer import _C
 from elastic_infer.ops import Pool
@@ -12,38 +13,6 @@ from elastic_infer.ops.fp8_quantize import fp8_quantize
 from elastic_infer.ops.matmul import TiledWeight, matmul
 from elastic_infer.ops.moe_matmul import ExpertWeights
 from elastic_infer.ops.nvfp4_quantize import nvfp4_quantize
-
-# Every value of a format by its code, from the definition of its fields.
-E4M3 = np.array(
-    [m * 2.0**-9 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][
-        :127
-    ]
-)
-E2M1 = np.array(
-    [m / 2 if e == 0 else (1 + m / 2) * 2.0 ** (e - 1) for e in range(4) for m in (0, 1)]
-)
-
-
-def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Codes of the nearest values of an ascending table to magnitudes, ties to the even code; the
-    largest beyond it."""
-    x = values.astype(np.float64)
-    below = np.clip(np.searchsorted(table, x, side="right") - 1, 0, len(table) - 1)
-    above = np.minimum(below + 1, len(table) - 1)
-    down, up = x - table[below], table[above] - x
-    return np.where((up < down) | ((up == down) & (below % 2 == 1)), above, below).astype(np.uint8)
-
-
-def numpy_nvfp4(weight: np.ndarray, scale: np.float32) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [N, K/2] and block scales [N, K/16] of float32 weights."""
-    blocks = weight.reshape(weight.shape[0], -1, 16)
-    amax = np.abs(blocks).max(-1)
-    block_scales = nearest(amax / (np.float32(6) * scale), E4M3)
-    step = (E4M3[block_scales].astype(np.float32) * scale)[..., None]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = nearest(np.abs(blocks / step), E2M1) | (np.signbit(blocks) * 8).astype(np.uint8)
-    codes = np.where(step == 0, 0, codes).reshape(weight.shape).astype(np.uint8)
-    return codes[:, ::2] | codes[:, 1::2] << 4, block_scales
 
 
 def matrices():

@@ -11,6 +11,7 @@ struct CudaCall {
   void* stream = nullptr;         // cudaStream_t
   char* workspace = nullptr;      // as many bytes as the op asked for, 256-byte aligned
   int multiprocessors = 0;        // of the device; 0: unknown, then no op spreads work beyond need
+  int compute_capability = 0;     // of the device: major * 10 + minor
   bool batch_invariant = false;   // a row's bits depend on nothing that shares its launch
   bool dependent_launch = false;  // launch_early() may overlap launches (launch.cuh)
 };

@@ -65,6 +65,10 @@ CudaCall call_on(int index) {
   CudaCall call;
   must(cudaDeviceGetAttribute(&call.multiprocessors, cudaDevAttrMultiProcessorCount, index),
        "device");
+  int major = 0, minor = 0;
+  must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device");
+  must(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device");
+  call.compute_capability = major * 10 + minor;
   return call;
 }
 

@@ -67,16 +67,43 @@ struct WeightRows {
   int rows;           // rows that the image holds from there on, a multiple of 16
 };
 
+// A thread's part of a block: its lane, and its warp's place along weight rows, tokens and K. The
+// sums of a product pass through shared memory, a layer of it for every place along K.
+template <class Shape>
+class BlockPart {
+ public:
+  const int lane = threadIdx.x % kWarp, m = warp() % Shape::kWarpsM;
+  const int n = warp() / Shape::kWarpsM % Shape::kWarpsN;
+  const int k = warp() / Shape::kWarpsM / Shape::kWarpsN;
+
+  EI_DEVICE void write(char* shared, const float (&sums)[Shape::kM16][Shape::kN8][4]) const {
+    float* layer = reinterpret_cast<float*>(shared) + k * Shape::kN * Shape::kPitch;
+    EI_UNROLL
+    for (int i = 0; i < Shape::kM16; ++i) EI_UNROLL
+    for (int j = 0; j < Shape::kN8; ++j) EI_UNROLL
+    for (int v = 0; v < 4; ++v) {
+      const int row = (m * Shape::kM16 + i) * 16 + lane / 4 + v / 2 * 8;
+      const int token = (n * Shape::kN8 + j) * 8 + lane % 4 * 2 + v % 2;
+      layer[token * Shape::kPitch + row] = sums[i][j][v];
+    }
+  }
+  // Of all layers, in order.
+  static EI_DEVICE float read(const char* shared, int token, int row) {
+    const float* at = reinterpret_cast<const float*>(shared) + token * Shape::kPitch + row;
+    float total = at[0];
+    for (int i = 1; i < Shape::kWarpsK; ++i) total += at[i * Shape::kN * Shape::kPitch];
+    return total;
+  }
+
+ private:
+  static EI_DEVICE int warp() { return threadIdx.x / kWarp; }
+};
+
 template <class Shape, class W>
 class TileProduct {
  public:
   EI_DEVICE TileProduct(char* shared, const WeightRows& w, const Tokens<Shape::kN>& tokens)
-      : shared_(shared), w_(w), tokens_(tokens), lane_(threadIdx.x % kWarp) {
-    const int warp = threadIdx.x / kWarp;
-    warp_m_ = warp % Shape::kWarpsM;
-    warp_n_ = warp / Shape::kWarpsM % Shape::kWarpsN;
-    warp_k_ = warp / Shape::kWarpsM / Shape::kWarpsN;
-  }
+      : shared_(shared), w_(w), tokens_(tokens) {}
 
   // sum(token, m) for all of the block, over the first `columns` columns. Ends with a barrier.
   EI_DEVICE void run(int columns) {
@@ -94,16 +121,11 @@ class TileProduct {
     }
     wait_copies<0>();
     __syncthreads();  // the ring becomes the room for sums
-    write_sums();
+    part_.write(shared_, sums_);
     __syncthreads();
   }
 
-  EI_DEVICE float sum(int token, int m) const {
-    const float* at = reinterpret_cast<const float*>(shared_) + token * Shape::kPitch + m;
-    float total = at[0];
-    for (int k = 1; k < Shape::kWarpsK; ++k) total += at[k * Shape::kN * Shape::kPitch];
-    return total;
-  }
+  EI_DEVICE float sum(int token, int m) const { return BlockPart<Shape>::read(shared_, token, m); }
 
  private:
   static EI_DEVICE int place(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
@@ -135,23 +157,23 @@ class TileProduct {
     const int steps = min(4, (columns - t * 64) / 16);  // nothing beyond is touched: it may be NaN
     EI_UNROLL
     for (int i = 0; i < 4 / Shape::kWarpsK; ++i) {
-      const int step = i * Shape::kWarpsK + warp_k_;
+      const int step = i * Shape::kWarpsK + part_.k;
       if (step >= steps) break;
       uint32_t a[Shape::kM16][4], b[Shape::kN8][2];
       EI_UNROLL
       for (int m = 0; m < Shape::kM16; ++m) {
-        const int row = (warp_m_ * Shape::kM16 + m) * 16;
+        const int row = (part_.m * Shape::kM16 + m) * 16;
         if constexpr (kQuantised<W>)
-          load_fragment<W>(weights + row_offset<W>(row), lane_, step, a[m]);
+          load_fragment<W>(weights + row_offset<W>(row), part_.lane, step, a[m]);
         else
-          load_matrices(a[m], weights + place(row + lane_ % 16, step * 2 + lane_ / 16));
+          load_matrices(a[m], weights + place(row + part_.lane % 16, step * 2 + part_.lane / 16));
       }
       EI_UNROLL
       for (int n = 0; n < Shape::kN8; n += 2) {
-        const int second = Shape::kN8 == 1 ? 0 : lane_ / 16 * 8;
-        const int token = (warp_n_ * Shape::kN8 + n) * 8 + second + lane_ % 8;
+        const int second = Shape::kN8 == 1 ? 0 : part_.lane / 16 * 8;
+        const int token = (part_.n * Shape::kN8 + n) * 8 + second + part_.lane % 8;
         uint32_t two[4];
-        load_matrices(two, x + place(token, step * 2 + lane_ / 8 % 2));
+        load_matrices(two, x + place(token, step * 2 + part_.lane / 8 % 2));
         b[n][0] = two[0], b[n][1] = two[1];
         if constexpr (Shape::kN8 > 1) b[n + 1][0] = two[2], b[n + 1][1] = two[3];
       }
@@ -161,22 +183,10 @@ class TileProduct {
     }
   }
 
-  EI_DEVICE void write_sums() const {
-    float* layer = reinterpret_cast<float*>(shared_) + warp_k_ * Shape::kN * Shape::kPitch;
-    EI_UNROLL
-    for (int m = 0; m < Shape::kM16; ++m) EI_UNROLL
-    for (int n = 0; n < Shape::kN8; ++n) EI_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int row = (warp_m_ * Shape::kM16 + m) * 16 + lane_ / 4 + j / 2 * 8;
-      const int token = (warp_n_ * Shape::kN8 + n) * 8 + lane_ % 4 * 2 + j % 2;
-      layer[token * Shape::kPitch + row] = sums_[m][n][j];
-    }
-  }
-
   char* shared_;
   const WeightRows w_;
   const Tokens<Shape::kN>& tokens_;
-  int lane_, warp_m_, warp_n_, warp_k_;
+  const BlockPart<Shape> part_;
   float sums_[Shape::kM16][Shape::kN8][4] = {};
 };
 

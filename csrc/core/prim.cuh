@@ -1,6 +1,6 @@
 // Every machine instruction that the kernels name, once: as PTX under nvcc, and beside it what it
 // means as plain C++, which the emulator (csrc/emu) runs. Nothing else contains inline PTX, but for
-// prim_convert.cuh, its part for small floats.
+// prim_convert.cuh, its part for small floats, and prim_native.cuh, that for single architectures.
 // "PTX:" gives the title of the section of NVIDIA's "Parallel Thread Execution ISA" manual.
 #pragma once
 #include <type_traits>

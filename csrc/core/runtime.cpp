@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "device.h"
+#include "native.h"
 #include "step.h"
 
 namespace py = pybind11;
@@ -47,6 +48,9 @@ void bind_runtime(py::module_& m) {
         "Why this build has no CUDA kernels, as found when it was built; empty if it has.");
   m.def("cuda_unusable", device::unusable, py::arg("index") = 0,
         "Why CUDA device `index` cannot be used; empty if it can.");
+  m.def("cuda_lacks", lacks_capability, py::arg("index"), py::arg("wanted"), py::arg("family"),
+        "Why CUDA device `index` cannot run kernels of capability `wanted` (major * 10 + minor) or, "
+        "as a family, of its major number; empty if it can.");
   m.def(
       "describe", [](const TensorArg& t) { return t.describe(); },
       "What the native side sees of a tensor.");

@@ -20,6 +20,7 @@ std::string unusable(int index) { return index == 0 ? "" : "there is 1"; }
 CudaCall call_on(int) {
   CudaCall call;
   call.multiprocessors = emu::settings().multiprocessors;
+  call.compute_capability = emu::settings().compute_capability;
   call.batch_invariant = emu::settings().batch_invariant;
   return call;
 }

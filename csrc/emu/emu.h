@@ -47,6 +47,7 @@ struct Settings {
   int workers = 2;  // operating-system threads
   // What the ops are told (CudaCall).
   int multiprocessors = 0;
+  int compute_capability = 80;
   bool batch_invariant = false;
 };
 Settings& settings();

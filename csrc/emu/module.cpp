@@ -2,6 +2,7 @@
 // kernels through the emulator on CPU tensors, and the CPU's memory stands for a device's
 // (device.cpp). For tests; never installed.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 
@@ -38,15 +39,21 @@ PYBIND11_MODULE(_emu, m) {
       py::arg("threads") = "ascending", py::arg("blocks") = "ascending", py::arg("workers") = 2);
   m.def(
       "device",
-      [](int multiprocessors, bool batch_invariant) {
+      [](int multiprocessors, bool batch_invariant, int compute_capability) {
         emu::settings().multiprocessors = multiprocessors;
+        emu::settings().compute_capability = compute_capability;
         emu::settings().batch_invariant = batch_invariant;
       },
       py::arg("multiprocessors") = 0, py::arg("batch_invariant") = false,
+      py::arg("compute_capability") = 80,
       "What the ops are told of the device and of the wish for batch-invariant sums.");
   m.def("has_kernel",
         [](const std::string& op) { return find_cuda_kernel(op.c_str()) != nullptr; });
   m.def("selftest", emu::selftest, py::arg("name"), py::call_guard<py::gil_scoped_release>(),
         "Runs one of the emulator's own small kernels (selftest.cu); returns what it computed.");
+  m.def("multiply_add_nvfp4", emu::multiply_add_nvfp4, py::arg("a"), py::arg("b"),
+        py::arg("scale_a"), py::arg("scale_b"), py::arg("pair_a"), py::arg("lane_b"),
+        "One matrix product of a warp: words of a [32][4] and b [32][2], of the scales [32]; d "
+        "[32][4].");
   bind_runtime(m);
 }

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../core/launch.cuh"
+#include "../core/prim_native.cuh"
 #include "selftest.h"
 
 namespace ei::cuda {
@@ -89,6 +90,17 @@ struct Clock {
 };
 __global__ void order_of(Clock clock, int* out) {
   out[blockIdx.x * 64 + threadIdx.x] = clock.ticks[0]++;
+}
+
+__global__ void multiply_codes(const uint32_t* a, const uint32_t* b, const uint32_t* scale_a,
+                               const uint32_t* scale_b, int pair_a, int lane_b, float* d) {
+  const int lane = threadIdx.x;
+  uint32_t fa[4];
+  for (int i = 0; i < 4; ++i) fa[i] = a[lane * 4 + i];
+  float total[4] = {};
+  multiply_add_nvfp4(total, fa, b[lane * 2], b[lane * 2 + 1], scale_a[lane], scale_b[lane], pair_a,
+                     lane_b);
+  for (int i = 0; i < 4; ++i) d[lane * 4 + i] = total[i];
 }
 
 std::string compare(const std::vector<float>& got, const std::vector<float>& want) {
@@ -214,6 +226,19 @@ std::string selftest(const std::string& name) {
   const auto found = tests.find(name);
   if (found == tests.end()) throw std::invalid_argument("no emulator test named " + name);
   return found->second();
+}
+
+std::vector<float> multiply_add_nvfp4(const std::vector<uint32_t>& a,
+                                      const std::vector<uint32_t>& b,
+                                      const std::vector<uint32_t>& scale_a,
+                                      const std::vector<uint32_t>& scale_b, int pair_a,
+                                      int lane_b) {
+  if (a.size() != 128 || b.size() != 64 || scale_a.size() != 32 || scale_b.size() != 32)
+    throw std::invalid_argument("registers of 32 lanes are needed");
+  std::vector<float> d(128);
+  cuda::launch({}, cuda::multiply_codes, dim3(1), 32, 0, a.data(), b.data(), scale_a.data(),
+               scale_b.data(), pair_a, lane_b, d.data());
+  return d;
 }
 
 }  // namespace ei::emu

@@ -1,9 +1,18 @@
 // Small kernels that show what the emulator does and what it finds (selftest.cu).
 #pragma once
+#include <cstdint>
 #include <string>
+#include <vector>
 
 namespace ei::emu {
 // "ok" if the kernel computed what a GPU would, otherwise what differs. Throws what a launch
 // throws.
 std::string selftest(const std::string& name);
+
+// One multiply_add_nvfp4 (prim_native.cuh) of a warp, from zero: the lanes' registers one after the
+// other.
+std::vector<float> multiply_add_nvfp4(const std::vector<uint32_t>& a,
+                                      const std::vector<uint32_t>& b,
+                                      const std::vector<uint32_t>& scale_a,
+                                      const std::vector<uint32_t>& scale_b, int pair_a, int lane_b);
 }  // namespace ei::emu

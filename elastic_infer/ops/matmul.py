@@ -264,6 +264,7 @@ def matmul(
     row_width: torch.Tensor | None = None,
     k_sizes: torch.Tensor | None = None,
     n_sizes: torch.Tensor | None = None,
+    activation_quantization: str = "none",
     run=None,
 ) -> torch.Tensor:
     """``out[r, c] = act(sum_{k < k_r} x[r, k] * W[c, k])`` for the first n_r outputs of each
@@ -278,6 +279,9 @@ def matmul(
         row_width: [R] int32 index of each row's width, or None: every row uses everything.
         k_sizes: [W] int32 columns used at each width, multiples of 16.
         n_sizes: [W, S] int32 rows used of each segment at each width.
+        activation_quantization: "none"; or "nvfp4": with an NVFP4 weight on a GPU of compute
+            capability 12.x, rows of x are quantised to NVFP4 as well (each with the scale of its
+            own prefix), which tensor cores multiply in that form. It has never run on a GPU.
         run: None, a Pool or a Step.
 
     Returns: `out`.
@@ -287,7 +291,7 @@ def matmul(
     segments = [(s.tile_row, s.column, s.rows) for s in weight.segments]
     _C.matmul(
         x, weight.image, weight.columns, weight.scale, out, segments, activation, row_width,
-        k_sizes, n_sizes, run,
+        k_sizes, n_sizes, activation_quantization, run,
     )  # fmt: skip
     return out
 

@@ -8,6 +8,7 @@
 
 #include "../../core/check.h"
 #include "../../core/image.h"
+#include "../../core/native.h"
 #include "../../core/step.h"
 #include "../../core/widths.h"
 
@@ -18,10 +19,25 @@ namespace {
 
 using Segment = std::array<int64_t, 3>;  // tile row, output column, rows
 
+// Refuses activations that the device cannot multiply as they are wished.
+bool quantise_x(const Checker& check, const TensorArg& x, DType w_dtype, const std::string& form) {
+  constexpr const char* kName = "activation_quantization";
+  if (form == "none") return false;
+  if (form != "nvfp4") check.fail(kName, "be none or nvfp4", form);
+  if (w_dtype != DType::nvfp4)
+    check.fail(kName, std::string("be none for a ") + dtype_name(w_dtype) + " image", form);
+  if (!device::holds(x))
+    check.fail(kName, "be none on the CPU: compute capability 12.x needed", form);
+  const std::string why = lacks_capability(x.device_id, 120, true);
+  if (!why.empty()) check.fail(kName, "be none: " + why, form);
+  return true;
+}
+
 void matmul_entry(const TensorArg& x, const TensorArg& w, int64_t K, const TensorArg& scale,
                   const TensorArg& out, const std::vector<Segment>& segments,
                   const std::string& activation, const TensorArg& row_width,
-                  const TensorArg& k_sizes, const TensorArg& n_sizes, const py::object& run) {
+                  const TensorArg& k_sizes, const TensorArg& n_sizes,
+                  const std::string& activation_quantization, const py::object& run) {
   Checker check("matmul");
   const Runner runner = runner_from(run);
   check.bind("K", K);  // the weight's columns
@@ -58,6 +74,9 @@ void matmul_entry(const TensorArg& x, const TensorArg& w, int64_t K, const Tenso
   WidthCheck widths(check, row_width, !runner.step);
   widths.sizes(k_sizes, "k_sizes", K, 16);
   widths.sizes(n_sizes, "n_sizes", largest, a.segments, 1);
+  if (quantise_x(check, x, a.w_dtype, activation_quantization))
+    return submit_cuda(runner, kMatmulW4a4, &a, sizeof(a), x,
+                       {&x, &w, &scale, &out, &row_width, &k_sizes, &n_sizes});
   const int64_t rows = std::min<int64_t>(check["R"], 256), tiles = (K + 63) / 64;
   submit(runner, matmul_cpu, a, {&x, &w, &scale, &out, &row_width, &k_sizes, &n_sizes},
          tiles * rows * 64 * 6 + rows * 64 * 4 + 64 * 64 * 4 + rows * 4 + 512);
@@ -94,7 +113,7 @@ void pack_entry(const TensorArg& source, const TensorArg& image, int64_t tile_ro
 const RegisterOp registered([](py::module_& m) {
   m.def("matmul", matmul_entry, py::arg("x"), py::arg("w"), py::arg("K"), py::arg("scale"),
         py::arg("out"), py::arg("segments"), py::arg("activation"), py::arg("row_width"),
-        py::arg("k_sizes"), py::arg("n_sizes"), py::arg("run"));
+        py::arg("k_sizes"), py::arg("n_sizes"), py::arg("activation_quantization"), py::arg("run"));
   m.def("matmul_pack", pack_entry, py::arg("source"), py::arg("image"), py::arg("tile_row"),
         py::arg("block_scales"), py::arg("run"));
 });

@@ -17,8 +17,6 @@
 // Limits: x starts its rows at multiples of 16 bytes; k sizes are multiples of 16.
 // Speed: not yet measured on a GPU. Floor: the weight's prefix read once (up to about 180 rows),
 //   then the products.
-#include "../../core/launch.cuh"
-#include "../../core/mma_tile.cuh"
 #include "matmul.cuh"
 
 namespace ei::cuda {
@@ -70,27 +68,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * Shape::kN;
   const int rows = static_cast<int>(min(static_cast<int64_t>(Shape::kN), a.x.shape[0] - first_row));
   const Place p = locate<Shape::kM>(a, blockIdx.x);
-  for (int i = threadIdx.x; i < Shape::kN; i += Shape::kThreads) {
-    const bool there = i < rows;
-    tokens.x[i] = row<bf16>(a.x, there ? first_row + i : 0);
-    tokens.columns[i] = there ? columns_of(a, first_row + i) : 0;
-    tokens.wanted[i] = there ? wanted_of(a, first_row + i, p.segment) : 0;
-  }
-  __syncthreads();
+  find_tokens(a, p, first_row, rows, tokens);
   const bool needed = p.first < tokens.most_wanted();
   const int held = (a.rows[p.segment] + kTile - 1) / kTile * kTile - p.first;
   TileProduct<Shape, W> product(
       ring, WeightRows{weight_row<W>(a, p), a.w.shape[1] * kTileBytes<W>, held}, tokens);
   if (needed) product.run(tokens.most_columns());
-  const int outputs = min(Shape::kM, a.rows[p.segment] - p.first);
-  for (int i = threadIdx.x; i < rows * Shape::kM; i += Shape::kThreads) {
-    const int token = i / Shape::kM, m = i % Shape::kM;
-    if (m >= outputs) continue;
-    const bool wanted = p.first + m < tokens.wanted[token];
-    const float sum = scaled<W>(product.sum(token, m), a.scale, p.segment);
-    from_float(wanted ? activated<bf16>(a, sum) : 0.0f,
-               row<O>(a.out, first_row + token)[a.column[p.segment] + p.first + m]);
-  }
+  write_outputs<bf16, O, Shape::kM>(a, p, first_row, rows, tokens, [&](int token, int m) {
+    return scaled<W>(product.sum(token, m), a.scale, p.segment);
+  });
 }
 
 // Rows of x of one block of few_rows, for R rows in all.

@@ -8,6 +8,10 @@
 // output column column[s]. Row r of x uses the first k_sizes[w] columns and writes the first
 // n_sizes[w, s] outputs of each segment, w = row_width[r]; the rest of each segment is written as
 // zero. Without row_width every row uses all of K and all rows.
+//
+// On request, where the device can multiply 4-bit codes (matmul_w4a4.cu), rows of x become NVFP4 as
+// well: out = act(W Q(x)), Q(x) what nvfp4_quantize makes of the first k_r values of the row with
+// g = amax of these / (6 * 448). It is never chosen for the caller.
 #pragma once
 #include "../../core/isa.h"
 #include "../../core/tensor.h"
@@ -33,6 +37,9 @@ struct MatmulArgs {
 };
 
 EI_CPU_KERNEL(matmul, MatmulArgs)
+
+// The CUDA kernels that are asked for by name.
+constexpr const char* kMatmulW4a4 = "matmul_w4a4";
 
 // Packs rows of a plain matrix into tiles of an image.
 struct PackArgs {

@@ -1,0 +1,204 @@
+"""NVFP4 activations with NVFP4 weights, on the emulated GPU: the matrix instruction against its
+manual's tables, the quantised rows against numpy, products against float64, and who is refused."""
+
+import numpy as np
+import pytest
+import torch
+from emulated import built, installed, load
+from quantized import dequantise, e4m3, numpy_nvfp4
+from w4a4 import CASES, MATMUL, check_poison, check_products, make, reference, run
+
+from elastic_infer.ops import _laws, registry
+from elastic_infer.ops.matmul import TiledWeight, matmul
+
+emu = load(built())
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def emulated():
+    with installed(emu):
+        emu.device(compute_capability=120)
+        yield
+
+
+# -- the instruction, from the tables of "Matrix Fragments for mma.m16n8k64" -------------------
+
+
+def a_place(lane, i):
+    """(row, column) of element i of 32 of a lane's a."""
+    row = lane >> 2 if i < 8 or 16 <= i < 24 else (lane >> 2) + 8
+    return row, (lane & 3) * 8 + (i & 7) + (32 if i >= 16 else 0)
+
+
+def b_place(lane, i):
+    """(row, column) of element i of 16 of a lane's b."""
+    return (lane & 3) * 8 + (i & 7) + (32 if i >= 8 else 0), lane >> 2
+
+
+def d_place(lane, i):
+    """(row, column) of element i of 4 of a lane's d."""
+    return (lane >> 2) + (0 if i < 2 else 8), (lane & 3) * 2 + (i & 1)
+
+
+def words(places, codes, count):
+    """Registers of all lanes: eight codes to a word, the first in the lowest bits."""
+    lanes = [[0] * (count // 8) for _ in range(32)]
+    for lane in range(32):
+        for i in range(count):
+            lanes[lane][i // 8] |= int(codes[places(lane, i)]) << 4 * (i % 8)
+    return [word for lane in lanes for word in lane]
+
+
+@pytest.mark.parametrize("pair, quarter", [(p, q) for p in (0, 1) for q in range(4)])
+def test_fragments_and_scales_are_where_the_manual_has_them(pair, quarter):
+    """Scales in lanes that the selectors leave out are NaN."""
+    g = np.random.default_rng(pair * 4 + quarter)
+    a, b = g.integers(0, 16, (16, 64)), g.integers(0, 16, (64, 8))
+    scale_a, scale_b = g.integers(1, 127, (16, 4)), g.integers(1, 127, (4, 8))
+    word_a, word_b = [0x7F7F7F7F] * 32, [0x7F7F7F7F] * 32
+    for m in range(16):
+        word_a[4 * (m % 8) + 2 * pair + m // 8] = sum(int(s) << 8 * j for j, s in
+                                                      enumerate(scale_a[m]))  # fmt: skip
+    for n in range(8):
+        word_b[4 * n + quarter] = sum(int(s) << 8 * j for j, s in enumerate(scale_b[:, n]))
+    got = emu.multiply_add_nvfp4(
+        words(a_place, a, 32), words(b_place, b, 16), word_a, word_b, pair, quarter
+    )
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    want = (values[a] * np.repeat(e4m3(scale_a), 16, 1)) @ (
+        values[b] * np.repeat(e4m3(scale_b), 16, 0)
+    )
+    for lane in range(32):
+        for i in range(4):
+            there = want[d_place(lane, i)]
+            assert abs(got[lane * 4 + i] - there) <= 1e-5 * np.abs(want).max(), (lane, i)
+
+
+# -- rows of x ---------------------------------------------------------------------------------
+
+
+def edges():
+    g = torch.Generator().manual_seed(3)
+    normal = torch.randn(9, 96, generator=g)
+    zeros = normal.clone()
+    zeros[2], zeros[:, 16:32] = 0.0, -0.0
+    tail = normal.clone()
+    tail[:, 90] = 1e4
+    return {"normal": normal, "heavy tails": normal**5, "tiny": normal * 1e-30, "zeros": zeros,
+            "one large value": tail, "wide rows": torch.cat([normal] * 20, 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("name", edges())
+def test_rows_are_quantised_as_numpy_does(name, dtype):
+    """Weights that are the identity give the quantised values back, to the last bit."""
+    x = edges()[name].to(dtype)
+    K = x.shape[1]
+    codes = torch.zeros(K, K // 2, dtype=torch.uint8)
+    for k in range(K):
+        codes[k, k // 2] = 2 << k % 2 * 4  # the code of 1
+    blocks = torch.full((K, K // 16), 0x38, dtype=torch.uint8)  # 1 as E4M3
+    weight = TiledWeight.pack_codes(codes, blocks, torch.ones(1))
+    got = matmul(x, weight, torch.empty(len(x), K), activation_quantization="nvfp4").numpy()
+    for r, values in enumerate(x.float().numpy()):
+        g = np.float32(np.abs(values).max() / np.float32(6 * 448))
+        if g == 0:
+            assert not got[r].any()
+            continue
+        exact = dequantise(*numpy_nvfp4(values[None], g), 1.0)[0].astype(np.float32)
+        assert np.array_equal(got[r], exact * g), f"row {r}"
+
+
+def test_rows_that_are_not_finite_give_nan_and_others_are_as_before():
+    a = make(CASES[1], BF16)
+    want = run(a)
+    for bad in (torch.nan, torch.inf):
+        a["x"][4, 3] = bad
+        got = run(a)
+        k, n = int(a["k_sizes"][a["row_width"][4]]), int(a["n_sizes"][a["row_width"][4], 0])
+        assert k > 3 and torch.isnan(got[4, :n]).all()
+        rest = torch.arange(len(got)) != 4
+        assert _laws.same_bits(got[rest], want[rest])
+
+
+# -- products ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_are_those_of_quantised_rows(case, dtype):
+    """Against float64 on dequantised weights and rows, in three orders of threads and blocks."""
+    check_products(emu, make(case, dtype))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_poison_beyond_the_prefixes_changes_nothing(case):
+    """Law 2: rows of all widths, and all at each one width. A row has the scale of its own prefix,
+    also where larger values follow."""
+    arguments = make(case, BF16)
+    _laws.check_inputs_unchanged(MATMUL, arguments)
+    check_poison(arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_prefix_equals_a_copy_of_it(case):
+    """Law 3, bit for bit where as many rows share the launch."""
+    for given in _laws.one_width(make(case, BF16)):
+        assert _laws.check_slice(MATMUL, given, exact=False) >= 1
+
+
+def test_batch_invariant_rows_keep_their_bits():
+    """Law 5, where it is asked for: rows alone, and few of them, beside all."""
+    emu.device(compute_capability=120, batch_invariant=True)
+    a = make(CASES[5], torch.float32)
+    want = run(a)
+    for first, count in ((0, 1), (60, 9), (100, 40)):
+        part = {n: a[n][first : first + count] for n in ("x", "out", "row_width")}
+        assert _laws.same_bits(run(a | part), want[first : first + count])
+
+
+@pytest.mark.parametrize("rows", [9, 70])
+def test_replay_and_output_dtype(rows):
+    """A recorded call has room of its own for the codes; bfloat16 x may give float32 logits."""
+    a = make({**CASES[2], "R": rows}, BF16)
+    a["out"] = torch.full((rows, a["out"].shape[1]), torch.nan)
+    step = emu.Step(emu.Pool())
+    given = _laws.copy(a)
+    MATMUL.call(given, step)
+    step.run()
+    first = given["out"].clone()
+    step.run()
+    assert _laws.same_bits(first, given["out"]) and _laws.same_bits(first, run(a))
+    want = reference(a)
+    assert (first.double() - want).norm() <= 1e-5 * want.norm()
+
+
+# -- who is refused ----------------------------------------------------------------------------
+
+
+def tiled(form):
+    a = _laws.make(registry()["matmul"], {**CASES[0], "weights": form}, BF16)
+    return TiledWeight.pack_codes(a["codes"], a["block_scales"], a["scale"], list(a["segments"]))
+
+
+@pytest.mark.parametrize(
+    "form, capability, wish, message",
+    [
+        ("nvfp4", 90, "nvfp4", "be none: the device has compute capability 9.0, 12.x needed, got"),
+        ("nvfp4", 100, "nvfp4", "be none: the device has compute capability 10.0, 12.x needed"),
+        ("fp8", 120, "nvfp4", "be none for a FP8 image, got nvfp4"),
+        ("nvfp4", 120, "fp8", "be none or nvfp4, got fp8"),
+    ],
+)
+def test_other_cards_and_weights_are_refused(form, capability, wish, message):
+    emu.device(compute_capability=capability)
+    weight = tiled(form)
+    x, out = torch.zeros(1, weight.columns, dtype=BF16), torch.zeros(1, weight.rows, dtype=BF16)
+    with pytest.raises(ValueError, match=f"^matmul: activation_quantization must {message}"):
+        matmul(x, weight, out, activation_quantization=wish)
+
+
+def test_newer_cards_of_the_family_may():
+    emu.device(compute_capability=121)
+    assert run(make(CASES[0], BF16)).abs().sum() > 0

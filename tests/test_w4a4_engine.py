@@ -1,0 +1,76 @@
+"""An engine whose activations are NVFP4 where its weights are, on the emulated GPU."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from emulated import built, installed, load
+from engines import base_config, base_widths, open_engine
+from quantized import write_quantised
+from w4a4 import quantised_rows
+
+from elastic_infer import demo_model
+from elastic_infer.errors import InvalidRequest
+from elastic_infer.ops._quantised import NVFP4
+from elastic_infer.ops.matmul import matmul
+
+emu = load(built())
+TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17]
+
+
+@contextmanager
+def card(capability):
+    """Inside, engines run on an emulated card of this compute capability."""
+    with installed(emu):
+        emu.device(compute_capability=capability)
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_quantised(tmp_path, base_config(), base_widths(), {"": "nvfp4"}, seed=1)
+    return tmp_path
+
+
+def test_engine_multiplies_quantised_rows(folder, monkeypatch):
+    """Beside the CPU's engine with every row quantised in numpy ahead of such a product."""
+
+    def emulating(x, weight, out, *, activation_quantization, **given):
+        assert activation_quantization == "none" and weight.dtype == NVFP4
+        a = {"x": x, "row_width": given["row_width"], "k_sizes": given["k_sizes"]}
+        return matmul(torch.from_numpy(quantised_rows(a)).float(), weight, out, **given)
+
+    def score(**options):
+        with open_engine(folder, threads=1, **options) as engine:
+            return {w: engine.score(TOKENS, width=w).clone() for w in engine.widths}
+
+    with card(120):
+        found = score(device="emulated", activation_quantization="nvfp4")
+        plain = score(device="emulated")
+    monkeypatch.setattr("elastic_infer.model.matmul", emulating)
+    wanted = score(device="cpu")
+    for width, logits in wanted.items():
+        size = logits.norm()
+        assert (found[width] - logits).norm() <= 0.01 * size
+        assert (plain[width] - logits).norm() >= 0.05 * size
+
+
+@pytest.mark.parametrize(
+    "capability, options, why",
+    [
+        (90, {"device": "emulated"}, "the device has compute capability 9.0, 12.x needed"),
+        (120, {"device": "cpu"}, "a GPU of compute capability 12.x is needed, the device is the"),
+        (120, {"device": "emulated", "activation_quantization": "fp8"}, "or nvfp4, got 'fp8'"),
+    ],
+)
+def test_engine_refuses_other_devices_and_forms(folder, capability, options, why):
+    options = {"activation_quantization": "nvfp4", **options}
+    refused = pytest.raises(InvalidRequest, match=f"activation_quantization must be none.*{why}")
+    with card(capability), refused:
+        open_engine(folder, **options)
+
+
+def test_engine_refuses_plain_weights():
+    refused = pytest.raises(InvalidRequest, match="has no NVFP4 matrix outside of experts")
+    with card(120), refused:
+        open_engine(demo_model(), device="emulated", activation_quantization="nvfp4")
