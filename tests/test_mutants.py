@@ -121,6 +121,29 @@ MUTANTS = {
     "ring of codes without its wait": (
         "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "wait_copies<Shape::kStages - 2>();", "",
     ),
+    # products of warpgroups
+    "products read a place of the ring that is written": (
+        "matmul_wgmma", OPS + "matmul/matmul_wgmma.cu",
+        "constexpr int kAhead = Shape::kStages - 2;", "constexpr int kAhead = Shape::kStages - 1;",
+    ),
+    "sums used before the last products are done": (
+        "matmul_wgmma", OPS + "matmul/matmul_wgmma.cu", "wait_products<0>(sums_[0]);", "",
+    ),
+    "a descriptor of another row": (
+        "matmul_wgmma", "csrc/core/prim_native.cuh", "uint64_t{1024 >> 4} << 32",
+        "uint64_t{1152 >> 4} << 32",
+    ),
+    "columns of the weight beyond the prefix": (
+        "matmul_wgmma", OPS + "matmul/matmul_wgmma.cu",
+        "m < w_.rows && t * kTile + chunk * 8 < columns_", "m < w_.rows",
+    ),
+    "chunks are not swizzled": (
+        "matmul_wgmma", OPS + "matmul/matmul_wgmma.cu", "(chunk ^ row % 8)", "chunk",
+    ),
+    "ring of a warpgroup without its barrier": (
+        "matmul_wgmma", OPS + "matmul/matmul_wgmma.cu",
+        "__syncthreads();  // tile t is there for all", "// tile t is there for all",
+    ),
     # maps and slots
     "the first token that was drawn is fed to nobody": (
         "embed", OPS + "embed/embed.h", "if (from < 0) return a.ids", "if (from < 1) return a.ids",
@@ -189,6 +212,15 @@ if sys.argv[2] == "matmul_w4a4":
     import w4a4
     with installed(load(Path(sys.argv[1]))) as emu:
         w4a4.check_all(emu)
+    sys.exit()
+if sys.argv[2] == "matmul_wgmma":
+    from elastic_infer.ops._shapes import NATIVE
+    spec = registry()["matmul"]
+    with installed(load(Path(sys.argv[1]))) as emu:
+        emu.device(compute_capability=90)
+        for case in NATIVE["wgmma"].cases:
+            check_orders(emu, spec, case, torch.bfloat16)
+            check_poisons(spec, case, torch.bfloat16)
     sys.exit()
 spec = registry()[sys.argv[2]]
 with installed(load(Path(sys.argv[1]))) as emu:

@@ -4,11 +4,12 @@ manual's tables, the quantised rows against numpy, products against float64, and
 import numpy as np
 import pytest
 import torch
-from emulated import built, installed, load
+from emulated import built, check_orders, check_poisons, installed, load
 from quantized import dequantise, e4m3, numpy_nvfp4
 from w4a4 import CASES, MATMUL, check_poison, check_products, make, reference, run
 
 from elastic_infer.ops import _laws, registry
+from elastic_infer.ops._shapes import NATIVE
 from elastic_infer.ops.matmul import TiledWeight, matmul
 
 emu = load(built())
@@ -146,6 +147,16 @@ def test_a_prefix_equals_a_copy_of_it(case):
     """Law 3, bit for bit where as many rows share the launch."""
     for given in _laws.one_width(make(case, BF16)):
         assert _laws.check_slice(MATMUL, given, exact=False) >= 1
+
+
+@pytest.mark.parametrize("case", NATIVE["nvfp4 activations"].cases, ids=str)
+def test_laws_with_the_op_s_own_oracle(case):
+    """What a GPU is held to as well."""
+    spec = registry()["matmul"]
+    check_orders(emu, spec, case, BF16)
+    check_poisons(spec, case, BF16)
+    for given in _laws.one_width(_laws.make(spec, case, BF16)):
+        assert _laws.check_slice(spec, given, exact=False) >= 1
 
 
 def test_batch_invariant_rows_keep_their_bits():

@@ -12,7 +12,7 @@ from ptxas import readable, short
 
 from elastic_infer.ops import OpSpec, registry
 from elastic_infer.ops import _laws as laws
-from elastic_infer.ops._shapes import SHAPES
+from elastic_infer.ops._shapes import NATIVE, SHAPES
 
 from .worker import PartBase
 
@@ -49,6 +49,10 @@ def checks(spec: OpSpec, module, device: str, quick: bool) -> list[Check]:
     for dtype in spec.dtypes:
         for i, case in enumerate([*small, *(large if dtype == torch.bfloat16 else [])]):
             found += _of_case(spec, case, dtype, module, device, f"{i} {str(dtype)[6:]}")
+    for name, native in NATIVE.items():
+        if native.op == spec.name and not native.lacks(module, device):
+            for i, case in enumerate(native.cases):
+                found += _of_case(spec, case, torch.bfloat16, module, device, f"{name} {i}")
     return found
 
 

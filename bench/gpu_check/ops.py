@@ -9,6 +9,7 @@ import torch
 from ops import UNCHECKED, compare, copy_of
 
 from elastic_infer.ops import registry
+from elastic_infer.ops._shapes import NATIVE
 from elastic_infer.ops._spec import Arguments, case_id
 from elastic_infer.ops.matmul import weight_bytes
 
@@ -57,6 +58,13 @@ class Part(RoofPart):
         with emptied(), torch.device(self.setting.device):  # cases are drawn where they are used
             return self._row(self.cases[name], bool(way))
 
+    def _require(self, case: OpCase) -> None:
+        """Passes over a kernel that is for other cards."""
+        native = NATIVE.get(case.case.get("kernel", ""))
+        why = native and native.lacks(self.module, self.setting.device)
+        if why:
+            raise PassedOver(why)
+
     def _problems(self, case: OpCase) -> list[Arguments]:
         """Copies of the case that together exceed the cache, as far as memory allows."""
         spec, device = self.specs[case.op], self.setting.device
@@ -71,6 +79,7 @@ class Part(RoofPart):
         return [problem, *(copy_of(problem) for _ in range(copies - 1))]
 
     def _row(self, case: OpCase, compiled: bool) -> dict[str, Any]:
+        self._require(case)
         spec, problems = self.specs[case.op], self._problems(case)
         ours, theirs = [copy_of(p) for p in problems], [copy_of(p) for p in problems]
         step = self.module.Step(self.module.Pool())

@@ -60,7 +60,9 @@ class OpCases:
     def _size(self, width: Width, key: str, kind: str) -> int:
         return getattr(width, key)[self.layer[kind]]
 
-    def _matmul(self, part: str, rows: int, width: str, form: str = "") -> OpCase:
+    def _matmul(
+        self, part: str, rows: int, width: str, form: str = "", kernel: str = "auto"
+    ) -> OpCase:
         c, w, f = self.config, self.widths[width], self.full
         bc, P = c.n_groups * c.ssm_state_size, c.mamba_head_dim
         kv = c.num_key_value_heads * c.head_dim
@@ -93,7 +95,8 @@ class OpCases:
         act = "relu2" if part == "shared_up" else "none"
         whole = {"R": rows, "K": k_full, "segments": n_full, "k": (k,), "n": (n,), "act": act}
         whole |= {"weights": form} if form else {}
-        name = f"{part} {form}".strip()
+        whole |= {"kernel": kernel} if kernel != "auto" else {}
+        name = " ".join(word for word in (part, form, whole.get("kernel")) if word)
         return OpCase("matmul", name, rows, width, whole, whole | {"K": k, "segments": n})
 
     def _moe(self, rows: int, width: str, form: str = "") -> OpCase:
@@ -200,6 +203,7 @@ class OpCases:
             self._mamba("ssm_scan", (tokens,), full),
             self._moe(tokens, full),
             self._matmul("in_proj", tokens, full),
+            self._matmul("in_proj", tokens, full, kernel="wgmma"),
             self._attention("attention_prefill", attention[0], tokens),
             self._mamba("ssm_scan", (tokens // 4,) * 4, full),
             self._moe(tokens, narrow),

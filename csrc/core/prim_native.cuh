@@ -3,6 +3,9 @@
 // of an op let nobody come there (native.h). None of these has run on a GPU.
 #pragma once
 #include "prim.cuh"
+#if !defined(__CUDACC__)
+#include "../emu/wgmma.h"
+#endif
 
 // Block-scaled products of warps: compute capability 12.x.
 #if defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
@@ -11,6 +14,13 @@
 #define EI_HAS_BLOCK_SCALE (__CUDA_ARCH_SPECIFIC__ / 100 == 12)
 #else
 #define EI_HAS_BLOCK_SCALE 0
+#endif
+
+// Asynchronous products of warpgroups: compute capability 9.0.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define EI_HAS_WGMMA 1
+#else
+#define EI_HAS_WGMMA 0
 #endif
 
 namespace ei::cuda {
@@ -103,5 +113,132 @@ EI_DEVICE void multiply_add_nvfp4(float (&d)[4], const uint32_t (&a)[4], uint32_
     default: return multiply_add_nvfp4<1, 3>(d, a, b0, b1, scale_a, scale_b);
   }
 }
+
+// ---- asynchronous products of a warpgroup (four warps, the first a multiple of four)
+
+// Makes what this thread wrote to shared memory, copies that it waited for included, visible to the
+// products; a barrier makes it so for other threads'. PTX: "membar/fence" (fence.proxy.async).
+EI_DEVICE void fence_products() {
+#if EI_HAS_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Where p is in shared memory.
+EI_DEVICE uint64_t shared_address(const void* p) {
+#if defined(__CUDACC__)
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#else
+  return emu::shared_address(p);
+#endif
+}
+
+// A matrix in shared memory whose rows of 64 bfloat16 along K are 128 bytes, eight rows to 1024
+// bytes (aligned so), the 16-byte chunk c of row r at place c ^ (r % 8): "128-Byte swizzling",
+// K-major, from column `from` on. PTX: "Asynchronous Warpgroup Level Matrix Shared Memory Layout",
+// "Matrix Descriptor Format" (stride offset 1024 bytes; the leading offset is not used).
+EI_DEVICE uint64_t matrix_descriptor(const char* matrix, int from) {
+  return ((shared_address(matrix) + from * 2) & 0x3ffff) >> 4 | uint64_t{1} << 16 |
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// Ahead of the first product of several, whose sums others may have written.
+// PTX: "Asynchronous Warpgroup Level Matrix Instructions: wgmma.fence", "wgmma.commit_group",
+// "wgmma.wait_group".
+EI_DEVICE void begin_products() {
+#if defined(__CUDACC__)
+#if EI_HAS_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+#else
+  sync_warp();
+#endif
+}
+// Closes the group of products begun since the last one.
+EI_DEVICE void commit_products() {
+#if defined(__CUDACC__)
+#if EI_HAS_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+#else
+  emu::commit_products();
+#endif
+}
+// Waits until at most kPending groups are under way: until then their matrices must stay, and with
+// none the sums d are there.
+template <int kPending, int kN8>
+EI_DEVICE void wait_products(float (&d)[kN8][4]) {
+#if defined(__CUDACC__)
+#if EI_HAS_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  if constexpr (kPending == 0) {
+    EI_UNROLL
+    for (int i = 0; i < kN8; ++i)  // nobody uses them earlier
+      asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+  }
+#endif
+#else
+  (void)d;
+  sync_warp();
+  emu::wait_products(kPending);
+#endif
+}
+
+#define EI_SUMS4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define EI_SUMS16(i) EI_SUMS4(i), EI_SUMS4(i + 1), EI_SUMS4(i + 2), EI_SUMS4(i + 3)
+#define EI_SUMS64(i) EI_SUMS16(i), EI_SUMS16(i + 4), EI_SUMS16(i + 8), EI_SUMS16(i + 12)
+
+// d += a b^T for a [64 x 16] and b [8 kN8 x 16] of bfloat16 in shared memory, in float. Warp w of
+// the group, lane l, with g = 16 w + l / 4 and c = 2 (l % 4), holds of columns 8 i + c and the next
+// d[i][0..1] in row g and d[i][2..3] in row g + 8. PTX: "wgmma.mma_async", "Register Fragments for
+// wgmma.mma_async.m64nNk16".
+EI_DEVICE void multiply_add_async(float (&d)[16][4], uint64_t a, uint64_t b) {
+#if defined(__CUDACC__)
+#if EI_HAS_WGMMA
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, 1, 1, 1, 0, 0;"
+      : EI_SUMS64(0)
+      : "l"(a), "l"(b));
+#else
+  asm volatile("trap;");
+#endif
+#else
+  sync_warp();
+  emu::begin_product(&d[0][0], 64, a, b);
+#endif
+}
+EI_DEVICE void multiply_add_async(float (&d)[32][4], uint64_t a, uint64_t b) {
+#if defined(__CUDACC__)
+#if EI_HAS_WGMMA
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, "
+      "%66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "
+      "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "
+      "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "
+      "%124, %125, %126, %127"
+      "}, %128, %129, 1, 1, 1, 0, 0;"
+      : EI_SUMS64(0), EI_SUMS64(16)
+      : "l"(a), "l"(b));
+#else
+  asm volatile("trap;");
+#endif
+#else
+  sync_warp();
+  emu::begin_product(&d[0][0], 128, a, b);
+#endif
+}
+#undef EI_SUMS4
+#undef EI_SUMS16
+#undef EI_SUMS64
 
 }  // namespace ei::cuda

@@ -49,8 +49,8 @@ void bind_runtime(py::module_& m) {
   m.def("cuda_unusable", device::unusable, py::arg("index") = 0,
         "Why CUDA device `index` cannot be used; empty if it can.");
   m.def("cuda_lacks", lacks_capability, py::arg("index"), py::arg("wanted"), py::arg("family"),
-        "Why CUDA device `index` cannot run kernels of capability `wanted` (major * 10 + minor) or, "
-        "as a family, of its major number; empty if it can.");
+        "Why CUDA device `index` cannot run kernels of capability `wanted` (major * 10 + minor), "
+        "or, as a family, of its major number; empty if it can.");
   m.def(
       "describe", [](const TensorArg& t) { return t.describe(); },
       "What the native side sees of a tensor.");

@@ -55,5 +55,11 @@ PYBIND11_MODULE(_emu, m) {
         py::arg("scale_a"), py::arg("scale_b"), py::arg("pair_a"), py::arg("lane_b"),
         "One matrix product of a warp: words of a [32][4] and b [32][2], of the scales [32]; d "
         "[32][4].");
+  m.def("multiply_add_async", emu::multiply_add_async, py::arg("memory"), py::arg("a"),
+        py::arg("b"), py::arg("columns"),
+        "One matrix product of a warpgroup: 16-bit words of shared memory, two descriptors; the "
+        "sums of thread after thread.");
+  m.def("matrix_descriptor", emu::matrix_descriptor, py::arg("atom"), py::arg("column"),
+        "The descriptor that kernels make.");
   bind_runtime(m);
 }

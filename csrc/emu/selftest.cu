@@ -103,6 +103,58 @@ __global__ void multiply_codes(const uint32_t* a, const uint32_t* b, const uint3
   for (int i = 0; i < 4; ++i) d[lane * 4 + i] = total[i];
 }
 
+constexpr int kAtom = 1024;
+EI_DEVICE char* aligned_room(char* room) {
+  return room + (kAtom - shared_address(room) % kAtom) % kAtom;
+}
+
+template <int N>
+__global__ void multiply_group(const uint16_t* memory, int words, uint64_t a, uint64_t b,
+                               float* sums) {
+  EI_DYNAMIC_SHARED(char, dynamic);
+  uint16_t* room = reinterpret_cast<uint16_t*>(aligned_room(dynamic));
+  for (int i = threadIdx.x; i < words; i += 128) room[i] = memory[i];
+  fence_products();
+  __syncthreads();
+  const uint64_t begin = shared_address(room) >> 4;
+  float d[N / 8][4] = {};
+  begin_products();
+  multiply_add_async(d, a + begin, b + begin);
+  commit_products();
+  wait_products<0>(d);
+  for (int i = 0; i < N / 2; ++i) sums[threadIdx.x * (N / 2) + i] = d[i / 4][i % 4];
+}
+
+__global__ void describe(int atom, int column, uint64_t* out) {
+  EI_DYNAMIC_SHARED(char, dynamic);
+  const char* room = aligned_room(dynamic);
+  if (threadIdx.x == 0)
+    *out = matrix_descriptor(room + atom * kAtom, column) - (shared_address(room) >> 4);
+}
+
+// Sums of 16 products of ones, used or their matrices overwritten before they were waited for.
+enum class Mistake { none, early, overwritten };
+template <Mistake kMistake>
+__global__ void hasty(float* out) {
+  EI_DYNAMIC_SHARED(char, dynamic);
+  char* room = aligned_room(dynamic);
+  const auto fill = [&](float value) {
+    bf16* values = reinterpret_cast<bf16*>(room);
+    for (int i = threadIdx.x; i < 64 * 64 + 128 * 64; i += 128) from_float(value, values[i]);
+    fence_products();
+    __syncthreads();
+  };
+  fill(1.0f);
+  float d[16][4] = {};
+  begin_products();
+  multiply_add_async(d, matrix_descriptor(room, 0), matrix_descriptor(room + 64 * 128, 0));
+  commit_products();
+  if constexpr (kMistake == Mistake::early) out[threadIdx.x] = d[0][0];
+  if constexpr (kMistake == Mistake::overwritten) fill(2.0f);
+  wait_products<0>(d);
+  if constexpr (kMistake != Mistake::early) out[threadIdx.x] = d[0][0];
+}
+
 std::string compare(const std::vector<float>& got, const std::vector<float>& want) {
   for (size_t i = 0; i < want.size(); ++i)
     if (!(got[i] == want[i]))
@@ -140,6 +192,13 @@ std::string run_multiply() {
   launch({}, multiply, dim3(1), 32, 0, static_cast<const bf16*>(a.data()),
          static_cast<const bf16*>(b.data()), d.data());
   return compare(d, want);
+}
+
+template <Mistake kMistake>
+std::string run_products() {
+  std::vector<float> out(128);
+  launch({}, hasty<kMistake>, dim3(1), 128, 25 * kAtom, out.data());
+  return compare(out, std::vector<float>(128, 16.0f));
 }
 
 std::string run_votes() {
@@ -220,6 +279,9 @@ std::string selftest(const std::string& name) {
       {"beyond_shared", run_beyond},
       {"multiply", run_multiply},
       {"votes", run_votes},
+      {"products", run_products<Mistake::none>},
+      {"products_early", run_products<Mistake::early>},
+      {"products_overwritten", run_products<Mistake::overwritten>},
       {"order", run_order},
       {"partial_warp", run_half_block},
   };
@@ -239,6 +301,22 @@ std::vector<float> multiply_add_nvfp4(const std::vector<uint32_t>& a,
   cuda::launch({}, cuda::multiply_codes, dim3(1), 32, 0, a.data(), b.data(), scale_a.data(),
                scale_b.data(), pair_a, lane_b, d.data());
   return d;
+}
+
+std::vector<float> multiply_add_async(const std::vector<uint16_t>& memory, uint64_t a, uint64_t b,
+                                      int columns) {
+  if (columns != 128 && columns != 256) throw std::invalid_argument("128 or 256 columns");
+  std::vector<float> sums(64 * columns);
+  auto* kernel = columns == 128 ? cuda::multiply_group<128> : cuda::multiply_group<256>;
+  cuda::launch({}, kernel, dim3(1), 128, memory.size() * 2 + cuda::kAtom, memory.data(),
+               static_cast<int>(memory.size()), a, b, sums.data());
+  return sums;
+}
+
+uint64_t matrix_descriptor(int atom, int column) {
+  uint64_t found = 0;
+  cuda::launch({}, cuda::describe, dim3(1), 32, (atom + 2) * cuda::kAtom, atom, column, &found);
+  return found;
 }
 
 }  // namespace ei::emu

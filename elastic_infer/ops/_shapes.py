@@ -5,6 +5,10 @@ Tests run them on the emulated GPU, `bench/gpu.py` on a real one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 
 def _products():
     """Three widths on both sides, two segments, rows that end inside a tile."""
@@ -35,6 +39,31 @@ def _experts():
         ("fp8", 4, 12, 3), ("fp8", 20, 9, 3), ("fp8", 60, 3, 2),
     ):  # fmt: skip
         yield base | {"R": R, "E": E, "J": J, "weights": weights}
+
+
+@dataclass(frozen=True)
+class Native:
+    """Cases of `op` for kernels of one kind of card: of this compute capability (major * 10 +
+    minor), or of all with its major number (`family`)."""
+
+    op: str
+    capability: int
+    family: bool
+    cases: tuple[dict, ...]
+
+    def lacks(self, module, device: str) -> str:
+        """Why `device` cannot run them with the kernels of `module`; empty if it can."""
+        return module.cuda_lacks(torch.device(device).index or 0, self.capability, self.family)
+
+
+def _native():
+    """Several K tiles, cut ones, more than a ring holds; more than one block each way."""
+    base = {"K": 208, "segments": (144, 72), "k": (64, 144, 208),
+            "n": ((40, 8), (144, 72), (130, 72)), "act": "none"}  # fmt: skip
+    long = {"K": 720, "segments": (70,), "k": (432, 720), "n": ((64,), (70,)), "act": "relu2"}
+    for rows in (9, 129):
+        yield base | {"R": rows}
+        yield long | {"R": rows}
 
 
 SHAPES: dict[str, list[dict]] = {
@@ -95,3 +124,11 @@ SHAPES: dict[str, list[dict]] = {
         {"lengths": (30, 4, 31, 1, 33, 2, 1, 65), "x": 96, "bc": 32, "widths": (48, 96)}
     ],
 }
+
+NATIVE = {
+    "wgmma": Native("matmul", 90, False, tuple(c | {"kernel": "wgmma"} for c in _native())),
+    "nvfp4 activations": Native(
+        "matmul", 120, True,
+        tuple(c | {"weights": "nvfp4", "activation_quantization": "nvfp4"} for c in _native()),
+    ),
+}  # fmt: skip

@@ -20,6 +20,10 @@ from ._quantised import (
     tile_bytes,
 )
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows
+from .nvfp4_quantize import nvfp4_scale
+from .nvfp4_quantize import reference as quantised
+
+WISHES = ("activation_quantization", "kernel")  # arguments that a case may have
 
 
 def tile_count(n: int) -> int:
@@ -265,6 +269,7 @@ def matmul(
     k_sizes: torch.Tensor | None = None,
     n_sizes: torch.Tensor | None = None,
     activation_quantization: str = "none",
+    kernel: str = "auto",
     run=None,
 ) -> torch.Tensor:
     """``out[r, c] = act(sum_{k < k_r} x[r, k] * W[c, k])`` for the first n_r outputs of each
@@ -282,6 +287,8 @@ def matmul(
         activation_quantization: "none"; or "nvfp4": with an NVFP4 weight on a GPU of compute
             capability 12.x, rows of x are quantised to NVFP4 as well (each with the scale of its
             own prefix), which tensor cores multiply in that form. It has never run on a GPU.
+        kernel: "auto"; or "wgmma": for bfloat16 x and weight on a GPU of compute capability 9.0,
+            the kernel with asynchronous products, which is for many rows. It has never run on one.
         run: None, a Pool or a Step.
 
     Returns: `out`.
@@ -291,7 +298,7 @@ def matmul(
     segments = [(s.tile_row, s.column, s.rows) for s in weight.segments]
     _C.matmul(
         x, weight.image, weight.columns, weight.scale, out, segments, activation, row_width,
-        k_sizes, n_sizes, activation_quantization, run,
+        k_sizes, n_sizes, activation_quantization, kernel, run,
     )  # fmt: skip
     return out
 
@@ -308,8 +315,20 @@ def plain_weight(a: Arguments, dtype: torch.dtype) -> torch.Tensor:
     return dequantise(a["codes"], a["block_scales"], scale, dtype)
 
 
+def _activations(a: Arguments) -> torch.Tensor:
+    """x as it is multiplied: as it is, or each row's own prefix quantised."""
+    if a.get("activation_quantization", "none") == "none":
+        return a["x"]
+    x = torch.zeros_like(a["x"])
+    for r, k in enumerate(width_rows(a, "k_sizes")):
+        own = a["x"][r : r + 1, :k]
+        made = quantised({"weight": own, "scale": nvfp4_scale(own)})
+        x[r, :k] = dequantise(made["codes"], made["block_scales"], nvfp4_scale(own), x.dtype)[0]
+    return x
+
+
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
-    x, out = a["x"], torch.zeros_like(a["out"])
+    x, out = _activations(a), torch.zeros_like(a["out"])
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     w = plain_weight(a, wide)
     for r, k in enumerate(width_rows(a, "k_sizes")):
@@ -371,7 +390,7 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
         "row_width": draw_widths(generator, R, len(case["k"])),
         "k_sizes": torch.tensor(case["k"], dtype=torch.int32),
         "n_sizes": torch.tensor(case["n"], dtype=torch.int32),
-    }
+    } | {name: case[name] for name in WISHES if name in case}
     for r, k in enumerate(width_rows(a, "k_sizes")):
         a["x"][r, k:] = 0
     return a
@@ -447,6 +466,7 @@ def _sliced(a: Arguments):
             "out": torch.empty(len(rows), sum(n), dtype=a["out"].dtype),
             "activation": a["activation"],
             "row_width": None, "k_sizes": None, "n_sizes": None,
+            **{name: a[name] for name in WISHES if name in a},
         }  # fmt: skip
         yield cut, {"out": ((rows[:, None], columns), ...)}
 

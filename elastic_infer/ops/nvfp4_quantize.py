@@ -62,7 +62,8 @@ def nvfp4_quantize(
     return scale
 
 
-def _reference(a: Arguments) -> dict[str, torch.Tensor]:
+def reference(a: Arguments) -> dict[str, torch.Tensor]:
+    """The op in plain torch: codes and block_scales of a["weight"] at a["scale"]."""
     blocks = a["weight"].float().unflatten(1, (-1, BLOCK))  # the op is defined in float32
     scale = torch.tensor(a["scale"])
     amax = blocks.abs().amax(-1)
@@ -144,7 +145,7 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="nvfp4_quantize", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
+        name="nvfp4_quantize", call=_call, reference=reference, cases=_cases, inputs=_inputs,
         outputs=("codes", "block_scales"), cost=_cost, poison=poison_gaps, sliced=_sliced,
         row=_row, rows=lambda a: a["weight"].shape[0],
     )

@@ -33,11 +33,26 @@ bool quantise_x(const Checker& check, const TensorArg& x, DType w_dtype, const s
   return true;
 }
 
+// Refuses a kernel that the device or the operands do not allow. Whether one was wished.
+bool by_warpgroups(const Checker& check, const TensorArg& x, DType w_dtype,
+                   const std::string& kernel) {
+  if (kernel == "auto") return false;
+  if (kernel != "wgmma") check.fail("kernel", "be auto or wgmma", kernel);
+  if (x.dtype != DType::bf16 || w_dtype != DType::bf16)
+    check.fail("kernel", "be auto unless x and w are bfloat16", kernel);
+  if (!device::holds(x))
+    check.fail("kernel", "be auto on the CPU: compute capability 9.0 needed", kernel);
+  const std::string why = lacks_capability(x.device_id, 90, false);
+  if (!why.empty()) check.fail("kernel", "be auto: " + why, kernel);
+  return true;
+}
+
 void matmul_entry(const TensorArg& x, const TensorArg& w, int64_t K, const TensorArg& scale,
                   const TensorArg& out, const std::vector<Segment>& segments,
                   const std::string& activation, const TensorArg& row_width,
                   const TensorArg& k_sizes, const TensorArg& n_sizes,
-                  const std::string& activation_quantization, const py::object& run) {
+                  const std::string& activation_quantization, const std::string& kernel,
+                  const py::object& run) {
   Checker check("matmul");
   const Runner runner = runner_from(run);
   check.bind("K", K);  // the weight's columns
@@ -74,8 +89,10 @@ void matmul_entry(const TensorArg& x, const TensorArg& w, int64_t K, const Tenso
   WidthCheck widths(check, row_width, !runner.step);
   widths.sizes(k_sizes, "k_sizes", K, 16);
   widths.sizes(n_sizes, "n_sizes", largest, a.segments, 1);
-  if (quantise_x(check, x, a.w_dtype, activation_quantization))
-    return submit_cuda(runner, kMatmulW4a4, &a, sizeof(a), x,
+  const char* wished = by_warpgroups(check, x, a.w_dtype, kernel) ? kMatmulWgmma : nullptr;
+  if (quantise_x(check, x, a.w_dtype, activation_quantization)) wished = kMatmulW4a4;
+  if (wished)
+    return submit_cuda(runner, wished, &a, sizeof(a), x,
                        {&x, &w, &scale, &out, &row_width, &k_sizes, &n_sizes});
   const int64_t rows = std::min<int64_t>(check["R"], 256), tiles = (K + 63) / 64;
   submit(runner, matmul_cpu, a, {&x, &w, &scale, &out, &row_width, &k_sizes, &n_sizes},
@@ -113,7 +130,8 @@ void pack_entry(const TensorArg& source, const TensorArg& image, int64_t tile_ro
 const RegisterOp registered([](py::module_& m) {
   m.def("matmul", matmul_entry, py::arg("x"), py::arg("w"), py::arg("K"), py::arg("scale"),
         py::arg("out"), py::arg("segments"), py::arg("activation"), py::arg("row_width"),
-        py::arg("k_sizes"), py::arg("n_sizes"), py::arg("activation_quantization"), py::arg("run"));
+        py::arg("k_sizes"), py::arg("n_sizes"), py::arg("activation_quantization"),
+        py::arg("kernel"), py::arg("run"));
   m.def("matmul_pack", pack_entry, py::arg("source"), py::arg("image"), py::arg("tile_row"),
         py::arg("block_scales"), py::arg("run"));
 });

@@ -38,8 +38,9 @@ struct MatmulArgs {
 
 EI_CPU_KERNEL(matmul, MatmulArgs)
 
-// The CUDA kernels that are asked for by name.
-constexpr const char* kMatmulW4a4 = "matmul_w4a4";
+// The CUDA kernels that are asked for by name: for activations as NVFP4, and for bfloat16 with
+// asynchronous products (compute capability 9.0), which computes what the others do.
+constexpr const char *kMatmulW4a4 = "matmul_w4a4", *kMatmulWgmma = "matmul_wgmma";
 
 // Packs rows of a plain matrix into tiles of an image.
 struct PackArgs {

@@ -10,8 +10,8 @@
 // Work split: one launch quantises, a block per row. The next has the block shapes of the weight-
 //   only kernel (mma_tile.cuh), but warps that split K take K tiles in turn.
 // Shared memory: 8 to 68 KiB.
-// Limits: compute capability 12.x; x starts its rows at multiples of 16 bytes; k sizes are multiples
-//   of 16. A block's last K tile may be cut: scales beyond the prefix count as zero.
+// Limits: compute capability 12.x; x starts its rows at multiples of 16 bytes; k sizes are
+//   multiples of 16. A block's last K tile may be cut: scales beyond the prefix count as zero.
 // Speed: never run on a GPU. Floor: as of matmul, with half the products' time of bfloat16 or less.
 // Source: PTX ISA, "Block Scaling for mma.sync"; ModelOpt's NVFP4 for the activations.
 #include "../../core/codes.h"
