@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from elastic_infer.ops import registry
 from elastic_infer.ops._segments import spans
 from elastic_infer.ops._spec import Arguments
+from elastic_infer.ops.mamba_step import parts
 from elastic_infer.ops.matmul import plain_weight
 from elastic_infer.ops.moe_matmul import plain_weights
 
@@ -108,6 +109,21 @@ def ssm_step(a: Arguments) -> Peer:
         y = (state @ C.expand(*dt.shape, N)[..., None]).squeeze(-1) + D[..., None] * x
         a["y"][:] = y.reshape(S, H * P)
         a["state"][slots] = state.view(S, H, P, N)
+
+    return run
+
+
+def mamba_step(a: Arguments) -> Peer:
+    """The convolution of all sequences at once, then the two peers around this one."""
+    convolution, recurrence, norm = parts(a)
+    slots, mixed = a["slots"].long(), convolution["out"]
+    step, gate = ssm_step(recurrence), gated_norm(norm)
+
+    def run():
+        inputs = torch.cat([a["conv_state"][slots], a["xbc"][:, :, None]], 2)
+        mixed[:] = F.silu((inputs * a["conv_weight"]).sum(2) + a["conv_bias"])
+        a["conv_state"][slots] = inputs[:, :, 1:]
+        step(), gate()
 
     return run
 
@@ -297,8 +313,8 @@ def sample(a: Arguments) -> Peer:
 PEERS: dict[str, Callable[[Arguments], Peer]] = {
     f.__name__: f
     for f in (
-        embed, rms_norm, matmul, causal_conv, ssm_step, ssm_scan, gated_norm, kv_append,
-        attention_decode, attention_prefill, moe_route, moe_matmul, sample,
+        embed, rms_norm, matmul, causal_conv, ssm_step, ssm_scan, gated_norm, mamba_step,
+        kv_append, attention_decode, attention_prefill, moe_route, moe_matmul, sample,
         nvfp4_quantize, fp8_quantize,
     )
 }  # fmt: skip

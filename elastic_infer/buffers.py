@@ -41,6 +41,8 @@ class Buffers:
         self.shared, self.projected = activation(D), activation(widest)
         self.inner = activation(max(inner, heads, 16))
         self.conv, self.scanned = activation(conv), activation(inner)
+        # Counters that mamba_step leaves zero: the passes of a model come one after another.
+        self.arrivals = zeros(rows, config.n_groups, dtype=torch.int32)
         self.expert_ids = zeros(rows, J, dtype=torch.int32)
         self.expert_weights = zeros(rows, J)
         self.workspace = zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)

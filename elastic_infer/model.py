@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from . import _C
+from . import _C, mamba
 from .buffers import LOGIT_ROWS, Buffers, batch_tables
 from .cache import PAGE, Cache, Sequence
 from .cache_dtypes import FP8
@@ -22,17 +22,13 @@ from .devices import CPU, Device, Shared
 from .ops._quantised import NVFP4
 from .ops.attention_decode import attention_decode
 from .ops.attention_prefill import attention_prefill
-from .ops.causal_conv import causal_conv
 from .ops.embed import embed
-from .ops.gated_norm import gated_norm
 from .ops.kv_append import kv_append
 from .ops.matmul import TiledWeight, matmul
 from .ops.moe_matmul import moe_matmul
 from .ops.moe_route import moe_route
 from .ops.rms_norm import rms_norm
 from .ops.sample import sample
-from .ops.ssm_scan import ssm_scan
-from .ops.ssm_step import ssm_step
 from .tables import WidthTables
 from .weights import Weights
 
@@ -380,7 +376,7 @@ class Model:
     def _mamba(self, run, shape: Shape, layer: int, state: int) -> None:
         b, c, w = self.buffers, self.config, self.weights.layers[layer]
         batch = self.batch
-        t, R, B, S = self.tables.layers[layer], shape.rows, shape.steps, shape.segments
+        t, R, B = self.tables.layers[layer], shape.rows, shape.steps
         modes, hidden = batch.row_mode[:R], self.tables.hidden
         H = w.A_log.shape[0]
         inner, bc = H * c.mamba_head_dim, c.n_groups * c.ssm_state_size
@@ -389,32 +385,10 @@ class Model:
             b.normed[:R], w.in_proj, projected, row_width=modes, k_sizes=hidden, n_sizes=t.rows,
             run=run,
         )  # fmt: skip
-        z, xbc, dt = projected.split([inner, inner + 2 * bc, H], 1)
-        ssm, conv_state = self.cache.ssm[state], self.cache.conv[state]
-        conv = b.conv[:R, : inner + 2 * bc]
-        causal_conv(
-            xbc, w.conv_weight, w.conv_bias, conv_state, conv, cu_seqlens=batch.cu_seqlens[: S + 1],
-            slots=batch.slots[:S], x_channels=inner, seq_width=batch.seq_mode[:S], x_sizes=t.conv,
-            run=run,
-        )  # fmt: skip
-        x, B_in, C_in = conv.split([inner, bc, bc], 1)
-        y = b.scanned[:R, :inner]
-        heads = (w.A_log, w.D, w.dt_bias, ssm)
-        if B:
-            ssm_step(x[:B], B_in[:B], C_in[:B], dt[:B], *heads, y[:B], slots=batch.slots[:B],
-                     seq_width=batch.seq_mode[:B], h_sizes=t.state_heads, context=batch.context[:B],
-                     seed=layer, run=run)  # fmt: skip
-        if S > B:
-            ssm_scan(
-                x[B:], B_in[B:], C_in[B:], dt[B:], *heads, y[B:],
-                cu_seqlens=batch.cu_prefill[: S - B + 1], slots=batch.slots[B:S],
-                seq_width=batch.seq_mode[B:S], h_sizes=t.state_heads, context=batch.context[B:S],
-                seed=layer, run=run,
-            )  # fmt: skip
-        gated_norm(
-            y, z, w.gated_norm, b.inner[:R, :inner], groups=c.n_groups, head_dim=c.mamba_head_dim,
-            eps=c.layer_norm_epsilon, row_width=modes, h_sizes=t.heads, run=run,
-        )  # fmt: skip
+        if R == B:
+            mamba.mix_steps(self, run, B, layer, state, projected)
+        else:
+            mamba.mix_tokens(self, run, shape, layer, state, projected)
         self._matmul(
             b.inner[:R, :inner], w.out_proj, b.delta[:R], row_width=modes, k_sizes=t.inner,
             n_sizes=self.tables.hidden_rows, run=run,

@@ -20,8 +20,9 @@ SPECS = registry()
 
 # The ops that a model's pass is made of.
 OPS = {
-    "embed", "rms_norm", "matmul", "causal_conv", "ssm_scan", "ssm_step", "gated_norm", "kv_append",
-    "attention_prefill", "attention_decode", "moe_route", "moe_matmul", "sample",
+    "embed", "rms_norm", "matmul", "causal_conv", "ssm_scan", "ssm_step", "gated_norm",
+    "mamba_step", "kv_append", "attention_prefill", "attention_decode", "moe_route",
+    "moe_matmul", "sample",
 }  # fmt: skip
 
 

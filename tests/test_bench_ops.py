@@ -19,6 +19,7 @@ CASES = {
     "causal_conv": {"lengths": (5,), "x": 32, "bc": 32, "widths": (32,)},
     "ssm_scan": {"lengths": (150,), "H": 4, "P": 16, "N": 16, "G": 2, "widths": (4,)},
     "ssm_step": {"lengths": (1, 1), "H": 4, "P": 16, "N": 16, "G": 2, "widths": (4,), "step": True},
+    "mamba_step": {"S": 3, "H": 4, "P": 16, "N": 16, "G": 2, "widths": (4,)},
     "gated_norm": {"R": 3, "H": 4, "P": 16, "G": 2, "widths": (4,)},
     "kv_append": {"R": 5, "pages": 3, "Hkv": 2, "K": 16, "skip": 0},
     "attention_decode": {"lengths": (70, 70), "Hq": 6, "Hkv": 2, "K": 16, "widths": None},

@@ -66,7 +66,8 @@ def test_cases_of_true_sizes_cover_every_op_of_a_pass():
     assert len({c.name for c in cases}) == len(cases)
     assert {c.op for c in cases} >= {
         "embed", "rms_norm", "matmul", "causal_conv", "ssm_scan", "ssm_step", "gated_norm",
-        "kv_append", "attention_prefill", "attention_decode", "moe_route", "moe_matmul", "sample",
+        "mamba_step", "kv_append", "attention_prefill", "attention_decode", "moe_route",
+        "moe_matmul", "sample",
     }  # fmt: skip
     for case in cases:
         moved, _ = registry()[case.op].cost(case.cost, 2)
@@ -83,7 +84,7 @@ def test_cases_of_true_sizes_cover_every_op_of_a_pass():
 
 @pytest.mark.parametrize("case", [
     c.name for c in shapes.OpCases(shapes.sizes(True)).steps(70) if c.rows <= 8
-    if c.op in ("matmul", "moe_matmul", "causal_conv")
+    if c.op in ("matmul", "moe_matmul", "causal_conv", "mamba_step")
 ])  # fmt: skip
 def test_peers_compute_the_ops(case):
     """At a width's prefix of the full weights too."""
@@ -121,7 +122,7 @@ def test_heads_are_put_in_their_order_and_back(monkeypatch):
     problem = spec.inputs(case, torch.float32, torch.Generator().manual_seed(1))
     mine, theirs = copy_of(problem), copy_of(problem)
     spec.call(mine, None)
-    peer = peers.mamba_step(theirs)
+    peer = peers.triton_step(theirs)
     peer()
     peer.finish()
     compare(spec, mine, theirs, problem)

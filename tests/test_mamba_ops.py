@@ -1,12 +1,17 @@
-"""Law 6 for the Mamba ops, and the refusals of their index arrays."""
+"""Law 6 for the Mamba ops, that the step in one op is the three ops, and the refusals of their
+index arrays."""
 
 import pytest
 import torch
+from emulated import ORDERS, built, installed, load
 
 from elastic_infer import _C
-from elastic_infer.ops import Pool
+from elastic_infer.ops import Pool, _laws, registry
+from elastic_infer.ops._shapes import SHAPES
+from elastic_infer.ops._spec import case_id
 from elastic_infer.ops.causal_conv import causal_conv
 from elastic_infer.ops.gated_norm import gated_norm
+from elastic_infer.ops.mamba_step import mamba_step, parts
 from elastic_infer.ops.ssm_scan import ssm_scan
 from elastic_infer.ops.ssm_step import ssm_step
 
@@ -56,9 +61,7 @@ class Mixer:
         if step:
             ssm_step(*given, self.ssm, y, slots=slots, run=self.runner, **ssm_width)
         else:
-            ssm_scan(
-                *given, self.ssm, y, cu_seqlens=cu, slots=slots, run=self.runner, **ssm_width
-            )
+            ssm_scan(*given, self.ssm, y, cu_seqlens=cu, slots=slots, run=self.runner, **ssm_width)
         return y
 
 
@@ -106,6 +109,77 @@ def test_narrow_step_keeps_state_of_other_heads():
     assert not torch.equal(mixer.ssm[1, :2], ssm[1, :2])
     assert same_bits(mixer.conv[1, 2 * P : H * P], conv[1, 2 * P : H * P])
     assert not torch.equal(mixer.conv[1, H * P :], conv[1, H * P :])
+
+
+FUSED = registry()["mamba_step"]
+
+
+def one_by_one(a, run):
+    """The three ops on `a`: writes what mamba_step writes, but for rows without a slot."""
+    convolution, recurrence, norm = parts(a)
+    causal_conv(run=run, **convolution)
+    ssm_step(run=run, **recurrence)
+    gated_norm(run=run, **norm)
+
+
+def check_three_ops(case, dtype, run):
+    a = _laws.make(FUSED, case, dtype)
+    want = _laws.copy(a)
+    one_by_one(want, run)
+    got = _laws.run(FUSED, a, run)
+    owned = a["slots"] >= 0
+    assert same_bits(got["out"][owned], want["out"][owned]) and not got["out"][~owned].any()
+    assert same_bits(got["conv_state"], want["conv_state"])
+    assert same_bits(got["state"], want["state"]) and not got["arrivals"].any()
+    assert torch.isfinite(got["out"]).all() and not same_bits(got["state"], a["state"])
+
+
+@pytest.mark.parametrize("dtype", FUSED.dtypes)
+@pytest.mark.parametrize("case", _laws.small_cases(FUSED) + SHAPES["mamba_step"], ids=case_id)
+def test_step_in_one_op_is_three_ops(case, dtype):
+    """Bit for bit, on every instruction set and for the CUDA kernels in every order, with rows of
+    several widths, some of which track."""
+    for isa in _C.usable_isas():
+        check_three_ops(case, dtype, Pool(2, isa))
+    with installed(load(built())) as emu:
+        for threads, blocks in ORDERS:
+            emu.configure(threads=threads, blocks=blocks)
+            check_three_ops(case, dtype, emu.Pool())
+
+
+def test_counters_of_a_step_serve_the_next():
+    """Steps one after another over the same counters, as a replayed graph does."""
+    case = SHAPES["mamba_step"][0]
+    with installed(load(built())) as emu:
+        a = _laws.make(FUSED, case, torch.float32)
+        want, step = _laws.copy(a), emu.Step(emu.Pool())
+        FUSED.call(a, step)
+        for _ in range(3):
+            step.run(), one_by_one(want, None)
+            assert same_bits(a["out"], want["out"]) and same_bits(a["state"], want["state"])
+        assert step.captures == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"out_sizes": int32(4, 8)}, "out_sizes must be at most h_sizes, got 8 at width 1"),
+        ({"out_sizes": None}, "out_sizes must be given with seq_width"),
+        ({"out_sizes": int32(4)}, r"out_sizes must have shape"),
+        ({"h_sizes": int32(4, 5)}, "h_sizes must hold sizes .* multiples of 4"),
+        ({"slots": int32(0, 9)}, "slots must hold -1 or indices"),
+        ({"eps": -1.0}, "eps must be at least 0"),
+        ({"arrivals": torch.zeros(2, 3, dtype=torch.int32)}, r"arrivals must have shape"),
+        ({"xbc": torch.zeros(2, 8 * 16 + 2 * 4 * 16 + 16)}, r"xbc must have 128 \+ 2 \* groups"),
+    ],
+)
+def test_step_in_one_op_is_checked(change, message):
+    case = {"S": 2, "H": 8, "P": 16, "N": 16, "G": 4, "widths": (4, 4), "tracked": (8, 4)}
+    a = _laws.make(FUSED, case, torch.float32)
+    before = _laws.copy(a)
+    with pytest.raises(ValueError, match=f"^mamba_step: {message}"):
+        mamba_step(**(a | change))
+    assert same_bits(a["state"], before["state"]) and same_bits(a["out"], before["out"])
 
 
 @pytest.mark.parametrize(

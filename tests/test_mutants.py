@@ -51,6 +51,43 @@ MUTANTS = {
         "moe_matmul", "csrc/core/gemv.cuh",
         "__syncthreads();  // all have read what the last call left in the room", "",
     ),
+    # the last block to arrive
+    "the first block to arrive norms": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu",
+        "arrive(counter) == max(1, p.active * slices) - 1", "arrive(counter) == 0",
+    ),
+    "blocks of absent heads are waited for": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu",
+        "max(1, p.active * slices) - 1", "H / G * slices - 1",
+    ),
+    "a counter is left as it is": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu", "if (shared.last) *counter = 0;", "",
+    ),
+    "every block moves on the history of B and C": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu",
+        "if (!shared.last) return;\n    move_history<T>(a, p);",
+        "move_history<T>(a, p);\n    if (!shared.last) return;",
+    ),
+    "the history of x stands still": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu", "if (moves) take_up(kept, now);", "",
+    ),
+    "state before its inputs are convolved": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu",
+        "convolve_inputs<T>(a, p, shared.inputs);\n  __syncthreads();",
+        "convolve_inputs<T>(a, p, shared.inputs);",
+    ),
+    "tracked heads are normed": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu",
+        "active_size(m.seq_width, a.out_sizes, p.s, H)",
+        "active_size(m.seq_width, m.h_sizes, p.s, H)",
+    ),
+    "padding has a step": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu", "if (p.slot >= 0) {", "if (true) {",
+    ),
+    "a width without heads keeps its history": (
+        "mamba_step", OPS + "mamba_step/mamba_step.cu",
+        "if (!p.mine && blockIdx.x > 0) return;", "if (!p.mine) return;",
+    ),
     # ragged ends
     "codes beyond the prefix": (
         "matmul", "csrc/core/gemv.cuh", "min(4, (columns - t * kTile) / kRun)", "4",

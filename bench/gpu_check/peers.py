@@ -20,7 +20,9 @@ from elastic_infer.ops._spec import Arguments
 from elastic_infer.ops.matmul import plain_weight
 from elastic_infer.ops.moe_matmul import plain_weights
 
-COMPILED = ("ssm_step", "gated_norm", "rms_norm", "causal_conv", "moe_route")  # torch.compile too
+COMPILED = (  # by torch.compile too
+    "mamba_step", "ssm_step", "gated_norm", "rms_norm", "causal_conv", "moe_route",
+)  # fmt: skip
 
 
 def matmul(a: Arguments) -> Peer:
@@ -126,7 +128,7 @@ def _put_back(a: Arguments, y: torch.Tensor, state: torch.Tensor | None = None) 
         a["state"].copy_(state.index_select(1, order))
 
 
-def mamba_step(a: Arguments) -> Peer:
+def triton_step(a: Arguments) -> Peer:
     """mamba_ssm's Triton selective_state_update."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
@@ -183,6 +185,6 @@ def peers_of(op: str) -> list[Callable[[Arguments], Peer]]:
     own = {"matmul": matmul, "causal_conv": causal_conv, "moe_matmul": moe_matmul}
     found = [own.get(op) or torch_peers.PEERS.get(op)]
     if find_spec("mamba_ssm"):
-        better = {"ssm_step": mamba_step, "ssm_scan": mamba_scan}.get(op)
+        better = {"ssm_step": triton_step, "ssm_scan": mamba_scan}.get(op)
         found.insert(0, better)
     return [maker for maker in found if maker]

@@ -142,6 +142,10 @@ class OpCases:
             bc, P = 2 * c.n_groups * c.ssm_state_size, c.mamba_head_dim
             case = {"lengths": lengths, "x": H * P, "bc": bc, "widths": (n * P,)}
             cost = case | {"x": n * P}
+        elif op == "mamba_step":
+            case = {"S": len(lengths), "H": H, "P": c.mamba_head_dim, "N": c.ssm_state_size,
+                    "G": c.n_groups, "widths": (n,)}  # fmt: skip
+            cost = case | {"H": n}
         else:
             case = {"lengths": lengths, "H": H, "P": c.mamba_head_dim, "N": c.ssm_state_size,
                     "G": c.n_groups, "widths": (n,), "step": op == "ssm_step"}  # fmt: skip
@@ -175,7 +179,8 @@ class OpCases:
         for R in (1, 32):
             for width in (full, narrow):
                 found += [self._moe(R, width), self._matmul("in_proj", R, width)]
-        found += [self._mamba("ssm_step", (1,) * R, full) for R in (32, 1, 8, 128)]
+        found += [self._mamba("mamba_step", (1,) * R, full) for R in (32, 1, 8, 128)]
+        found += [self._mamba("ssm_step", (1,) * R, full) for R in (32, 1)]
         found += [
             self._attention("attention_decode", {"lengths": (context,) * R}, R) for R in (8, 1, 32)
         ]

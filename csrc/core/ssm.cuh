@@ -91,6 +91,24 @@ struct StateRows {
   }
 };
 
+// Row `first` of one head's state in a slot.
+template <class State>
+EI_DEVICE State* state_row(const SsmArgs& a, int64_t slot, int head, int first) {
+  const int64_t P = a.state.shape[2], N = a.state.shape[3];
+  return a.state.ptr<State>() + slot * a.state.stride[0] + (head * P + first) * N;
+}
+
+// One token: y = h C + D x of a warp's rows, to y[0, kSsmRows).
+template <class T, class In, int kSteps>
+EI_DEVICE void step_rows(StateRows<kSteps>& rows, const SsmArgs& a, int64_t token, int head,
+                         const In* B, const In* C, const float (&x)[kSsmRows], T* y) {
+  float sums[kSsmRows];
+  rows.step(B, C, decaying_step(a, token, head), x, sums);
+  const float skip = a.D.ptr<float>()[head];
+  for (int p = 0; p < kSsmRows; ++p)  // one lane per row writes it
+    if (rows.lane == p) from_float(sums[p] + skip * x[p], y[p]);
+}
+
 // Tokens [begin, end) of sequence s, one head, state rows [first, first + kSsmRows), by one warp.
 template <class T, class State, int kSteps>
 EI_DEVICE void run_rows(const SsmArgs& a, int64_t s, int64_t begin, int64_t end, int head,
@@ -98,20 +116,15 @@ EI_DEVICE void run_rows(const SsmArgs& a, int64_t s, int64_t begin, int64_t end,
   const int64_t slot = a.slots.ptr<int32_t>()[s];
   const int P = static_cast<int>(a.state.shape[2]), N = static_cast<int>(a.state.shape[3]);
   const int group = head % a.groups;
-  const float skip = a.D.ptr<float>()[head];
-  State* state = a.state.ptr<State>() + slot * a.state.stride[0] +
-                 (static_cast<int64_t>(head) * P + first) * N;
+  State* state = state_row<State>(a, slot, head, first);
   StateRows<kSteps> rows(N);
   rows.read(state);
   for (int64_t t = begin; t < end; ++t) {
     const T* in = row<T>(a.x, t) + head * P + first;
-    float x[kSsmRows], y[kSsmRows];
+    float x[kSsmRows];
     for (int p = 0; p < kSsmRows; ++p) x[p] = to_float(in[p]);
-    rows.step(row<T>(a.B, t) + group * N, row<T>(a.C, t) + group * N, decaying_step(a, t, head), x,
-              y);
-    // One lane per row writes it.
-    for (int p = 0; p < kSsmRows; ++p)
-      if (rows.lane == p) from_float(y[p] + skip * x[p], row<T>(a.y, t)[head * P + first + p]);
+    step_rows(rows, a, t, head, row<T>(a.B, t) + group * N, row<T>(a.C, t) + group * N, x,
+              row<T>(a.y, t) + head * P + first);
     if constexpr (sizeof(State) == 2) {
       const int64_t read = read_before(a, s) + t + 1 - begin;
       if (read % kSsmStored == 0 || t + 1 == end)

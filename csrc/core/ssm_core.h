@@ -120,14 +120,20 @@ void ssm_all(const SsmArgs& a, Pool& pool) {
   });
 }
 
-template <class T, class TimeStep>
-void ssm_stored(const SsmArgs& a, Pool& pool) {
-  a.stochastic() ? ssm_all<T, TimeStep, f16>(a, pool) : ssm_all<T, TimeStep, float>(a, pool);
+// f(x, dt, state): values of their dtypes.
+template <class F>
+void ssm_by_kind(const SsmArgs& a, const F& f) {
+  const auto by_state = [&](auto x, auto dt) {
+    a.stochastic() ? f(x, dt, f16()) : f(x, dt, float());
+  };
+  if (a.x.dtype == DType::f32) return by_state(float(), float());
+  a.dt.dtype == DType::f32 ? by_state(bf16(), float()) : by_state(bf16(), bf16());
 }
 
 inline void ssm_run(const SsmArgs& a, Pool& pool) {
-  if (a.x.dtype == DType::f32) return ssm_stored<float, float>(a, pool);
-  a.dt.dtype == DType::f32 ? ssm_stored<bf16, float>(a, pool) : ssm_stored<bf16, bf16>(a, pool);
+  ssm_by_kind(a, [&](auto x, auto dt, auto state) {
+    ssm_all<decltype(x), decltype(dt), decltype(state)>(a, pool);
+  });
 }
 
 }  // namespace ei::EI_ISA

@@ -97,6 +97,11 @@ SHAPES: dict[str, list[dict]] = {
             "state": "f16",
         },
     ],
+    "mamba_step": [
+        {"S": 2, "H": 16, "P": 64, "N": 128, "G": 8, "widths": (8, 16), "tracked": (16, 16)},
+        {"S": 1, "H": 2, "P": 16, "N": 256, "G": 1, "widths": (2,)},
+        {"S": 2, "H": 4, "P": 112, "N": 144, "G": 2, "widths": (2, 4), "state": "f16"},
+    ],
     "attention_decode": [
         {"lengths": (200, 64), "Hq": 32, "Hkv": 2, "K": 128, "widths": (32, 16)},
         {"lengths": (200, 64), "Hq": 32, "Hkv": 2, "K": 128, "widths": (32, 16), "kv": "fp8"},

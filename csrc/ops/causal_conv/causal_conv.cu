@@ -13,13 +13,13 @@
 // Speed: not yet measured on a GPU. Floor: x read, out written, history in and out.
 // Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block).
 #include "../../core/launch.cuh"
-#include "../../core/rows.cuh"
+#include "../../core/mamba.cuh"
 #include "causal_conv.h"
 
 namespace ei::cuda {
 namespace {
 
-constexpr int kTaps = 4, kHistory = kTaps - 1, kRun = 32, kThreads = 64;
+constexpr int kRun = 32, kThreads = 64;
 
 // The sequence that token t belongs to: the last one that begins at or before it and is not empty.
 EI_DEVICE int find_sequence(const int32_t* begin, int sequences, int t) {
@@ -37,32 +37,36 @@ EI_DEVICE int find_sequence(const int32_t* begin, int sequences, int t) {
 template <class T, class W>
 struct Channels {
   static constexpr int V = kVector<T>;
-  float weight[kTaps][V], bias[V], window[kHistory][V];  // window: the last inputs, oldest first
+  float weight[V][kTaps], bias[V];
+  float window[V][kHistory];  // the last inputs, oldest first
 
   EI_DEVICE void load_taps(const CausalConvArgs& a, int first) {
     const W* w = a.weight.ptr<W>() + first * kTaps;
     for (int i = 0; i < V; ++i) {
-      for (int k = 0; k < kTaps; ++k) weight[k][i] = to_float(w[i * kTaps + k]);
+      for (int k = 0; k < kTaps; ++k) weight[i][k] = to_float(w[i * kTaps + k]);
       bias[i] = to_float(a.bias.ptr<W>()[first + i]);
     }
   }
   EI_DEVICE void load_history(const T* state) {
     for (int i = 0; i < V; ++i)
-      for (int k = 0; k < kHistory; ++k) window[k][i] = to_float(state[i * kHistory + k]);
+      for (int k = 0; k < kHistory; ++k) window[i][k] = to_float(state[i * kHistory + k]);
+  }
+  EI_DEVICE void load_window(const CausalConvArgs& a, int t, int first) {
+    for (int k = 0; k < kHistory; ++k) {
+      float past[V];
+      load(row<T>(a.x, t - kHistory + k) + first, past);
+      for (int i = 0; i < V; ++i) window[i][k] = past[i];
+    }
   }
   // One token: its output to `out`, and it joins the window.
   EI_DEVICE void step(const T* x, T* out) {
     float now[V], y[V];
     load(x, now);
-    for (int i = 0; i < V; ++i) {
-      float sum = bias[i];
-      for (int k = 0; k < kHistory; ++k) sum = sum + weight[k][i] * window[k][i];
-      y[i] = silu(sum + weight[kHistory][i] * now[i]);
-    }
+    for (int i = 0; i < V; ++i) y[i] = convolved(bias[i], weight[i], window[i], now[i]);
     store(out, y);
     for (int i = 0; i < V; ++i) {
-      for (int k = 0; k + 1 < kHistory; ++k) window[k][i] = window[k + 1][i];
-      window[kHistory - 1][i] = now[i];
+      for (int k = 0; k + 1 < kHistory; ++k) window[i][k] = window[i][k + 1];
+      window[i][kHistory - 1] = now[i];
     }
   }
 };
@@ -103,8 +107,7 @@ __global__ void __launch_bounds__(kThreads) convolve(const __grid_constant__ Cau
     if (begins)
       channels.load_history(state);
     else
-      for (int k = 0; k < kHistory; ++k)
-        load(row<T>(a.x, t - kHistory + k) + first, channels.window[k]);
+      channels.load_window(a, t, first);
     for (; t < last; ++t) channels.step(row<T>(a.x, t) + first, row<T>(a.out, t) + first);
     if (begins) write_history(state, a, start, stop, first);
   }

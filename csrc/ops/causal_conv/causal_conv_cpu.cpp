@@ -7,13 +7,12 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "causal_conv.h"
 
-#include "../../core/pool.h"
-#include "../../core/vec.h"
+#include "../../core/mamba.h"
 
 namespace ei::EI_ISA {
 namespace {
 
-constexpr int kTaps = 4, kHistory = kTaps - 1, kBlock = 128;
+constexpr int kBlock = 128;
 
 template <class T>
 struct Block {
@@ -37,21 +36,10 @@ void load_block(const CausalConvArgs& a, const T* state, int64_t first, int n, B
 // where they lie.
 template <class T, class W>
 void step_block(const CausalConvArgs& a, int64_t token, int64_t slot, int64_t first, int n) {
-  T* state = a.state.ptr<T>() + slot * a.state.stride[0] + first * kHistory;
-  const W* weight = a.weight.ptr<W>() + first * kTaps;
-  const W* bias = a.bias.ptr<W>() + first;
-  const T* x = a.x.ptr<T>() + token * a.x.stride[0] + first;
-  T* out = a.out.ptr<T>() + token * a.out.stride[0] + first;
-  for (int c = 0; c < n; c += V::kLanes) {
-    V w[kTaps], past[kTaps];
-    load_groups<kTaps>(weight + c * kTaps, w);
-    load_groups<kHistory>(state + c * kHistory, past);
-    past[kHistory] = V::load(x + c);
-    V sum = V::load(bias + c);
-    for (int k = 0; k < kTaps; ++k) sum = fma(w[k], past[k], sum);
-    store(out + c, silu(sum));
-    store_groups<kHistory>(state + c * kHistory, past + 1);
-  }
+  conv_token(a.x.ptr<T>() + token * a.x.stride[0] + first, a.weight.ptr<W>() + first * kTaps,
+             a.bias.ptr<W>() + first,
+             a.state.ptr<T>() + slot * a.state.stride[0] + first * kHistory,
+             a.out.ptr<T>() + token * a.out.stride[0] + first, n);
 }
 
 // The channels [first, first + n) of one sequence of `tokens` tokens; n <= kBlock.

@@ -8,13 +8,13 @@
 // Speed: not yet measured on a GPU. Floor: y and z read, out written.
 // Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block, grouped norm).
 #include "../../core/launch.cuh"
-#include "../../core/rows.cuh"
+#include "../../core/mamba.cuh"
 #include "gated_norm.h"
 
 namespace ei::cuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+constexpr int kThreads = kNormThreads, kWarps = kThreads / kWarp;
 
 struct Shared {
   float sums[kWarps];
@@ -22,41 +22,16 @@ struct Shared {
 
 template <class T, class W>
 __global__ void __launch_bounds__(kThreads) norm(const __grid_constant__ GatedNormArgs a) {
-  constexpr int V = kVector<T>;
   EI_SHARED(Shared, shared);
   EI_DYNAMIC_SHARED(float, gated);
   const int64_t r = blockIdx.x;
   const int group = blockIdx.y, G = a.groups, P = a.head_dim;
   const int H = static_cast<int>(a.y.shape[1]) / P;
-  const int heads = active_size(a.row_width, a.h_sizes, r, H);
-  const int kept = heads > group ? (heads - group + G - 1) / G : 0;  // of this group
-  const T* y = row<T>(a.y, r);
-  const T* z = row<T>(a.z, r);
-  T* out = row<T>(a.out, r);
-  // Channel c of the group is in the row at:
-  const auto place = [&](int c) { return (c / P * G + group) * P + c % P; };
-
-  float squares = 0.0f;
-  for (int c = threadIdx.x * V; c < kept * P; c += kThreads * V) {
-    float u[V], gate[V];
-    load(y + place(c), u);
-    load(z + place(c), gate);
-    for (int i = 0; i < V; ++i) {
-      u[i] *= silu(gate[i]);
-      squares += u[i] * u[i];
-      gated[c + i] = u[i];
-    }
-  }
-  const float total = sum_block(squares, shared.sums);
-  const float scale = 1.0f / sqrtf(total / static_cast<float>(kept * P) + a.eps);
+  const int kept = heads_of_group(active_size(a.row_width, a.h_sizes, r, H), group, G);
   const W* weight = a.weight.ptr<W>();
-  for (int c = threadIdx.x * V; c < H / G * P; c += kThreads * V) {
-    const int at = place(c);
-    float v[V] = {};  // heads that are not kept: a matmul reads exact zeros there
-    if (c < kept * P)
-      for (int i = 0; i < V; ++i) v[i] = to_float(weight[at + i]) * (gated[c + i] * scale);
-    store(out + at, v);
-  }
+  norm_group(
+      row<T>(a.y, r), row<T>(a.z, r), row<T>(a.out, r), H, P, G, group, kept, a.eps,
+      [&](int c) { return to_float(weight[c]); }, gated, shared.sums);
 }
 
 void launch_gated_norm(const GatedNormArgs& a, const CudaCall& call) {

@@ -1,0 +1,108 @@
+// Computes: mamba_step (mamba_step.h), from the parts of causal_conv, ssm_step and gated_norm, and
+//   so with their bits.
+// Layout: rows and weights as those ops have them; a part's convolved channels and y lie in its
+//   thread's scratch, in the columns they have in a row.
+// Work split: parts are (sequence, group): the heads of a group need its B and C and no others, and
+//   its norm needs its heads and no others.
+// Scratch: a row of xbc, a row of y, and the group's gated channels as floats.
+// Order: as in the three ops.
+// Limits: P and N are multiples of 16, N at most 256.
+// Speed: see the op table in the README (bench/ops.py).
+#include "mamba_step.h"
+
+#include "../../core/mamba.h"
+#include "../../core/ssm_core.h"
+
+namespace ei::EI_ISA {
+namespace {
+
+// A row of a thread's own that every sequence finds at its own index.
+Tensor scratch_row(const Tensor& like, void* data) {
+  Tensor t = like;
+  t.data = data;
+  t.stride[0] = 0;
+  return t;
+}
+
+// One group of one sequence.
+struct Part {
+  int64_t s, slot;
+  int group, heads, kept;  // heads: of all groups, that are computed; kept: that `out` keeps
+};
+
+// Convolves the channels [first, first + n) of xbc into the row `to`.
+template <class T, class W>
+void convolve(const MambaStepArgs& a, const Part& p, T* to, int64_t first, int n) {
+  conv_token(a.ssm.x.ptr<T>() + p.s * a.ssm.x.stride[0] + first,
+             a.conv_weight.ptr<W>() + first * kTaps, a.conv_bias.ptr<W>() + first,
+             a.conv_state.ptr<T>() + p.slot * a.conv_state.stride[0] + first * kHistory, to + first,
+             n);
+}
+
+template <class T, class W>
+void convolve_group(const MambaStepArgs& a, const Part& p, T* to) {
+  const int P = static_cast<int>(a.ssm.state.shape[2]), N = static_cast<int>(a.ssm.state.shape[3]);
+  const int64_t x = a.ssm.x.shape[1], bc = a.ssm.B.shape[1];
+  for (int n = p.group; n < p.heads; n += a.ssm.groups) convolve<T, W>(a, p, to, n * P, P);
+  convolve<T, W>(a, p, to, x + p.group * N, N);
+  convolve<T, W>(a, p, to, x + bc + p.group * N, N);
+}
+
+template <class T, class TimeStep, class State>
+void run_part(const MambaStepArgs& a, const Part& p, char* scratch) {
+  const SsmArgs& m = a.ssm;
+  const int P = static_cast<int>(m.state.shape[2]), G = m.groups;
+  const int64_t channels = m.x.shape[1], bc = m.B.shape[1];
+  T* mixed = reinterpret_cast<T*>(scratch);
+  T* y = mixed + channels + 2 * bc;
+  float* gated = reinterpret_cast<float*>(y + channels);
+  if constexpr (sizeof(T) == 4)
+    convolve_group<T, float>(a, p, mixed);
+  else
+    a.conv_weight.dtype == DType::bf16 ? convolve_group<T, bf16>(a, p, mixed)
+                                       : convolve_group<T, float>(a, p, mixed);
+  SsmArgs own = m;
+  own.x = scratch_row(m.x, mixed);
+  own.B = scratch_row(m.B, mixed + channels);
+  own.C = scratch_row(m.C, mixed + channels + bc);
+  own.y = scratch_row(m.y, y);
+  const int64_t before = m.context ? m.context.ptr<int32_t>()[p.s] : 0;
+  for (int n = p.group; n < p.heads; n += G)
+    ssm_head<T, TimeStep, State>(own, n, p.s, p.s + 1, p.slot, before);
+  const HeadGroup group{static_cast<int>(m.state.shape[1]), P, G, p.group};
+  const T* z = a.z.ptr<T>() + p.s * a.z.stride[0];
+  T* out = m.y.ptr<T>() + p.s * m.y.stride[0];
+  a.norm_weight.dtype == DType::bf16
+      ? norm_group(y, z, a.norm_weight.ptr<bf16>(), out, group, p.kept, a.eps, gated)
+      : norm_group(y, z, a.norm_weight.ptr<float>(), out, group, p.kept, a.eps, gated);
+}
+
+template <class T, class TimeStep, class State>
+void run_all(const MambaStepArgs& a, Pool& pool) {
+  const SsmArgs& m = a.ssm;
+  const int64_t S = m.slots.shape[0], H = m.state.shape[1], P = m.state.shape[2], G = m.groups;
+  pool.run(S * G, [&](int64_t part, int thread) {
+    const int64_t s = part / G;
+    Part p{s, m.slots.ptr<int32_t>()[s], static_cast<int>(part % G), static_cast<int>(H),
+           static_cast<int>(H)};
+    if (m.seq_width) {
+      const int32_t width = m.seq_width.ptr<int32_t>()[s];
+      p.heads = m.h_sizes.ptr<int32_t>()[width];
+      p.kept = a.out_sizes.ptr<int32_t>()[width];
+    }
+    if (p.slot >= 0) return run_part<T, TimeStep, State>(a, p, pool.scratch(thread));
+    T* out = m.y.ptr<T>() + s * m.y.stride[0];
+    for (int64_t n = p.group; n < H; n += G)
+      std::memset(static_cast<void*>(out + n * P), 0, P * sizeof(T));
+  });
+}
+
+}  // namespace
+
+void mamba_step(const MambaStepArgs& a, Pool& pool) {
+  ssm_by_kind(a.ssm, [&](auto x, auto dt, auto state) {
+    run_all<decltype(x), decltype(dt), decltype(state)>(a, pool);
+  });
+}
+
+}  // namespace ei::EI_ISA
