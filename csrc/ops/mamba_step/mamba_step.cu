@@ -1,7 +1,7 @@
 // Computes: mamba_step (mamba_step.h) in one launch.
 // Layout: as ssm_step.cu has the state: a warp holds 4 rows of it in registers, all reads of which
 //   are under way before anything else is read. Convolved B, C and x lie in shared memory.
-// Work split: blocks are (32 state rows of a head of a group, group, sequence): 128 for one sequence
+// Work split: blocks are (32 state rows of a head of a group, group, sequence): 128 for a sequence
 //   of 64 heads x 64, whatever the group. Every block convolves its own x, and its group's B and C
 //   again (18 bytes a channel, from the second-level cache: 4.6 KB beside 32 KB of state at N =
 //   128). It leaves y in `out` and arrives at the counter of (sequence, group). The block that

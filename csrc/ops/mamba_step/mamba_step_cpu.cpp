@@ -2,9 +2,10 @@
 //   so with their bits.
 // Layout: rows and weights as those ops have them; a part's convolved channels and y lie in its
 //   thread's scratch, in the columns they have in a row.
-// Work split: parts are (sequence, group): the heads of a group need its B and C and no others, and
-//   its norm needs its heads and no others.
-// Scratch: a row of xbc, a row of y, and the group's gated channels as floats.
+// Work split: parts are (sequence, run of groups): the heads of a group need its B and C and no
+//   others, and its norm needs its heads and no others. Runs are as long as leaves every thread two
+//   parts, since the heads of neighbouring groups are neighbours in memory.
+// Scratch: a row of xbc, a row of y, and a group's gated channels as floats.
 // Order: as in the three ops.
 // Limits: P and N are multiples of 16, N at most 256.
 // Speed: see the op table in the README (bench/ops.py).
@@ -24,11 +25,19 @@ Tensor scratch_row(const Tensor& like, void* data) {
   return t;
 }
 
-// One group of one sequence.
+// Groups [group, end) of one sequence.
 struct Part {
   int64_t s, slot;
-  int group, heads, kept;  // heads: of all groups, that are computed; kept: that `out` keeps
+  int group, end, heads, kept;  // heads: of all groups, that are computed; kept: that `out` keeps
 };
+
+// f(n) for the heads n < heads of the part's groups, ascending.
+template <class F>
+void each_head(const Part& p, int G, int64_t heads, const F& f) {
+  for (int first = 0; first < heads; first += G)
+    for (int n = first + p.group; n < first + p.end; ++n)
+      if (n < heads) f(n);
+}
 
 // Convolves the channels [first, first + n) of xbc into the row `to`.
 template <class T, class W>
@@ -40,12 +49,12 @@ void convolve(const MambaStepArgs& a, const Part& p, T* to, int64_t first, int n
 }
 
 template <class T, class W>
-void convolve_group(const MambaStepArgs& a, const Part& p, T* to) {
+void convolve_groups(const MambaStepArgs& a, const Part& p, T* to) {
   const int P = static_cast<int>(a.ssm.state.shape[2]), N = static_cast<int>(a.ssm.state.shape[3]);
   const int64_t x = a.ssm.x.shape[1], bc = a.ssm.B.shape[1];
-  for (int n = p.group; n < p.heads; n += a.ssm.groups) convolve<T, W>(a, p, to, n * P, P);
-  convolve<T, W>(a, p, to, x + p.group * N, N);
-  convolve<T, W>(a, p, to, x + bc + p.group * N, N);
+  each_head(p, a.ssm.groups, p.heads, [&](int n) { convolve<T, W>(a, p, to, n * P, P); });
+  convolve<T, W>(a, p, to, x + p.group * N, (p.end - p.group) * N);
+  convolve<T, W>(a, p, to, x + bc + p.group * N, (p.end - p.group) * N);
 }
 
 template <class T, class TimeStep, class State>
@@ -57,33 +66,42 @@ void run_part(const MambaStepArgs& a, const Part& p, char* scratch) {
   T* y = mixed + channels + 2 * bc;
   float* gated = reinterpret_cast<float*>(y + channels);
   if constexpr (sizeof(T) == 4)
-    convolve_group<T, float>(a, p, mixed);
+    convolve_groups<T, float>(a, p, mixed);
   else
-    a.conv_weight.dtype == DType::bf16 ? convolve_group<T, bf16>(a, p, mixed)
-                                       : convolve_group<T, float>(a, p, mixed);
+    a.conv_weight.dtype == DType::bf16 ? convolve_groups<T, bf16>(a, p, mixed)
+                                       : convolve_groups<T, float>(a, p, mixed);
   SsmArgs own = m;
   own.x = scratch_row(m.x, mixed);
   own.B = scratch_row(m.B, mixed + channels);
   own.C = scratch_row(m.C, mixed + channels + bc);
   own.y = scratch_row(m.y, y);
   const int64_t before = m.context ? m.context.ptr<int32_t>()[p.s] : 0;
-  for (int n = p.group; n < p.heads; n += G)
-    ssm_head<T, TimeStep, State>(own, n, p.s, p.s + 1, p.slot, before);
-  const HeadGroup group{static_cast<int>(m.state.shape[1]), P, G, p.group};
+  each_head(p, G, p.heads,
+            [&](int n) { ssm_head<T, TimeStep, State>(own, n, p.s, p.s + 1, p.slot, before); });
   const T* z = a.z.ptr<T>() + p.s * a.z.stride[0];
   T* out = m.y.ptr<T>() + p.s * m.y.stride[0];
-  a.norm_weight.dtype == DType::bf16
-      ? norm_group(y, z, a.norm_weight.ptr<bf16>(), out, group, p.kept, a.eps, gated)
-      : norm_group(y, z, a.norm_weight.ptr<float>(), out, group, p.kept, a.eps, gated);
+  for (int g = p.group; g < p.end; ++g) {
+    const HeadGroup group{static_cast<int>(m.state.shape[1]), P, G, g};
+    a.norm_weight.dtype == DType::bf16
+        ? norm_group(y, z, a.norm_weight.ptr<bf16>(), out, group, p.kept, a.eps, gated)
+        : norm_group(y, z, a.norm_weight.ptr<float>(), out, group, p.kept, a.eps, gated);
+  }
 }
 
 template <class T, class TimeStep, class State>
 void run_all(const MambaStepArgs& a, Pool& pool) {
   const SsmArgs& m = a.ssm;
   const int64_t S = m.slots.shape[0], H = m.state.shape[1], P = m.state.shape[2], G = m.groups;
-  pool.run(S * G, [&](int64_t part, int thread) {
-    const int64_t s = part / G;
-    Part p{s, m.slots.ptr<int32_t>()[s], static_cast<int>(part % G), static_cast<int>(H),
+  const int64_t wanted =
+      std::min(G, std::max<int64_t>(1, 2 * pool.threads() / std::max<int64_t>(1, S)));
+  const int64_t length = (G + wanted - 1) / wanted, runs = (G + length - 1) / length;
+  pool.run(S * runs, [&](int64_t part, int thread) {
+    const int64_t s = part / runs, first = part % runs * length;
+    Part p{s,
+           m.slots.ptr<int32_t>()[s],
+           static_cast<int>(first),
+           static_cast<int>(std::min(G, first + length)),
+           static_cast<int>(H),
            static_cast<int>(H)};
     if (m.seq_width) {
       const int32_t width = m.seq_width.ptr<int32_t>()[s];
@@ -92,8 +110,8 @@ void run_all(const MambaStepArgs& a, Pool& pool) {
     }
     if (p.slot >= 0) return run_part<T, TimeStep, State>(a, p, pool.scratch(thread));
     T* out = m.y.ptr<T>() + s * m.y.stride[0];
-    for (int64_t n = p.group; n < H; n += G)
-      std::memset(static_cast<void*>(out + n * P), 0, P * sizeof(T));
+    each_head(p, static_cast<int>(G), H,
+              [&](int n) { std::memset(static_cast<void*>(out + n * P), 0, P * sizeof(T)); });
   });
 }
 
