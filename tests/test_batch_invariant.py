@@ -23,7 +23,7 @@ FORMATS = ({}, {"weights": "nvfp4"}, {"weights": "fp8"})
 CASES = {
     "attention_decode": (1, 2, 4), "attention_prefill": (1, 2), "causal_conv": (1, 2),
     "embed": (2,), "fp8_quantize": (1,), "gated_norm": (1, 2), "kv_append": (3,),
-    "matmul": (2, 3, *(PRODUCT | f for f in FORMATS)),
+    "mamba_step": (1, 2), "matmul": (2, 3, *(PRODUCT | f for f in FORMATS)),
     "moe_matmul": (2, *(EXPERTS | f for f in FORMATS)), "moe_route": (2, 3),
     "nvfp4_quantize": (1,), "rms_norm": (1,), "sample": (2,), "ssm_scan": (1, 3),
     "ssm_step": (1, 2),
@@ -48,6 +48,8 @@ def batch_of(op: str, case: int | dict, n: int) -> dict:
     case = small_cases(registry()[op])[case] if isinstance(case, int) else case
     if case.get("step"):
         return case | {"lengths": (1,) * n, "padded": 0}
+    if op == "mamba_step":
+        return case | {"S": n, "padded": 0}
     lengths = tuple(islice(chain(LENGTHS.get(op, ()), cycle((1, 7))), n))
     if op == "attention_prefill":
         return case | {"tokens": lengths, "context": tuple(i * 41 % 200 for i in range(n))}
