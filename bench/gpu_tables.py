@@ -119,6 +119,22 @@ def one_run(name: str, figures: Figures) -> str:
     return "\n\n".join(blocks)
 
 
+def named(left: list[str], known: list[str]) -> str:
+    """Kernels in words: a template of which no instantiation ran stands once, with their number;
+    of any other every one that is left stands by name."""
+    families: dict[str, list[str]] = {}
+    for kernel in left:
+        families.setdefault(kernel.split("<")[0], []).append(kernel)
+    words = []
+    for family, kernels in families.items():
+        whole = [k for k in known if k.split("<")[0] == family]
+        if len(kernels) == len(whole) > 1:
+            words.append(f"`{family}` x {len(whole)}")
+        else:
+            words += [f"`{kernel}`" for kernel in kernels]
+    return ", ".join(words)
+
+
 def gpu_table(root: Path) -> str:
     """Every run, then every kernel that has not run on a GPU."""
     runs = results(root)
@@ -130,8 +146,10 @@ def gpu_table(root: Path) -> str:
     if missing:
         blocks.append(
             f"**{missing} of {count} CUDA kernels have not run on a GPU**; they were compiled for "
-            "four architectures and tested on an emulated one:"
+            "four architectures and tested on an emulated one. Numbers count the instantiations of "
+            f"a template, which `{RESULTS}/ptxas.json` names:"
         )
-        rows = [[f"`{op}`", ", ".join(f"`{k}`" for k in names)] for op, names in left.items()]
+        known = all_kernels(root)
+        rows = [[f"`{op}`", named(names, known[op])] for op, names in left.items()]
         blocks.append(grid(["op", "kernels that have not run on a GPU"], rows, "---"))
     return "\n\n".join(blocks)
