@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ import elastic_infer.ops  # noqa: F401  (the tensor conversion registers with it
 from elastic_infer.ops import _laws, registry
 from elastic_infer.ops._laws import make, one_width, small_cases
 
-BUILD = Path(__file__).parents[1] / os.environ.get("EMU_BUILD", "build/emu")
+ROOT = Path(__file__).parents[1]
+CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
+BUILD = ROOT / os.environ.get("EMU_BUILD", "build/emu")
 # Of threads within a block, and of blocks. A missing barrier shows in at least one of them.
 ORDERS = [
     ("ascending", "ascending"),
@@ -35,6 +38,29 @@ def built() -> Path:
     if not files:
         pytest.fail(f"{BUILD} holds no _emu module: run `make emu`", pytrace=False)
     return files[0]
+
+
+def variant(folder: Path, source: Path, *flags: str) -> Path:
+    """A `_emu` module in `folder`: the one that was built, but for `source`, compiled anew with
+    `flags` in the place of the file of that name."""
+    made = folder / "variant.o"
+    defines = ["-DELASTIC_EMULATE=1", "-w", "-x", "c++"]
+    subprocess.run([*CXX, *defines, *flags, "-c", str(source), "-o", str(made)], check=True)
+    objects = BUILD.glob("CMakeFiles/_emu.dir/csrc/**/*.o")
+    others = [str(o) for o in objects if o.name != f"{source.name}.o"]
+    module = folder / built().name
+    # The new one first: of an inline function that several objects hold, the linker takes that one.
+    subprocess.run([*CXX, "-shared", str(made), *others, "-o", str(module)], check=True)
+    return module
+
+
+def run_alone(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a script in a process of its own that can import the library and the tests."""
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True, text=True, timeout=600, env=path, cwd=ROOT,
+    )  # fmt: skip
 
 
 @contextmanager

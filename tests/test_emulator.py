@@ -1,7 +1,7 @@
 """The emulator runs CUDA kernels as a GPU would, and shows the mistakes it is there to find."""
 
 import pytest
-from emulated import built, load
+from emulated import ROOT, built, load, run_alone, variant
 
 emu = load(built())
 ORDERS = ("ascending", "descending", "shuffled")
@@ -59,3 +59,34 @@ def test_mistakes_are_reported(name, message):
     with pytest.raises(RuntimeError, match=message):
         emu.selftest(name)
     assert emu.selftest("barrier") == "ok"  # and the next launch is not affected
+
+
+# What runs the fibers where there is no assembly for them (any processor but x86-64).
+PORTABLE = """
+import sys
+from pathlib import Path
+from emulated import check_orders, installed, load
+from elastic_infer.ops import _laws, registry
+
+with installed(load(Path(sys.argv[1]))) as emu:
+    for name in ("barrier", "copy", "multiply", "votes", "unwritten_shared"):
+        assert emu.selftest(name) == "ok", name
+    try:
+        emu.selftest("divergent_warp")
+        raise SystemExit("a divergent warp was not reported")
+    except RuntimeError as error:
+        assert "at a warp operation" in str(error)
+    for op, number in (("rms_norm", 1), ("matmul", 2), ("moe_route", 1), ("attention_decode", 1)):
+        spec = registry()[op]
+        for dtype in spec.dtypes:
+            check_orders(emu, spec, _laws.small_cases(spec)[number], dtype)
+    print(emu.fibers())
+"""
+
+
+def test_fibers_without_assembly(tmp_path):
+    """The same selftests, and a few ops in all orders, on the stacks of ucontext."""
+    module = variant(tmp_path, ROOT / "csrc" / "emu" / "emu.cpp", "-DEI_EMU_UCONTEXT=1")
+    done = run_alone(PORTABLE, str(module))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["ucontext"] and emu.fibers() in ("assembly", "ucontext")

@@ -4,16 +4,11 @@ A mutant is one textual change to a source file; it is run in a process of its o
 write where they must not.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 from shutil import copytree
 
 import pytest
-from emulated import BUILD, built
-
-ROOT = Path(__file__).parents[1]
-CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
+from emulated import ROOT, built, run_alone, variant
 
 OPS = "csrc/ops/"
 # name: (op, or kernel file of one, file, old text, new text)
@@ -107,6 +102,22 @@ MUTANTS = {
     "a sequence cut by a run loses its first tokens": (
         "causal_conv", OPS + "causal_conv/causal_conv.cu",
         "max(end, start + kHistory) : end", "end : end",
+    ),
+    # segments of a scan
+    "a segment knows nothing of those before it": (
+        "ssm_scan", OPS + "ssm_scan/ssm_scan.cu", "h[i] = decay * h[i] + end[i]", "h[i] = end[i]",
+    ),
+    "a segment fades by its last chunk alone": (
+        "ssm_scan", OPS + "ssm_scan/ssm_scan.cu",
+        "faded += static_cast", "faded = static_cast",
+    ),
+    "a segment of one token is forgotten": (
+        "ssm_scan", OPS + "ssm_scan/ssm_scan.cu",
+        "lead + kSegment - 1) / kSegment", "lead + kSegment - 2) / kSegment",
+    ),
+    "segments begin within chunks": (
+        "ssm_scan", OPS + "ssm_scan/ssm_scan.cu",
+        "begin : begin - lead + k * kSegment", "begin : begin + k * kSegment",
     ),
     # codes and scales
     "a code loses its sign": (
@@ -261,6 +272,7 @@ if sys.argv[2] == "matmul_wgmma":
     sys.exit()
 spec = registry()[sys.argv[2]]
 with installed(load(Path(sys.argv[1]))) as emu:
+    emu.device(multiprocessors=132)  # so that sequences are cut into segments
     for case in small_cases(spec):
         for dtype in reversed(spec.dtypes):
             check_orders(emu, spec, case, dtype)
@@ -279,25 +291,12 @@ def compile_mutant(folder: Path, file: str, old: str, new: str, op: str) -> Path
     assert text.count(old) == 1, f"{file} must hold the text of the mutant once: {old}"
     (folder / file).write_text(text.replace(old, new))
     [source] = (folder / "csrc" / "ops").glob(f"*/{op}.cu")
-    made = folder / "mutant.o"
-    flags = ["-DELASTIC_EMULATE=1", "-w", "-x", "c++"]
-    subprocess.run([*CXX, *flags, "-c", str(source), "-o", str(made)], check=True)
-    objects = [
-        str(o) for o in BUILD.glob("CMakeFiles/_emu.dir/csrc/**/*.o") if o.name != f"{op}.cu.o"
-    ]
-    module = folder / built().name
-    # The mutant first: of an inline function that several objects hold, the linker takes that one.
-    subprocess.run([*CXX, "-shared", str(made), *objects, "-o", str(module)], check=True)
-    return module
+    return variant(folder, source)
 
 
-def check(module: Path, op: str) -> subprocess.CompletedProcess:
+def check(module: Path, op: str):
     """Runs the laws of `op` on `module`."""
-    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
-    return subprocess.run(
-        [sys.executable, "-c", CHECK, str(module), op],
-        capture_output=True, text=True, timeout=600, env=path, cwd=ROOT,
-    )  # fmt: skip
+    return run_alone(CHECK, str(module), op)
 
 
 @pytest.mark.slow

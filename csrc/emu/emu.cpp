@@ -339,6 +339,14 @@ std::vector<std::unique_ptr<Worker>>& workers() {
 
 }  // namespace
 
+const char* fibers() {
+#if defined(EI_EMU_UCONTEXT)
+  return "ucontext";
+#else
+  return "assembly";
+#endif
+}
+
 Settings& settings() {
   static Settings s;
   return s;

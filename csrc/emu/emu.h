@@ -52,6 +52,9 @@ struct Settings {
 };
 Settings& settings();
 
+// What switches stacks: "assembly", or "ucontext" where there is none for the processor.
+const char* fibers();
+
 // Where the running fiber is.
 struct Here {
   dim3 thread, block, block_size, grid_size;

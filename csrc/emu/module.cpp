@@ -47,6 +47,7 @@ PYBIND11_MODULE(_emu, m) {
       py::arg("multiprocessors") = 0, py::arg("batch_invariant") = false,
       py::arg("compute_capability") = 80,
       "What the ops are told of the device and of the wish for batch-invariant sums.");
+  m.def("fibers", &emu::fibers, "What switches stacks: assembly, or ucontext.");
   m.def("has_kernel",
         [](const std::string& op) { return find_cuda_kernel(op.c_str()) != nullptr; });
   m.def("selftest", emu::selftest, py::arg("name"), py::call_guard<py::gil_scoped_release>(),
