@@ -206,6 +206,7 @@ class OpCases:
                      {"tokens": (tokens // 2,), "context": (tokens,)})  # fmt: skip
         return [
             self._mamba("ssm_scan", (tokens,), full),
+            self._mamba("ssm_scan", (2 * tokens,), full),
             self._moe(tokens, full),
             self._matmul("in_proj", tokens, full),
             self._matmul("in_proj", tokens, full, kernel="wgmma"),

@@ -66,6 +66,14 @@ def _native():
         yield long | {"R": rows}
 
 
+def _segments():
+    """Prompts that CUDA cuts into segments of 512 tokens, their ends at and around one."""
+    base = {"H": 2, "P": 16, "N": 32, "G": 1, "widths": (2, 1), "slow": True}
+    yield base | {"lengths": (1537, 520)}
+    yield base | {"lengths": (520, 1600), "state": "f16"}
+    yield {"lengths": (1100,), "H": 1, "P": 64, "N": 128, "G": 1, "widths": (1,), "slow": True}
+
+
 SHAPES: dict[str, list[dict]] = {
     "matmul": list(_products()),
     "moe_matmul": list(_experts()),
@@ -80,6 +88,7 @@ SHAPES: dict[str, list[dict]] = {
             "widths": (2, 1),
             "state": "f16",
         },
+        *_segments(),
         {"lengths": (70,), "H": 1, "P": 80, "N": 144, "G": 1, "widths": (1,)},  # beyond chunks
         {"lengths": (70,), "H": 1, "P": 80, "N": 144, "G": 1, "widths": (1,), "state": "f16"},
     ],
