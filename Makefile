@@ -32,7 +32,7 @@ test: env emu ## the tests: at most 10 minutes on 2 cores
 
 test-emu: env emu ## only the tests of the CUDA kernels, emulated
 	$(PYTEST) tests/test_emulator.py tests/test_cuda_ops.py tests/test_cuda_shapes.py \
-	  tests/test_batch_invariant.py tests/test_ptxas.py -m "not slow" $(TEST_ARGS)
+	  tests/test_batch_invariant.py tests/test_w4a4.py tests/test_wgmma.py tests/test_ptxas.py -m "not slow" $(TEST_ARGS)
 
 test-emu-asan: env ## the same under AddressSanitizer and UBSan
 	@$(dir $(PY))cmake -S . -B build/emu-asan -DELASTIC_EMULATE=ON -DELASTIC_SANITIZE=ON \
@@ -40,7 +40,8 @@ test-emu-asan: env ## the same under AddressSanitizer and UBSan
 	@$(subst build/emu,build/emu-asan,$(EMU))
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 EMU_BUILD=build/emu-asan \
-	  $(PYTEST) tests/test_emulator.py tests/test_cuda_ops.py tests/test_cuda_shapes.py $(TEST_ARGS)
+	  $(PYTEST) tests/test_emulator.py tests/test_cuda_ops.py tests/test_cuda_shapes.py \
+	  tests/test_w4a4.py tests/test_wgmma.py $(TEST_ARGS)
 
 test-slow: env emu ## the tests that take minutes each
 	$(PYTEST) -m slow $(TEST_ARGS)

@@ -189,6 +189,19 @@ def quantized_table(figures: Figures) -> str:
     return f"{grid(head, rows)}\n\n{note}"
 
 
+def activations_table(figures: Figures) -> str:
+    """What each width solves when activations are NVFP4 as well."""
+    rows = [
+        [f"{way}: {what}", *(share(row) for row in widths.values())]
+        for way, told in figures["ways"].items()
+        for what, widths in told.items()
+    ]
+    widths = next(iter(next(iter(figures["ways"].values())).values()))
+    note = f"{figures['problems']} problems, greedy; computed in torch. {measured(figures)}."
+    head = ("quantised", *(f"`{w}` solves, %" for w in widths))
+    return f"{grid(head, rows)}\n\n{note}"
+
+
 def ops_table(figures: Figures) -> str:
     """Every op beside torch: {"rows": [{"op", "case", "us", ...}]} of `ops.py`."""
     rows = [
@@ -271,6 +284,7 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "fullsize": (f"{RESULTS}/fullsize-cpu.json", fullsize_table),
     "nvfp4-620m": (f"{RESULTS}/nvfp4-620m.json", nvfp4_table),
     "quantized": (f"{CARD}/quantized.json", quantized_table),
+    "activations": (f"{RESULTS}/activations.json", activations_table),
     "ops": (f"{RESULTS}/ops-cpu.json", ops_table),
     "drift": (f"{RESULTS}/drift.json", drift_table),
     **{name: (f"{RESULTS}/elastify/results.json", make) for name, make in ELASTIFY.items()},

@@ -315,6 +315,12 @@ SAMPLES = {
         ["| bf16 | 95.5% (91.7–97.6) | 2.15 MB | 1549 kB | - |", "| 0.90 MB | 500 kB | 8.1% |",
          "9 steps, 1.5 minutes", "before: L 0.5000; after: L 0.2500"],
     ),
+    "activations": (
+        {"ways": {"nvfp4": {"weights": {"S": SCORE}, "weights and activations": {"S": SCORE}}},
+         "problems": 200, "machine": MACHINE, "date": "d"},
+        ["| nvfp4: weights | 95.5% (91.7–97.6) |", "| nvfp4: weights and activations | 95.5%",
+         "200 problems"],
+    ),
     "ops": (
         {"rows": [{"op": "embed", "case": "R=1 V=2", "us": 1.26, "gb_s": 3.14, "gflop_s": 0.0,
                    "percent_of_roof": 41.8, "roof": "read", "ratio": 2.5}],

@@ -22,6 +22,7 @@ SERIAL = (
     "serialized due to a call\n"
 )
 
+BLOCK_SCALED = "mma.sync.aligned.kind::mxf4nvf4.block_scale.scale_vec::4X"
 RECORD = ROOT / "bench" / "results" / "ptxas.json"
 
 
@@ -71,3 +72,26 @@ def test_kernels_assemble_without_spills(arch):
     kernels = ptxas.report([arch])["kernels"]
     assert len({k["op"] for k in kernels}) == len(ptxas.sources())
     assert ptxas.faults(kernels) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
+@pytest.mark.parametrize(
+    "kernel, arch, instruction, elsewhere",
+    [
+        ("matmul_w4a4", "120f", BLOCK_SCALED, "90a"),
+        ("matmul_w4a4", "120a", BLOCK_SCALED, "100f"),
+        ("matmul_wgmma", "90a", "wgmma.mma_async.sync.aligned.m64n256k16", "120f"),
+    ],
+)
+def test_native_kernels_hold_their_instruction(tmp_path, kernel, arch, instruction, elsewhere):
+    """Where the architecture has it; elsewhere a trap stands in its place."""
+    source = ROOT / "csrc" / "ops" / "matmul" / f"{kernel}.cu"
+    texts = []
+    for one in (arch, elsewhere):
+        made = tmp_path / f"{one}.ptx"
+        command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-ptx", f"-arch=sm_{one}"]
+        subprocess.run([*command, "-o", made, source], check=True)
+        texts.append(made.read_text())
+    assert instruction in texts[0] and "trap;" not in texts[0]
+    assert instruction not in texts[1] and "trap;" in texts[1]

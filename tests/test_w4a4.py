@@ -1,6 +1,8 @@
 """NVFP4 activations with NVFP4 weights, on the emulated GPU: the matrix instruction against its
 manual's tables, the quantised rows against numpy, products against float64, and who is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,19 @@ def test_rows_that_are_not_finite_give_nan_and_others_are_as_before():
         assert k > 3 and torch.isnan(got[4, :n]).all()
         rest = torch.arange(len(got)) != 4
         assert _laws.same_bits(got[rest], want[rest])
+
+
+def test_the_accuracy_benchmark_quantises_alike(monkeypatch):
+    """`bench/activations.py` does in torch what the kernel does."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    from activations import quantise
+
+    for x in edges().values():
+        got = quantise(x).numpy()
+        for r, values in enumerate(x.numpy()):
+            g = np.float32(np.abs(values).max() / np.float32(6 * 448)) or np.float32(1)
+            exact = dequantise(*numpy_nvfp4(values[None], g), 1.0)[0].astype(np.float32)
+            assert np.array_equal(got[r], exact * g)
 
 
 # -- products ----------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""What NVFP4 activations cost in accuracy: the shipped reasoner with its matrices in NVFP4.
+
+    python bench/activations.py                  # bench/results/activations.json
+    python bench/activations.py --problems 50    # fewer problems
+
+The kernel for such activations needs a GPU of compute capability 12.x. Here torch computes the same
+in front of the CPU's products: every row of x that meets an NVFP4 weight outside of experts is
+quantised with the scale of its own prefix. Passes are not recorded, so that it happens in each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from elastic_infer import Engine, demo_model
+from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.elastify.reasoner.evaluate import SEED, evaluate
+from elastic_infer.elastify.reasoner.quantized import quantized_folder
+from elastic_infer.elastify.reasoner.task import MAX_OPERATIONS, held_out_problems
+from elastic_infer.host import machine, today
+from elastic_infer.model import Model, Shape
+from elastic_infer.ops._quantised import NVFP4
+from elastic_infer.ops.matmul import matmul
+from elastic_infer.quantization.formats import (
+    BLOCK,
+    E2M1_MAX,
+    E4M3_MAX,
+    decode_e4m3,
+    encode_e2m1,
+    unpack_e2m1,
+)
+from elastic_infer.quantization.write import DEFAULT_GROUPS, GROUPS
+
+OUT = Path(__file__).resolve().parent / "results" / "activations.json"
+WAYS = {"nvfp4": DEFAULT_GROUPS, "nvfp4, every matrix": GROUPS}
+
+
+def quantise(x: torch.Tensor) -> torch.Tensor:
+    """Rows [R, K] as NVFP4 has them, in float32; each with a scale of its own."""
+    blocks = x.float().unflatten(1, (-1, BLOCK))
+    g = blocks.abs().amax((1, 2)) / (E2M1_MAX * E4M3_MAX)
+    g = torch.where(g > 0, g, 1.0)[:, None, None]
+    wanted = (blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * g)).clamp(max=E4M3_MAX)
+    scales = decode_e4m3(wanted.to(torch.float8_e4m3fn).view(torch.uint8))
+    step = scales * g
+    codes = unpack_e2m1(encode_e2m1(torch.where(step > 0, blocks / step, 0.0)))
+    return (codes * scales * g).flatten(1)
+
+
+def quantising(x: torch.Tensor, weight, out: torch.Tensor, **given: Any) -> torch.Tensor:
+    """`matmul` on the CPU, with x quantised first where it would be on a GPU."""
+    if weight.dtype == NVFP4:
+        modes, sizes, rows = given["row_width"], given["k_sizes"].tolist(), torch.zeros(x.shape)
+        for width, k in enumerate(sizes):
+            chosen = (modes == width).nonzero().flatten()
+            rows[chosen, :k] = quantise(x[chosen, :k])
+        x = rows
+    return matmul(x, weight, out, **given)
+
+
+def unrecorded(model: Model, steps: int) -> None:
+    """A pass of steps, run op by op."""
+    model._record(model.pool, Shape(steps, steps, steps))
+    model._head(model.pool, model.buffers.normed[:steps], model.batch.row_mode[:steps])
+
+
+@contextmanager
+def quantised_activations(wish: bool) -> Iterator[None]:
+    """Inside, engines on the CPU quantise activations, if `wish`."""
+    product = mock.patch("elastic_infer.model.matmul", quantising if wish else matmul)
+    with mock.patch.object(Model, "_replay", unrecorded), product:
+        yield
+
+
+def measure(folder: Path, count: int) -> dict[str, Any]:
+    """{"weights" or "weights and activations": {width: what it solved}}."""
+    problems, found = held_out_problems(SEED, count), {}
+    for wish in (False, True):
+        with quantised_activations(wish), Engine.from_pretrained(folder, device="cpu") as engine:
+            rows = {w: evaluate(engine, problems, width=w).score.to_dict() for w in engine.widths}
+        found["weights and activations" if wish else "weights"] = rows
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=int, default=40 * MAX_OPERATIONS)
+    parser.add_argument("--out", type=Path, default=OUT)
+    given = parser.parse_args()
+    checkpoint = Checkpoint.open(demo_model())
+    figures = {"date": today(), "machine": machine(), "problems": given.problems, "ways": {}}
+    for name, groups in WAYS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            quantized_folder(checkpoint, Path(folder) / "m", "nvfp4", groups, None)
+            figures["ways"][name] = measure(Path(folder) / "m", given.problems)
+        print(name, json.dumps(figures["ways"][name]), flush=True)
+    given.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
