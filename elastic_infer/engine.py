@@ -37,7 +37,13 @@ class Engine:
     runs before the first request. Use it in a `with`, or `close()` it.
     """
 
-    def __init__(self, loaded: Loaded, max_waiting: int | None = None, mixing: str = "auto"):
+    def __init__(
+        self,
+        loaded: Loaded,
+        max_waiting: int | None = None,
+        mixing: str = "auto",
+        async_scheduling: bool = True,
+    ):
         """Use `from_pretrained`."""
         _check_limit("max_waiting", max_waiting)
         check_mixing(mixing)
@@ -52,7 +58,7 @@ class Engine:
         most = self._capacity.max_num_seqs
         limits = Limits(self._capacity.max_num_batched_tokens, most)
         self._scheduler = Scheduler(
-            self._model, loaded.eos_ids, limits, StepCosts(active), mixing, most
+            self._model, loaded.eos_ids, limits, StepCosts(active), mixing, most, async_scheduling
         )
         self._worker = Worker(self._scheduler, max_waiting)
         # An engine that is dropped, or still open when Python ends, stops its thread.
@@ -82,6 +88,7 @@ class Engine:
         batch_invariant: bool = False,
         enforce_eager: bool = False,
         activation_quantization: str = "none",
+        async_scheduling: bool = True,
         progress: Callable[[str, int], None] | None = None,
     ) -> Engine:
         """Loads a `nemotron_h` checkpoint.
@@ -116,6 +123,10 @@ class Engine:
             activation_quantization: "none"; or "nvfp4": products with NVFP4 weights, those of
                 experts excepted, quantise their activations row by row. For GPUs of compute
                 capability 12.x alone; costs accuracy; has never run on one.
+            async_scheduling: on a GPU, launch a pass of decode steps before the tokens of the one
+                before it are read out, where these cannot change what it reads; False waits for
+                them every time. No effect on results, except that a row which has ended may share
+                one more pass, as in any batch (see batch_invariant). No effect on a CPU.
             progress: called with (tensor name, bytes) for every tensor read.
 
         Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
@@ -127,7 +138,8 @@ class Engine:
         )  # fmt: skip
         _check_limit("max_waiting", max_waiting)
         check_mixing(mixing)
-        return cls(load(path_or_hub_id, revision, widths, options), max_waiting, mixing)
+        loaded = load(path_or_hub_id, revision, widths, options)
+        return cls(loaded, max_waiting, mixing, async_scheduling)
 
     # -- what it is --------------------------------------------------------------------------
 
@@ -164,8 +176,8 @@ class Engine:
         return self._worker.closed
 
     def stats(self) -> dict[str, int]:
-        """Counters: requests, passes, tokens read, preemptions, tokens rebuilt by switches; and
-        what is in use now."""
+        """Counters: requests, passes, how many of these were launched ahead of the tokens before
+        them, tokens read, preemptions, tokens rebuilt by switches; and what is in use now."""
         cache, scheduler = self._model.cache, self._scheduler
         return {
             **vars(scheduler.stats),

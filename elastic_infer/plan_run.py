@@ -58,6 +58,11 @@ class PlanRun(ABC):
         self._seen = count
         return self._decide(token_ids, entropy, len(fresh))
 
+    def settled(self, count: int) -> str | None:
+        """The width that reads on once there are `count` tokens, whatever the ones are that were
+        not shown yet; None where it depends on them, or where tokens may be forced."""
+        return None
+
     def fork(self) -> PlanRun:
         """An independent copy of the state."""
         twin = copy.copy(self)
@@ -79,6 +84,9 @@ class FixedRun(PlanRun):
     def _decide(self, token_ids: Sequence[int], entropy: float | None, fresh: int) -> Decision:
         return Decision(self.plan.width, self.phase)
 
+    def settled(self, count: int) -> str | None:
+        return self.plan.width
+
 
 class ScheduleRun(PlanRun):
     plan: Schedule
@@ -89,6 +97,9 @@ class ScheduleRun(PlanRun):
         while self._at + 1 < len(steps) and steps[self._at + 1][0] <= len(token_ids):
             self._at += 1
         return Decision(steps[self._at][1], self.phase)
+
+    def settled(self, count: int) -> str | None:
+        return [width for start, width in self.plan.steps if start <= count][-1]
 
 
 class ThinkRun(PlanRun):
@@ -128,6 +139,12 @@ class ThinkRun(PlanRun):
         if self.phase == "thinking" and self._due:
             return Decision(plan.answer, "answer", self._closing)
         return Decision(plan.think, self.phase)
+
+    def settled(self, count: int) -> str | None:
+        plan = self.plan
+        if self.phase == "answer" or (plan.think == plan.answer and plan.think_tokens is None):
+            return plan.answer
+        return None
 
 
 class UncertainRun(PlanRun):

@@ -66,6 +66,11 @@ class Branch:
             or self.plan.plan.needs_entropy
         )
 
+    def is_full(self, count: int, max_length: int) -> bool:
+        """Whether it ends with `count` tokens, whatever they are. max_length: of a sequence."""
+        full = len(self.request.prompt_ids) + count >= max_length
+        return full or count == self.request.params.max_tokens
+
     def emit(self, token: Token) -> None:
         """Adds a token to the result and, for the first branch, to the stream."""
         self.tokens.append(token)

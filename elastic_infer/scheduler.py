@@ -6,18 +6,28 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
+from .ahead import following
 from .batching import Candidate, Limits, StepCosts, form_batch
 from .cache import PAGE, Sequence
 from .errors import NonFiniteLogits, OutOfCapacity, WidthError
-from .model import Model, Result, Segment
+from .model import Model
 from .outputs import Token
+from .passes import Flight, Part, Passes
 from .plan import Decision
 from .reading import Reader
 from .request import Branch, Request
 from .sampler import Drawn, Sampler
-from .switching import Read, keep_snapshots, snapshot_slots, split_for_snapshots, switch
+from .switching import (
+    Read,
+    keep_snapshots,
+    single_steps,
+    snapshot_slots,
+    split_for_snapshots,
+    switch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +37,7 @@ class Stats:
     """Counters since the engine was opened."""
 
     passes: int = 0
+    passes_ahead: int = 0
     tokens_read: int = 0
     preemptions: int = 0
     rebuilt_tokens: int = 0
@@ -38,6 +49,8 @@ class Scheduler:
 
     model: owns weights and cache. eos_ids: tokens that end a sequence. limits: of one pass.
     mixing: whether rows of different widths share passes. max_running: branches in the cache.
+    async_scheduling: whether passes may be launched before the tokens of the last are known
+    (`ahead.py`); never on a CPU, which has computed them by then.
     """
 
     def __init__(
@@ -48,6 +61,7 @@ class Scheduler:
         costs: StepCosts,
         mixing: str = "auto",
         max_running: int = 64,
+        async_scheduling: bool = True,
     ):
         self.model, self.cache = model, model.cache
         self.eos_ids, self.limits, self.costs = frozenset(eos_ids), limits, costs
@@ -57,6 +71,9 @@ class Scheduler:
         self.running: list[Branch] = []  # in order of arrival
         self.readers: list[Reader] = []
         self._reader_waits = False
+        self._ahead = async_scheduling and not model.device.is_cpu
+        self._passes = Passes(model, self.sampler, costs, limits.max_rows)
+        self._flight: Flight | None = None  # launched in the last step, its tokens not read out
         self.stats = Stats()
         self._width_index = {name: i for i, name in enumerate(model.widths)}
 
@@ -122,7 +139,8 @@ class Scheduler:
             if saved is None:
                 continue
             # One page to spare, so that it does not fall out again at once.
-            if saved.page_count + 1 > self.cache.pages.free and self._active():
+            busy = self._flight is not None or bool(self._active())
+            if saved.page_count + 1 > self.cache.pages.free and busy:
                 return
             try:
                 self.cache.resume(branch.sequence)
@@ -178,110 +196,133 @@ class Scheduler:
     # -- one pass ----------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Admits, runs one pass, samples. Returns whether a pass ran."""
+        """Admits, runs one pass, samples. Returns whether a pass ran.
+
+        On a device the next pass is launched before this one's tokens are read out, if these can
+        change nothing about it; the step after this one finds it in flight."""
         self._drop_cancelled()
         self._admit()
-        batch = self._form()
-        if not batch:
+        flight = self._flight or self._launch(self._form(), self._active())
+        if flight is None:
             return False
-        self._run(batch)
+        self._flight = self._launch_ahead(flight)
+        self._land(flight, self._flight)
+        if self._flight and not self._flight.wanted:
+            self._flight = None
         return True
 
-    def _run(self, batch: list[tuple[Branch | Reader, int]]) -> None:
-        """Reads the batch's tokens, takes due snapshots, samples where the reads are complete."""
-        chosen = {id(r) for r, _ in batch}
-        for row in self._active():
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
+        """Starts the pass after the one in flight, if what it reads is settled, is steps alone and
+        has room."""
+        if not self._ahead or self.readers or self.model.last is not flight.result:
+            return None
+        ready = following(flight, self.running, self.model.max_length) or []
+        parts = self._choose(ready)
+        if any(part.read.kind != "step" for part in parts) or not self._has_room(parts):
+            return None
+        self.stats.passes_ahead += bool(parts)
+        return self._launch(parts, [part.row for part in ready])
+
+    def _launch(self, parts: list[Part], ready: Seq[Branch | Reader]) -> Flight | None:
+        """Starts a pass, which on a CPU is to run it, and takes due snapshots.
+
+        ready: who could have been in it."""
+        if not parts:
+            return None
+        chosen = {id(part.row) for part in parts}
+        for row in ready:
             row.waited = 0 if id(row) in chosen else row.waited + 1
-        segments = [
-            Segment(r.sequence, r.pending[0].tokens[:n], r.pending[0].width, r.pending[0].kind,
-                    self._wanted(r, n))
-            for r, n in batch
-        ]  # fmt: skip
-        if not self.model.device.is_cpu:  # there the pass draws the tokens itself
-            for segment, (row, _) in zip(segments, batch):
-                if isinstance(row, Branch):
-                    segment.draw = self.sampler.parameters(row)
-        result = self._forward(segments)
-        rows, branches = [], []
-        for i, (row, n) in enumerate(batch):
-            sampling, read = self._completes(row, n), row.pending[0]
-            ended = self._consume(row, n)
+        flight = self._passes.launch(parts)
+        self.stats.passes += 1
+        for part in parts:
+            if part.feed < 0:
+                self._consume(part)
+        return flight
+
+    def _land(self, flight: Flight, ahead: Flight | None) -> None:
+        """Reads out what a pass drew, samples what it did not, and decides what comes next.
+
+        ahead: the pass that was launched after it."""
+        ids, rows, branches = self._passes.read_out(flight), [], []
+        for i, part in enumerate(flight.parts):
+            row = part.row
             if isinstance(row, Reader):
-                if segments[i].logits != "none":
-                    row.take(result.of(i))
-                if sampling:
+                if part.logits != "none":
+                    row.take(flight.result.of(i))
+                if part.samples:
                     self.readers.remove(row)
                     row.finish()
-                continue
-            if ended:
-                keep_snapshots(self.cache, row.sequence, row.request.plan.policy, read.mark)
-            if sampling:
+            elif part.samples and row.finish_reason is None:
                 branches_of = self._fork(row)
-                rows += [result.spans[i][0]] * len(branches_of)
+                rows += [flight.result.spans[i][0]] * len(branches_of)
                 branches += branches_of
         if branches:
-            ids = None if result.drawn is None else result.drawn.tolist()
-            all_drawn = self.sampler.draw(result.logits, rows, branches, ids)
+            all_drawn = self.sampler.draw(flight.result.logits, rows, branches, ids)
             for branch, drawn in zip(branches, all_drawn):
                 self._guard(branch, lambda b=branch, d=drawn: self._take(b, d))
+        for part in ahead.parts if ahead else ():
+            if part.feed >= 0 and part.row.finish_reason is None:
+                self._guard(part.row, lambda p=part: self._confirm(p))
 
-    def _wanted(self, row: Branch | Reader, n: int) -> str:
-        """Which logits the next n tokens of a row are to give."""
-        if isinstance(row, Reader) and row.logits == "all":
-            return "all"
-        return "last" if self._completes(row, n) else "none"
+    def _consume(self, part: Part) -> None:
+        """Takes what a pass has read off the row's reads, and a snapshot where one is due then."""
+        row, read = part.row, part.read
+        self.stats.tokens_read += part.count
+        if part.count < len(read.tokens):
+            row.pending[0] = read.after(part.count)
+            return
+        row.pending.pop(0)
+        if isinstance(row, Branch):
+            keep_snapshots(self.cache, row.sequence, row.request.plan.policy, read.mark)
 
-    def _forward(self, segments: list[Segment]) -> Result:
-        steps = all(s.kind == "step" for s in segments)
-        known = bool(steps and self.model.step_names(len(segments)))
-        start = time.perf_counter()
-        result = self.model.forward(segments)
-        if known:  # the first pass of a size also records it, which says nothing of its cost
-            if result.drawn is not None:
-                # A device has only been told what to do: the pass ends when its tokens are read.
-                result.drawn = result.drawn.cpu()
-            widest = max(self._width_index[s.width] for s in segments)
-            self.costs.record(widest, len(segments), time.perf_counter() - start)
-        self.stats.passes += 1
-        self.stats.tokens_read += sum(len(s.tokens) for s in segments)
-        return result
+    def _confirm(self, part: Part) -> None:
+        """Takes off a branch's reads what the pass ahead reads of them, now that the token is known
+        that this pass was fed."""
+        branch, read = part.row, part.row.pending[0]
+        foreseen = replace(part.read, tokens=branch.token_ids[-1:])
+        if branch.pending != [foreseen]:
+            raise RuntimeError(
+                f"{branch.request.request_id}: the next read must be the one that was settled, "
+                f"{foreseen}, got {branch.pending}"
+            )
+        self.cache.advance(branch.sequence, read.tokens, read.width, read.kind)
+        self._consume(part)
 
-    @staticmethod
-    def _completes(row: Branch | Reader, n: int) -> bool:
-        return len(row.pending) == 1 and n == len(row.pending[0].tokens)
+    def _choose(self, ready: list[Part]) -> list[Part]:
+        """The parts of the next pass, among those that could be read."""
+        candidates = [
+            Candidate(
+                key=i, width=self._width_index[p.read.width], tokens=len(p.read.tokens),
+                kind=p.read.kind, position=p.row.sequence.length, waited=p.row.waited,
+            )
+            for i, p in enumerate(ready)
+        ]  # fmt: skip
+        batch = form_batch(candidates, self.limits, self.costs, self.mixing)
+        parts = [replace(ready[key], count=n) for key, n in batch]
+        for p in parts:
+            whole = p.count == len(p.read.tokens)
+            p.samples = p.feed >= 0 or (whole and len(p.row.pending) == 1)
+        return parts
 
-    @staticmethod
-    def _consume(row: Branch | Reader, n: int) -> bool:
-        """Takes n tokens off the first read; True when that was its end."""
-        read = row.pending[0]
-        if n == len(read.tokens):
-            row.pending.pop(0)
-            return True
-        row.pending[0] = read.after(n)
-        return False
+    def _pages_needed(self, parts: list[Part]) -> list[int]:
+        return [self.cache.pages_needed(p.row.sequence, p.count) for p in parts]
 
-    def _form(self) -> list[tuple[Branch | Reader, int]]:
+    def _has_room(self, parts: list[Part]) -> bool:
+        return not self.cache.k or sum(self._pages_needed(parts)) <= self.cache.pages.free
+
+    def _form(self) -> list[Part]:
         """The next pass, after making room for it where needed. A reader waits for room while a
         branch runs, and nothing new is admitted meanwhile; branches move one another out."""
         left_out: list[Reader] = []
         while True:
-            ready = [r for r in self._active() if r not in left_out]
-            candidates = [
-                Candidate(
-                    key=i, width=self._width_index[r.pending[0].width],
-                    tokens=len(r.pending[0].tokens), kind=r.pending[0].kind,
-                    position=r.sequence.length, waited=r.waited,
-                )
-                for i, r in enumerate(ready)
-            ]  # fmt: skip
-            batch = form_batch(candidates, self.limits, self.costs, self.mixing)
-            chosen = [(ready[key], n) for key, n in batch]
-            needs = [self.cache.pages_needed(r.sequence, n) for r, n in chosen]
-            if not self.cache.k or sum(needs) <= self.cache.pages.free:
+            ready = [Part(r, r.pending[0]) for r in self._active() if r not in left_out]
+            chosen = self._choose(ready)
+            if self._has_room(chosen):
                 self._reader_waits = bool(left_out)
                 return chosen
-            branches = [r for r in ready if isinstance(r, Branch)]
-            hungry = [r for (r, _), n in zip(chosen, needs) if n and isinstance(r, Reader)]
+            branches = [p.row for p in ready if isinstance(p.row, Branch)]
+            needs = zip(chosen, self._pages_needed(chosen))
+            hungry = [p.row for p, n in needs if n and isinstance(p.row, Reader)]
             if hungry and branches:
                 left_out.append(hungry[-1])
             elif hungry:
@@ -364,13 +405,13 @@ class Scheduler:
             kind = "step" if branch.sequence.tokens else "prefill"
             reads = [Read(unread, decision.width, kind)]
         reads = split_for_snapshots(reads, branch.sequence.length, policy)
-        branch.pending = [part for read in reads for part in _single_steps(read)]
+        branch.pending = [part for read in reads for part in single_steps(read)]
 
     def _append(
         self, branch: Branch, token: int, phase, forced: bool, drawn: Drawn | None
     ) -> bool:
         """Adds one token to the output; True if the branch ended with it."""
-        request, params = branch.request, branch.request.params
+        params = branch.request.params
         branch.token_ids.append(token)
         count = len(branch.token_ids)
         may_stop = count >= params.min_tokens
@@ -381,8 +422,7 @@ class Scheduler:
                 hidden = True
                 branch.finish_reason = "stop"
                 branch.stop_reason = token if token in params.stop_token_ids else None
-        full = len(request.prompt_ids) + count >= self.model.max_length
-        if branch.finish_reason is None and (count == params.max_tokens or full):
+        if branch.finish_reason is None and branch.is_full(count, self.model.max_length):
             branch.finish_reason = "length"
         ended = branch.finish_reason is not None
         text = branch.push_text(token, ended, hidden, may_stop)
@@ -431,6 +471,7 @@ class Scheduler:
 
     def abandon_running(self, error: Exception) -> None:
         """Ends every request that has a place in the cache, and every reader."""
+        self._flight = None
         for request in {b.request: None for b in self.running}:
             self._fail(request.branches[0], error)
         self._abandon_readers(error)
@@ -438,6 +479,7 @@ class Scheduler:
     def abandon(self, error_of: Callable[[Request], Exception], other: Exception) -> None:
         """Ends everything: requests with the error that `error_of(request)` makes, readers with
         `other`."""
+        self._flight = None
         for request in {b.request: None for b in self.running}:
             self._fail(request.branches[0], error_of(request))
         while self.waiting:
@@ -448,10 +490,3 @@ class Scheduler:
     def _abandon_readers(self, error: Exception) -> None:
         while self.readers:
             self.readers.pop().fail(error)
-
-
-def _single_steps(read: Read) -> list[Read]:
-    """A read of several steps as one read per token: a pass takes one step of a sequence."""
-    if read.kind != "step":
-        return [read]
-    return [Read([token], read.width, "step") for token in read.tokens]

@@ -85,6 +85,13 @@ def split_for_snapshots(reads: list[Read], start: int, policy: Policy) -> list[R
     return parts
 
 
+def single_steps(read: Read) -> list[Read]:
+    """A read of several steps as one read per token: a pass takes one step of a sequence."""
+    if read.kind != "step":
+        return [read]
+    return [Read([token], read.width, "step") for token in read.tokens]
+
+
 def snapshot_slots(policy: Policy) -> int:
     """State slots that a sequence under this policy may hold beyond its own."""
     return 2 if policy.kind == "window" else 0

@@ -165,9 +165,11 @@ class Worker:
     def _run(self) -> None:
         try:
             progressed = True
-            with self._scheduler.model.device.running():
+            device = self._scheduler.model.device
+            with device.running():
                 while self._wait(progressed):
                     progressed = self._turn()
+                device.wait()  # what may still run there uses memory that is about to go
         finally:
             self._finish()
 

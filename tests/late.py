@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 from emulated import installed
 
 from elastic_infer.cache import PAGE, Cache
 from elastic_infer.devices import Device
-from elastic_infer.model import Model
+from elastic_infer.model import Model, Result
 from elastic_infer.reading import Reader
 from elastic_infer.sampler import Sampler
 
@@ -20,7 +20,7 @@ from elastic_infer.sampler import Sampler
 AT_ONCE = [
     (Model, "_record"), (Model, "_logits"), (Cache, "_zero"), (Cache, "_copy_slot"),
     (Cache, "export"), (Cache, "place"), (Sampler, "_ids"),
-    (Sampler, "_on_host"), (Reader, "take"),
+    (Sampler, "_on_host"), (Reader, "take"), (Result, "of"),
 ]  # fmt: skip
 
 
@@ -37,6 +37,7 @@ class Late(Device):
         self.log: list[str] = []
         self._line: deque = deque()
         self._given = self._done = 0
+        self.prompt = False  # whether work is done as it comes
         self._random = None if seed is None else random.Random(seed)
         self._working = False
 
@@ -44,7 +45,9 @@ class Late(Device):
         """Puts work at the end of the line."""
         self._line.append(work)
         self._given += 1
-        if self._random and self._random.random() < 0.3:
+        if self.prompt:
+            self.wait()
+        elif self._random and self._random.random() < 0.3:
             self.run_until(self._done + self._random.randrange(len(self._line) + 1))
 
     def run_until(self, count: int) -> None:
@@ -80,29 +83,45 @@ class _Mark:
 
 
 @contextmanager
-def late_device(module, device: Late):
-    """Inside, engines that are opened with `module` run on `device`."""
+def late_device(device: Late, module=None):
+    """Inside, engines that are opened run on `device`: with the emulator's kernels if its module is
+    given, else with those of the CPU, which are quicker and do not depend on the batch. Engines on
+    a CPU that are used inside may generate, but not read for sequences driven by hand."""
 
     def at_once(method):
         def call(*args, **named):
+            if device_of(args[0]) is not device:
+                return method(*args, **named)
             device.wait()
-            return method(*args, **named)
+            before, device.prompt = device.prompt, True
+            try:
+                return method(*args, **named)
+            finally:
+                device.prompt = before
 
         return call
+
+    def device_of(thing):
+        """Its device; what does not say belongs to this one."""
+        return getattr(thing, "device", getattr(thing, "_device", device))
 
     replay, reserve = Model._replay, Cache.reserve
 
     def reserved(cache, sequence, count):
         last = sequence.length // PAGE
-        if last < len(sequence.pages) and cache.pages.shared(sequence.pages[last]):
+        mine, held = cache.device is device, last < len(sequence.pages)
+        if mine and held and cache.pages.shared(sequence.pages[last]):
             device.wait()  # it is copied
         reserve(cache, sequence, count)
 
     def later(model, steps):
+        if model.device is not device:
+            return replay(model, steps)
         device.log.append("pass")
         device.give(lambda: replay(model, steps))
 
-    with installed(module), mock.patch("elastic_infer.loading.choose_device", lambda _: device):
+    kernels = installed(module) if module else nullcontext()
+    with kernels, mock.patch("elastic_infer.loading.choose_device", lambda _: device):
         patches = [
             mock.patch.object(Model, "_replay", later),
             mock.patch.object(Cache, "reserve", reserved),
