@@ -5,6 +5,7 @@ from itertools import chain, cycle, islice
 
 import pytest
 import torch
+import w4a4
 from emulated import built, installed, load
 from engines import base_engine, draw
 
@@ -123,6 +124,21 @@ def test_without_the_option_bits_depend_on_the_batch(op, case, n, of_down):
     """Products of both directions, splits of the keys."""
     with pytest.raises(LawBroken, match="alone has other bits"):
         check(op, arguments_of(op, case, n, BF16, of_down))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_nvfp4_activations(dtype):
+    """Every row has scales of its own, and products leave K whole."""
+    emu.device(compute_capability=120)
+    # Blocks of sizes so far apart that sums of codes, short numbers, are not exact.
+    spread = torch.exp2(torch.arange(PRODUCT["K"]) // 16 * 5 % 16 - 8).to(dtype)
+    for n in ROWS:
+        arguments = w4a4.make(batch_of("matmul", PRODUCT, n), dtype)
+        arguments["x"] *= spread
+        cancel("matmul", arguments)
+        _laws.check_batch(w4a4.MATMUL, arguments, emu.Pool(batch_invariant=True))
+    with pytest.raises(LawBroken, match="alone has other bits"):
+        _laws.check_batch(w4a4.MATMUL, arguments, emu.Pool())
 
 
 def test_a_step_takes_the_option_from_its_pool():
