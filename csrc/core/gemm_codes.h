@@ -2,10 +2,10 @@
 //
 //   FP8 tile:   [16 groups of 4 columns][64 rows] words (4 KiB); the bytes of a word are the codes
 //               of columns 0, 2, 1, 3, so that a vector of words gives pairs of columns.
-//   NVFP4 tile: 4 groups of 16 rows, each [8 groups of 8 columns][16 rows] words (512 B); the low
-//               half of a word has the codes of the even columns, the high half those of the odd
-//               ones, ascending from the lowest four bits; then [4 blocks of 16 columns][16 rows]
-//               block scales (64 B). One row of x reads it from the first to the last byte.
+//   NVFP4 tile: 4 blocks of 16 columns, each [2 groups of 8 columns][64 rows] words (512 B); the
+//               low half of a word has the codes of the even columns, the high half those of the
+//               odd ones, ascending from the lowest four bits; then 64 block scales (64 B). Any
+//               number of rows of x reads it from the first to the last byte.
 //
 // Codes become bf16 or float exactly. What is left to multiply with, the tensor's scale and
 // kBlockFactor, is applied to the finished sums.
@@ -14,18 +14,17 @@
 
 namespace ei::EI_ISA {
 
-constexpr int kNvfp4Group = 8, kFp8Group = 4;  // columns per word
-constexpr int kRowGroup = 16;                  // rows of an NVFP4 tile that lie together
-constexpr int kGroupBytes = kRowGroup * kTile / 2 + kRowGroup * kTile / kScaleBlock;
+constexpr int kNvfp4Group = 8, kFp8Group = 4;                 // columns per word
+constexpr int kBlockBytes = kTile * kScaleBlock / 2 + kTile;  // of a block of 16 columns
 
 // The word of row r and columns c to c + 7 of an NVFP4 tile, and the scale of that row's block.
 inline const uint32_t* nvfp4_word(const char* tile, int c, int r) {
-  return reinterpret_cast<const uint32_t*>(tile + r / kRowGroup * kGroupBytes) +
-         c / kNvfp4Group * kRowGroup + r % kRowGroup;
+  return reinterpret_cast<const uint32_t*>(tile + c / kScaleBlock * kBlockBytes) +
+         c % kScaleBlock / kNvfp4Group * kTile + r;
 }
 inline const uint8_t* nvfp4_scale(const char* tile, int c, int r) {
-  return reinterpret_cast<const uint8_t*>(tile) + r / kRowGroup * kGroupBytes +
-         kRowGroup * kTile / 2 + c / kScaleBlock * kRowGroup + r % kRowGroup;
+  return reinterpret_cast<const uint8_t*>(tile) + c / kScaleBlock * kBlockBytes +
+         kTile * kScaleBlock / 2 + r;
 }
 
 // Bits that column c (of a group) starts at in its word.
@@ -98,42 +97,13 @@ inline void micro_scaled(int rows, const char* w, const float* scales, const cha
   });
 }
 
-// acc[m] += the products of the 16 columns from k on of kLanes rows, straight from their codes.
-template <int MR, Weights W>
-inline void code_products(V (&acc)[MR], const uint32_t* words, const char* const* x, int k) {
-#pragma GCC unroll 2
-  for (int half = 0; half < kScaleBlock; half += kNvfp4Group) {
-    const uint32_t* from = words + half / kNvfp4Group * kRowGroup;
-    if constexpr (W == Weights::pairs) {
-      Pairs w[kNvfp4Group / 2];
-      e2m1_pairs(from, w);
-#pragma GCC unroll 4
-      for (int s = 0; s < kNvfp4Group / 2; ++s)
-#pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-          uint32_t pair;
-          std::memcpy(&pair, x[m] + (k + half + 2 * s) * 2, 4);
-          acc[m] = dot_pairs(acc[m], w[s], pair);
-        }
-    } else {
-      V w[kNvfp4Group];
-      e2m1_floats(from, w);
-#pragma GCC unroll 8
-      for (int s = 0; s < kNvfp4Group; ++s)
-#pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m)
-          acc[m] = fma(w[s], V::set(reinterpret_cast<const float*>(x[m])[k + half + s]), acc[m]);
-    }
-  }
-}
-
 // Tiles to fetch while another is multiplied: `far` from memory into the second cache, `near` from
 // there into the first. With so little arithmetic a byte the hardware's own guess comes late, and
 // the first cache alone can wait for too few lines at once to hide the way to memory.
 struct Fetch {
   const char *near, *far;
 };
-constexpr int kNear = 2, kFar = 12;  // tiles before they are needed
+constexpr int kNear = 1, kFar = 8;  // tiles before they are needed
 
 // The tile that is read `distance` tiles after tile t of a row of tiles, of which `count` are read;
 // tile t itself from `end` on.
@@ -144,40 +114,83 @@ inline const char* tile_ahead(const char* row, int64_t row_bytes, int t, int dis
   return ahead < end ? ahead : row + t * bytes;
 }
 
-// Some lines of 64 bytes of both tiles.
-template <int Lines>
-inline void fetch_lines(const Fetch& fetch, int offset) {
+// A line of 64 bytes of both.
+inline void fetch_line(const Fetch& fetch, int offset) {
+  __builtin_prefetch(fetch.near + offset, 0, 3);
+  __builtin_prefetch(fetch.far + offset, 0, 2);
+}
+
+// Vectors of rows that share what is read of x, so that it is spread over the lanes once.
+template <int MR>
+constexpr int kCodeVectors = V::kLanes != 16 ? 1
+                             : MR == 1       ? 4
+                             : MR == 2       ? 2
+                                             : 1;
+
+// acc[m][j] += the products of the 16 columns from k on of NJ * kLanes rows from row r on, straight
+// from their codes.
+template <int MR, int NJ, Weights W>
+inline void code_products(V (&acc)[MR][NJ], const char* tile, const char* const* x, int k, int r,
+                          const Fetch& fetch, int offset) {
+  constexpr int L = V::kLanes, steps = W == Weights::pairs ? kNvfp4Group / 2 : kNvfp4Group;
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 4
-  for (int line = 0; line < Lines; ++line) {
-    __builtin_prefetch(fetch.near + offset + line * 64, 0, 3);
-    __builtin_prefetch(fetch.far + offset + line * 64, 0, 2);
-  }
+    for (int j = 0; j < NJ; ++j) {
+      const int c = k + half * kNvfp4Group;
+      fetch_line(fetch, offset + (half * NJ + j) * 64);
+      const uint32_t* from = nvfp4_word(tile, c, r + j * L);
+      std::conditional_t<W == Weights::pairs, Pairs, V> w[steps];
+      if constexpr (W == Weights::pairs)
+        e2m1_pairs(from, w);
+      else
+        e2m1_floats(from, w);
+#pragma GCC unroll 8
+      for (int s = 0; s < steps; ++s)
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          const char* values = x[m] + (W == Weights::pairs ? (c + 2 * s) * 2 : (c + s) * 4);
+          if constexpr (W == Weights::pairs) {
+            uint32_t pair;
+            std::memcpy(&pair, values, 4);
+            acc[m][j] = dot_pairs(acc[m][j], w[s], pair);
+          } else {
+            acc[m][j] = fma(w[s], V::set(*reinterpret_cast<const float*>(values)), acc[m][j]);
+          }
+        }
+    }
 }
 
 // totals[m][64 lanes] (+)= sum over n columns of an NVFP4 tile, in the order of micro_blocks().
 template <int MR, Weights W>
 inline void micro_codes(const char* tile, const char* const* x, int n, float* totals, bool first,
                         const Fetch& fetch) {
-  constexpr int L = V::kLanes;
-  for (int j = 0; j < kTile; j += L) {
-    const int group = j / kRowGroup * kGroupBytes;
-    V total[MR];
+  constexpr int L = V::kLanes, NJ = kCodeVectors<MR>;
+  // Each turn fetches its share of the tiles to come, rounded up: one line beside each vector of
+  // words, since a burst of them would hold up the loads.
+  constexpr int per_block = kTile / (NJ * L), block_lines = kBlockBytes / 64;
+  for (int k = 0; k < n; k += kScaleBlock)
+    for (int r = 0; r < kTile; r += NJ * L) {
+      const int turn = r / (NJ * L), block = k / kScaleBlock * kBlockBytes;
+      const int offset = block + turn * block_lines / per_block * 64;
+      V acc[MR][NJ];
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) total[m] = first ? V::set(0.0f) : V::load(totals + m * kTile + j);
-    for (int k = 0; k < n; k += kScaleBlock) {
-      V acc[MR];
+      for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+        for (int j = 0; j < NJ; ++j) acc[m][j] = V::set(0.0f);
+      code_products<MR, NJ, W>(acc, tile, x, k, r, fetch, offset);
+      fetch_line(fetch, offset + 2 * NJ * 64);
+      const bool from_zero = first && k == 0;
+#pragma GCC unroll 4
+      for (int j = 0; j < NJ; ++j) {
+        const V scale = e4m3_scales(nvfp4_scale(tile, k, r + j * L));
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[m] = V::set(0.0f);
-      // 9 lines by 4 blocks of columns: each fetches its first line again.
-      fetch_lines<3>(fetch, group + k * 8);
-      code_products<MR, W>(acc, nvfp4_word(tile, k, j), x, k);
-      const V scale = e4m3_scales(nvfp4_scale(tile, k, j));
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) total[m] = fma(acc[m], scale, total[m]);
+        for (int m = 0; m < MR; ++m) {
+          float* t = totals + m * kTile + r + j * L;
+          store(t, fma(acc[m][j], scale, from_zero ? V::set(0.0f) : V::load(t)));
+        }
+      }
     }
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) store(totals + m * kTile + j, total[m]);
-  }
 }
 
 // One block of rows times K tile t, straight from the codes.
