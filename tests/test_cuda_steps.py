@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from emulated import built, installed, load
+from emulated import ORDERS, built, check_overlap, installed, load
 
+from elastic_infer.ops import _laws, registry
 from elastic_infer.ops.matmul import TiledWeight, matmul
 from elastic_infer.ops.moe_route import moe_route
 from elastic_infer.ops.rms_norm import rms_norm
@@ -44,7 +45,7 @@ class Routed:
         return self.ids.clone(), self.weights.clone()
 
     def replayed(self):
-        self.ids.fill_(-7), self.weights.fill_(float("nan"))
+        self.ids.fill_(-7), self.weights.fill_(float("nan")), self.normed.fill_(float("nan"))
         self.step.run()
         return self.ids.clone(), self.weights.clone()
 
@@ -74,6 +75,22 @@ def test_graph_can_be_left_out():
     for _ in range(2):
         assert all(map(torch.equal, routed.replayed(), expected))
     assert routed.step.captures == 0
+
+
+@pytest.mark.parametrize("threads, blocks", ORDERS)
+def test_launches_that_overlap_equal_eager(threads, blocks):
+    """Of each launch some blocks run up to their wait before the one ahead of it begins."""
+    emu.configure(threads=threads, blocks=blocks)
+    routed = Routed(dependent_launch=True)
+    expected = routed.eager()
+    for _ in range(3):
+        assert all(map(torch.equal, routed.replayed(), expected))
+
+
+@pytest.mark.parametrize("name", registry())
+def test_every_op_may_follow_a_launch_that_still_runs(name):
+    for case in _laws.small_cases(registry()[name]):
+        check_overlap(emu, registry()[name], case)
 
 
 def test_profile_runs_every_op_once():

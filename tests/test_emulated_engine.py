@@ -83,6 +83,14 @@ def test_mixed_widths_share_passes_and_one_graph(engine, expected):
     assert engine._model.captures == len(sizes) and 4 in sizes
 
 
+def test_launches_that_overlap_change_no_token(engine, expected, monkeypatch):
+    monkeypatch.setattr(engine._model, "dependent_launch", True)
+    monkeypatch.setattr(engine._model, "_recorded", {})
+    outputs = engine.generate([PROMPT] * 3, GREEDY, width=list(WIDTHS))
+    assert [o.token_ids for o in outputs] == [expected[w] for w in WIDTHS]
+    assert engine._model.captures == len(engine._model._recorded) > 0
+
+
 @pytest.mark.parametrize("policy", PLANS)
 def test_switches(engine, expected, policy):
     before = engine._model.captures

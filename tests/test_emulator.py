@@ -14,7 +14,8 @@ def default_order():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["barrier", "copy", "multiply", "votes", "unwritten_shared"])
+@pytest.mark.parametrize("name", ["barrier", "copy", "multiply", "votes", "unwritten_shared",
+                                  "overlap"])  # fmt: skip
 def test_right_kernels(name, order):
     emu.configure(threads=order, blocks=order)
     assert emu.selftest(name) == "ok"
@@ -41,6 +42,12 @@ def test_missing_barrier_shows_in_some_order():
     assert False in seen
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_launch_that_reads_too_early_sees_nothing_of_the_one_ahead(order):
+    emu.configure(threads=order, blocks=order)
+    assert emu.selftest("early_read") == "a block saw 0.000000"
+
+
 def test_missing_wait_reads_nan():
     assert "nan" in emu.selftest("missing_wait")
 
@@ -52,6 +59,7 @@ def test_missing_wait_reads_nan():
         ("divergent_warp", r"0 wait at __syncthreads, 32 at a warp operation \(shuffle_xor\), 32"),
         ("two_operations", "lanes of a warp are at different operations: shuffle and shuffle_xor"),
         ("misaligned", "16-byte read of memory that is not aligned to 16 bytes, in thread 0 of"),
+        ("missing_launch_wait", "a thread returned before it waited for the launches ahead"),
         ("partial_warp", "32 to 1024 threads in whole warps, got 48"),
     ],
 )

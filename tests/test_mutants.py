@@ -83,6 +83,16 @@ MUTANTS = {
         "mamba_step", OPS + "mamba_step/mamba_step.cu",
         "if (!p.mine && blockIdx.x > 0) return;", "if (!p.mine) return;",
     ),
+    # launches that overlap
+    "a norm does not wait for the launch ahead": (
+        "rms_norm", OPS + "rms_norm/rms_norm.cu", "  begin_kernel();\n", "",
+    ),
+    "scores are read before they are there": (
+        "moe_route", OPS + "moe_route/moe_route.cu",
+        "  begin_kernel();\n  EI_DYNAMIC_SHARED(float, candidates);",
+        "  EI_DYNAMIC_SHARED(float, candidates);\n  const float stale = scores[0];\n"
+        "  begin_kernel();\n  if (stale != scores[0]) return;",
+    ),
     # ragged ends
     "codes beyond the prefix": (
         "matmul", "csrc/core/gemv.cuh", "min(4, (columns - t * kTile) / kRun)", "4",
@@ -251,7 +261,7 @@ import sys
 import torch
 torch.use_deterministic_algorithms(True)  # new tensors are NaN, so what is left unwritten shows
 from pathlib import Path
-from emulated import check_orders, check_poisons, installed, load
+from emulated import check_orders, check_overlap, check_poisons, installed, load
 from elastic_infer.ops._laws import small_cases
 from elastic_infer.ops._shapes import SHAPES
 from elastic_infer.ops import registry
@@ -274,6 +284,7 @@ spec = registry()[sys.argv[2]]
 with installed(load(Path(sys.argv[1]))) as emu:
     emu.device(multiprocessors=132)  # so that sequences are cut into segments
     for case in small_cases(spec):
+        check_overlap(emu, spec, case)
         for dtype in reversed(spec.dtypes):
             check_orders(emu, spec, case, dtype)
             if spec.poison:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from elastic_infer.model import Model
+
 from .decode import CONTEXT, SPARE_TOKENS, per_call
 from .model import Loaded, fits
 from .shapes import sizes
@@ -29,7 +31,7 @@ class Part(PartBase):
 
     def items(self) -> list[str]:
         return ["graph against launches B=1", "carry switch every step B=1",
-                f"mixed widths B={self.batch}"]  # fmt: skip
+                f"mixed widths B={self.batch}", "overlapping launches B=1"]  # fmt: skip
 
     def run(self, item: str) -> dict[str, Any]:
         if self.loaded is None:
@@ -39,7 +41,10 @@ class Part(PartBase):
                 raise PassedOver(f"lacks {lack / 1e9:.0f} GB of device memory")
             self.loaded = Loaded(self.setting, self.module, self.data, self.batch, length)
         kind = item.split()[0]
-        return {"graph": self._graph, "carry": self._carry, "mixed": self._mixed}[kind]()
+        return {
+            "graph": self._graph, "carry": self._carry, "mixed": self._mixed,
+            "overlapping": self._overlapping,
+        }[kind]()  # fmt: skip
 
     def _turns(self, sides: list[Callable[[], Any]]) -> list[list[float]]:
         """Seconds per call of every side, in turns."""
@@ -51,18 +56,24 @@ class Part(PartBase):
         return taken
 
     def _graph(self) -> dict[str, Any]:
+        return self._against(self.loaded.model, self.loaded.variant(graphs=False))
+
+    def _overlapping(self) -> dict[str, Any]:
+        """Launches that begin before the one ahead has ended, against the usual ones."""
+        return self._against(self.loaded.variant(dependent_launch=True), self.loaded.model)
+
+    def _against(self, model: Model, other: Model) -> dict[str, Any]:
         loaded = self.loaded
-        eager = loaded.variant(graphs=False)
         full = list(loaded.widths)[-1]
         with loaded.sequences(1, self.context, full) as opened:
-            sides = [lambda m=m: loaded.step(opened, [full], m) for m in (loaded.model, eager)]
+            sides = [lambda m=m: loaded.step(opened, [full], m) for m in (model, other)]
             for side in sides:
                 side(), side()
-            captured, launched = self._turns(sides)
+            mine, others = self._turns(sides)
         return {
-            "ms": 1e3 * statistics.median(captured), "other_ms": 1e3 * statistics.median(launched),
-            "ratio": statistics.median(b / a for a, b in zip(captured, launched)),
-            "captures": loaded.model.captures,
+            "ms": 1e3 * statistics.median(mine), "other_ms": 1e3 * statistics.median(others),
+            "ratio": statistics.median(b / a for a, b in zip(mine, others)),
+            "captures": model.captures,
         }  # fmt: skip
 
     def _carry(self) -> dict[str, Any]:

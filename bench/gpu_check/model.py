@@ -103,11 +103,11 @@ class Loaded:
             self.device.wait()
         self._random = random.Random(0)
 
-    def variant(self, graphs: bool = True) -> Model:
+    def variant(self, graphs: bool = True, dependent_launch: bool = False) -> Model:
         """A model over the same weights and cache."""
         model = Model(
             self.config, self.weights, list(self.widths.values()), self.cache, self.pool, self.rows,
-            self.batch, self.length, self.device, graphs,
+            self.batch, self.length, self.device, graphs, dependent_launch,
         )  # fmt: skip
         if self.batch > LOGIT_ROWS:  # more sequences than the engine gives a pass
             zeros = self.device.zeros

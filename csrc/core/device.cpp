@@ -72,6 +72,13 @@ CudaCall call_on(int index) {
   return call;
 }
 
+bool overlaps(int index) {
+  const Use use(index);
+  cudaFuncAttributes attributes;
+  must(cudaFuncGetAttributes(&attributes, probe_kernel()), "device");
+  return attributes.ptxVersion >= 90;  // what __CUDA_ARCH__ / 10 was
+}
+
 Use::Use(int index) : before_(-1) {
   int now = 0;
   must(cudaGetDevice(&now), "device");
@@ -179,6 +186,7 @@ std::string missing() { return ELASTIC_CUDA_MISSING; }
 std::vector<std::string> architectures() { return {}; }
 std::string unusable(int) { return "this build has no CUDA kernels"; }
 CudaCall call_on(int) { refuse(); }
+bool overlaps(int) { refuse(); }
 Use::Use(int) { refuse(); }
 Use::~Use() = default;
 void Free::operator()(char*) const {}

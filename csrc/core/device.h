@@ -41,6 +41,9 @@ std::string unusable(int index);
 // What kernels are told of device `index`; the caller adds stream, workspace and wishes.
 CudaCall call_on(int index);
 
+// Whether kernels on device `index` were compiled for launches that overlap (prim_grid.cuh).
+bool overlaps(int index);
+
 // Makes `index` the calling thread's device for as long as the object lives.
 class Use {
  public:

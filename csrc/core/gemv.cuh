@@ -11,6 +11,7 @@
 // there; with bfloat16 activations the products are the tensor cores' even for one row, because
 // with 8 codes in 4 bytes the instructions, not the reads, would be what takes the time.
 #pragma once
+#include "prim_grid.cuh"
 #include "rows.cuh"
 #include "tiles.cuh"
 
@@ -193,6 +194,18 @@ EI_DEVICE int first_output() {
 template <class W>
 EI_DEVICE bool writes_output() {
   return threadIdx.x % Gemv<W>::kLanes == 0 && threadIdx.x / kWarp % Gemv<W>::kSplit == 0;
+}
+
+// Asks for the beginning of a block's weight rows in the second-level cache, one line per thread:
+// for a kernel that still waits for its activations. `w`: its first row in K tile 0. 16 KiB: what
+// its reads have under way when they begin, and little enough not to hold up the launch before.
+template <class W>
+EI_DEVICE void prefetch_weights(const void* w, int columns) {
+  constexpr int kLine = 128, kBytes = kTileBytes<W> * Gemv<W>::kBlockOutputs / kTile;
+  constexpr int kLines = (kBytes + kLine - 1) / kLine;  // of one tile
+  const int t = static_cast<int>(threadIdx.x) / kLines, line = threadIdx.x % kLines;
+  if (t * kTile < columns)
+    prefetch_l2(static_cast<const char*>(w) + int64_t{kTileBytes<W>} * t + line * kLine);
 }
 
 // What sums of W are multiplied with: nothing, or the scale `index` of a quantised weight.

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "cuda.h"
-#include "prim.cuh"
+#include "prim_grid.cuh"
 
 namespace ei::cuda {
 
@@ -42,14 +42,12 @@ void launch_as(bool early, const CudaCall& call, void (*kernel)(Params...), dim3
   config.numAttrs = early ? 1 : 0;
   check_launch(cudaLaunchKernelEx(&config, kernel, args...));
 #else
-  (void)early;
-  const auto run = [=] {
-    emu::launch(grid, dim3(threads), shared_bytes, [&] { kernel(args...); });
-  };
+  const emu::Launch one{grid, dim3(threads), static_cast<size_t>(shared_bytes),
+                        [=] { kernel(args...); }, early};
   if (call.stream)
-    static_cast<emu::Launches*>(call.stream)->push_back(run);
+    static_cast<emu::Launches*>(call.stream)->push_back(one);
   else
-    run();
+    emu::run_all({one});
 #endif
 }
 
@@ -59,8 +57,9 @@ void launch(const CudaCall& call, void (*kernel)(Params...), dim3 grid, int thre
   launch_as(false, call, kernel, grid, threads, shared_bytes, args...);
 }
 
-// As launch(), for a kernel that waits (griddepcontrol.wait) for the launches before it ahead of
-// touching anything they read or write: where the step asks for it, it begins while they still run.
+// As launch(), for a kernel whose threads all call begin_kernel() (prim_grid.cuh): where the step
+// asks for it, it begins while the launch before it still runs. Ahead of that call it may read what
+// no launch writes: weights, and the tables of widths, which are the host's.
 template <class... Params, class... Args>
 void launch_early(const CudaCall& call, void (*kernel)(Params...), dim3 grid, int threads,
                   int64_t shared_bytes, const Args&... args) {

@@ -21,4 +21,41 @@ EI_DEVICE int arrive(int32_t* counter) {
 #endif
 }
 
+// Waits until the launches ahead of this one have ended and what they wrote can be seen; at once in
+// a launch that begins after them anyway.
+// PTX: "Parallel Synchronization and Communication Instructions: griddepcontrol" (.wait; sm_90).
+EI_DEVICE void wait_for_launches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emu::wait_for_launches();
+#endif
+}
+
+// The launch behind this one may begin, as soon as all blocks of this one came here or left. The
+// emulator begins it even earlier. PTX: "griddepcontrol" (.launch_dependents; sm_90).
+EI_DEVICE void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// What a kernel of launch_early() calls in every thread, ahead of all that earlier launches write
+// or read. Waiting first keeps launches two apart from overlapping: when the next one begins, the
+// one ahead of this is over.
+EI_DEVICE void begin_kernel() {
+  wait_for_launches();
+  let_next_begin();
+}
+
+// Asks for the 128 bytes around p to be brought into the second-level cache.
+// PTX: "Data Movement and Conversion Instructions: prefetch" (.global.L2).
+EI_DEVICE void prefetch_l2(const void* p) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  static_cast<void>(*static_cast<const volatile char*>(p));  // out of bounds shows
+#endif
+}
+
 }  // namespace ei::cuda

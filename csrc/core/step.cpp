@@ -34,7 +34,12 @@ Step::Call& Step::add(const char* name, const void* args, size_t bytes, const Pl
   if (!same)
     refuse(name, "tensors", "be on the device of the step's other ops",
            (*tensors.begin())->describe());
-  if (place && !place_) place_ = std::make_unique<Place>(*place);
+  if (place && !place_) {
+    if (dependent_launch_ && !device::overlaps(place->device_id))
+      refuse("Step", "dependent_launch", "be used on compute capability 9.0 or above",
+             "kernels for an older one on device " + std::to_string(place->device_id));
+    place_ = std::make_unique<Place>(*place);
+  }
   graph_.reset();
   Call call;
   call.name = name;

@@ -42,6 +42,7 @@ constexpr int kLanes = 32;
 // ---- switching stacks
 
 #if defined(EI_EMU_UCONTEXT)
+constexpr const char* kFibers = "ucontext";
 struct Context {
   ucontext_t saved;
 };
@@ -54,6 +55,7 @@ void prepare(Context& c, char* stack, void (*entry)()) {
   makecontext(&c.saved, entry, 0);
 }
 #else
+constexpr const char* kFibers = "assembly";
 struct Context {
   void* sp = nullptr;
 };
@@ -92,7 +94,7 @@ void prepare(Context& c, char* stack, void (*entry)()) {
 
 // ---- one worker: the fibers of the block that it runs
 
-enum class State { ready, at_barrier, at_warp_op, returned };
+enum class State { ready, at_barrier, at_warp_op, returned, at_launch_wait };
 
 struct Copy {
   char* to;
@@ -106,6 +108,7 @@ struct Fiber {
   State state = State::ready;
   Here here;
   int index = 0;
+  bool waited = false;                    // for the launches ahead
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;                 // copies not committed yet
   void* fake_stack = nullptr;             // AddressSanitizer's
@@ -138,28 +141,35 @@ class Worker {
     for (auto& f : fibers_) munmap(f->stack, kStackBytes);
   }
 
-  // Runs all threads of one block. Empty, or what went wrong. `ahead`: a warp runs on as long as it
+  // Makes the threads of one block ready, to run in this order. `held`: they stop where they wait
+  // for the launches ahead, until let_go(). With descending threads a warp runs on as long as it
   // need not wait for another, so that what it overwrites too early is lost to the others; else all
   // warps take turns at every warp operation.
-  std::string run(dim3 block, dim3 block_size, dim3 grid_size, size_t shared_bytes,
-                  const std::function<void()>& body, const std::vector<int>& order, bool ahead) {
-    body_ = &body;
+  void begin(const Launch& launch, dim3 block, const std::vector<int>& order, bool held) {
+    launch_ = &launch;
+    order_ = &order;
+    held_ = held;
     count_ = static_cast<int>(order.size());
     failure_.clear();
     at_barrier_ = 0;
     objects_.clear();
-    dynamic_ = nan_memory(shared_bytes);
+    dynamic_ = nan_memory(launch.shared_bytes);
     while (static_cast<int>(fibers_.size()) < count_) fibers_.push_back(new_fiber());
     warps_.assign(count_ / kLanes, Warp());
+    const dim3 size = launch.block;
     for (int i = 0; i < count_; ++i) {
-      const unsigned x = i % block_size.x, y = i / block_size.x % block_size.y;
-      const unsigned z = i / block_size.x / block_size.y;
-      start(*fibers_[i], i, Here{dim3(x, y, z), block, block_size, grid_size});
+      const unsigned x = i % size.x, y = i / size.x % size.y, z = i / size.x / size.y;
+      start(*fibers_[i], i, Here{dim3(x, y, z), block, size, launch.grid});
     }
+  }
+
+  // Runs them as far as they come.
+  void advance() {
+    const bool ahead = settings().threads == Order::descending;
     worker = this;
-    for (bool moved = true; moved;) {
+    for (bool moved = failure_.empty(); moved;) {
       moved = false;
-      for (int i : order) {
+      for (int i : *order_) {
         if (fibers_[i]->state != State::ready) continue;
         moved = true;
         resume(*fibers_[i]);
@@ -168,8 +178,14 @@ class Worker {
       }
       if (!failure_.empty()) break;
     }
-    if (failure_.empty()) failure_ = stuck();
     worker = nullptr;
+  }
+
+  void let_go() { held_ = false, release(State::at_launch_wait, 0, count_); }
+
+  // The block is over. Empty, or what went wrong.
+  std::string end() {
+    if (failure_.empty()) failure_ = stuck();
     dynamic_.reset();
     objects_.clear();
     return failure_;
@@ -181,6 +197,11 @@ class Worker {
     if (++at_barrier_ < count_) return park(State::at_barrier);
     at_barrier_ = 0;
     release(State::at_barrier, 0, count_);
+  }
+
+  void wait_for_launches() {
+    running->waited = true;
+    if (held_) park(State::at_launch_wait);
   }
 
   void warp_op(const char* name, const void* in, size_t in_bytes, void* out, size_t out_bytes,
@@ -232,6 +253,7 @@ class Worker {
     f.here = here;
     f.index = index;
     f.state = State::ready;
+    f.waited = false;
     f.groups.clear();
     f.open.clear();
 #if defined(EI_EMU_ASAN)
@@ -245,8 +267,10 @@ class Worker {
 #if defined(EI_EMU_ASAN)
     __sanitizer_finish_switch_fiber(nullptr, &worker->own_stack_, &worker->own_stack_bytes_);
 #endif
-    (*worker->body_)();
+    worker->launch_->body();
     if (!running->open.empty()) fail("a thread returned before it committed its copies");
+    if (worker->launch_->early && !running->waited)
+      fail("a thread returned before it waited for the launches ahead");
     worker->park(State::returned);
   }
 
@@ -295,7 +319,7 @@ class Worker {
 
   // Nobody can run: fine if all have returned, otherwise who waits where.
   std::string stuck() const {
-    int counts[4] = {};
+    int counts[5] = {};
     const char* name = "";
     const Fiber* one = nullptr;
     for (int i = 0; i < count_; ++i) {
@@ -312,7 +336,9 @@ class Worker {
            " at a warp operation (" + name + "), " + std::to_string(counts[3]) + " have returned";
   }
 
-  const std::function<void()>* body_ = nullptr;
+  const Launch* launch_ = nullptr;
+  const std::vector<int>* order_ = nullptr;
+  bool held_ = false;
   int count_ = 0, at_barrier_ = 0;
   std::string failure_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -331,22 +357,97 @@ std::vector<int> ordered(int n, Order order) {
   return list;
 }
 
-// Workers keep their stacks from launch to launch.
-std::vector<std::unique_ptr<Worker>>& workers() {
+// Workers that run no block keep their stacks for the next one.
+std::vector<std::unique_ptr<Worker>>& idle() {
   static std::vector<std::unique_ptr<Worker>> list;
   return list;
 }
+std::unique_ptr<Worker> take_worker() {
+  if (idle().empty()) return std::make_unique<Worker>();
+  std::unique_ptr<Worker> w = std::move(idle().back());
+  idle().pop_back();
+  return w;
+}
+
+// A launch, of which some blocks may have begun.
+class Begun {
+ public:
+  explicit Begun(const Launch& launch) : launch_(launch) {
+    const dim3 grid = launch.grid, block = launch.block;
+    const int threads = static_cast<int>(block.x * block.y * block.z);
+    if (threads % kLanes || threads < kLanes || threads > 1024)
+      throw std::runtime_error("a block must have 32 to 1024 threads in whole warps, got " +
+                               std::to_string(threads));
+    blocks_ = static_cast<int64_t>(grid.x) * grid.y * grid.z;
+    if (blocks_ < 1 || grid.y > 65535 || grid.z > 65535)
+      throw std::runtime_error("a grid must have 1 to 65535 blocks along y and z, none empty");
+    thread_order_ = ordered(threads, settings().threads);
+    block_order_ = ordered(static_cast<int>(blocks_), settings().blocks);
+  }
+
+  // Runs the first blocks up to where they wait for the launches ahead.
+  void begin_early() {
+    for (; next_ < std::min<int64_t>(blocks_, settings().early); ++next_) {
+      early_.push_back(take_worker());
+      early_.back()->begin(launch_, place(next_), thread_order_, true);
+      early_.back()->advance();
+    }
+  }
+
+  // Runs what is left.
+  void finish() {
+    for (auto& w : early_) {
+      w->let_go();
+      w->advance();
+      note(w->end());
+      idle().push_back(std::move(w));
+    }
+    const int wanted = static_cast<int>(std::min<int64_t>(blocks_, settings().workers));
+    std::vector<std::unique_ptr<Worker>> taken;
+    for (int i = 0; i < wanted; ++i) taken.push_back(take_worker());
+    std::vector<std::thread> others;
+    for (int i = 1; i < wanted; ++i) others.emplace_back([&, i] { work(*taken[i]); });
+    work(*taken[0]);
+    for (auto& t : others) t.join();
+    for (auto& w : taken) idle().push_back(std::move(w));
+    if (!failure_.empty()) throw std::runtime_error("emulated kernel: " + failure_);
+  }
+
+ private:
+  dim3 place(int64_t i) const {
+    const int64_t b = block_order_[i];
+    const dim3 grid = launch_.grid;
+    return dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+  }
+
+  void work(Worker& w) {
+    for (int64_t i; (i = next_++) < blocks_;) {
+      w.begin(launch_, place(i), thread_order_, false);
+      w.advance();
+      note(w.end());
+    }
+  }
+
+  // After a failure no further block begins.
+  void note(const std::string& wrong) {
+    if (wrong.empty()) return;
+    std::lock_guard<std::mutex> guard(failure_lock_);
+    failure_ = wrong;
+    next_ = blocks_;
+  }
+
+  const Launch& launch_;
+  int64_t blocks_;
+  std::vector<int> thread_order_, block_order_;
+  std::vector<std::unique_ptr<Worker>> early_;
+  std::atomic<int64_t> next_{0};
+  std::mutex failure_lock_;
+  std::string failure_;
+};
 
 }  // namespace
 
-const char* fibers() {
-#if defined(EI_EMU_UCONTEXT)
-  return "ucontext";
-#else
-  return "assembly";
-#endif
-}
-
+const char* fibers() { return kFibers; }
 Settings& settings() {
   static Settings s;
   return s;
@@ -354,6 +455,7 @@ Settings& settings() {
 
 const Here& here() { return running->here; }
 void sync_block() { worker->sync(); }
+void wait_for_launches() { worker->wait_for_launches(); }
 void warp_op(const char* name, const void* in, size_t in_bytes, void* out, size_t out_bytes,
              WarpOp op) {
   worker->warp_op(name, in, in_bytes, out, out_bytes, op);
@@ -382,42 +484,18 @@ void wait_copies(int pending_groups) {
   }
 }
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
-  static std::mutex one_launch;
-  std::lock_guard<std::mutex> lock(one_launch);
-  const int threads = static_cast<int>(block.x * block.y * block.z);
-  if (threads % kLanes || threads < kLanes || threads > 1024)
-    throw std::runtime_error("a block must have 32 to 1024 threads in whole warps, got " +
-                             std::to_string(threads));
-  const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
-  if (blocks < 1 || grid.y > 65535 || grid.z > 65535)
-    throw std::runtime_error("a grid must have 1 to 65535 blocks along y and z, and no empty side");
-  const std::vector<int> thread_order = ordered(threads, settings().threads);
-  const bool ahead = settings().threads == Order::descending;
-  const std::vector<int> block_order = ordered(static_cast<int>(blocks), settings().blocks);
-
-  std::atomic<int64_t> next{0};
-  std::mutex failure_lock;
-  std::string failure;
-  const auto work = [&](Worker& w) {
-    for (int64_t i; (i = next++) < blocks;) {
-      const int64_t b = block_order[i];
-      const dim3 index(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-      const std::string wrong = w.run(index, block, grid, shared_bytes, body, thread_order, ahead);
-      if (wrong.empty()) continue;
-      std::lock_guard<std::mutex> guard(failure_lock);
-      failure = wrong;
-      next = blocks;
+void run_all(const Launches& launches) {
+  static std::mutex one_at_a_time;
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  std::unique_ptr<Begun> now, next;
+  for (size_t i = 0; i < launches.size(); ++i, now = std::move(next)) {
+    if (!now) now = std::make_unique<Begun>(launches[i]);
+    if (i + 1 < launches.size() && launches[i + 1].early) {
+      next = std::make_unique<Begun>(launches[i + 1]);
+      next->begin_early();
     }
-  };
-  const int wanted = static_cast<int>(std::min<int64_t>(blocks, settings().workers));
-  while (static_cast<int>(workers().size()) < wanted)
-    workers().push_back(std::make_unique<Worker>());
-  std::vector<std::thread> others;
-  for (int i = 1; i < wanted; ++i) others.emplace_back([&, i] { work(*workers()[i]); });
-  work(*workers()[0]);
-  for (auto& t : others) t.join();
-  if (!failure.empty()) throw std::runtime_error("emulated kernel: " + failure);
+    now->finish();
+  }
 }
 
 }  // namespace ei::emu

@@ -8,8 +8,8 @@
 // whose result depends on it (a missing barrier) differs between orders.
 //
 // What it finds: reads of shared memory that was never written (it is NaN before every block),
-// cp.async whose wait is missing (the destination is NaN until the wait), divergent barriers and
-// warp operations (reported with how many threads stand where), misaligned wide accesses, and,
+// cp.async whose wait is missing (the destination is NaN until the wait), launches that read too
+// early what the one ahead of them writes, divergent barriers and warp operations (reported with how many threads stand where), misaligned wide accesses, and,
 // under AddressSanitizer, everything out of bounds.
 // What it cannot find: the speed; races that no order of whole stretches between barriers shows.
 #pragma once
@@ -45,6 +45,7 @@ struct Settings {
   Order threads = Order::ascending;
   Order blocks = Order::ascending;
   int workers = 2;  // operating-system threads
+  int early = 3;    // blocks of a launch that may begin early which do
   // What the ops are told (CudaCall).
   int multiprocessors = 0;
   int compute_capability = 80;
@@ -61,12 +62,23 @@ struct Here {
 };
 const Here& here();
 
-// Runs body() once per CUDA thread. Throws std::runtime_error if a thread reports a mistake or the
-// threads of a block wait for each other in vain.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// body() once per CUDA thread. `early`: it may begin before the launch ahead of it has ended.
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+  std::function<void()> body;
+  bool early = false;
+};
+using Launches = std::vector<Launch>;  // what stands for a captured graph
 
-// Launches to be run later, in order: what stands for a captured graph.
-using Launches = std::vector<std::function<void()>>;
+// Runs launches in order. Of one that may begin early some blocks run up to their wait before the
+// launch ahead of it does any work, so that they see nothing of it. Throws std::runtime_error if a
+// thread reports a mistake, the threads of a block wait for each other in vain, or a thread of an
+// early launch returns without having waited.
+void run_all(const Launches& launches);
+
+// griddepcontrol.wait.
+void wait_for_launches();
 
 // __syncthreads().
 void sync_block();

@@ -254,6 +254,36 @@ std::string run_misaligned() {
   launch({}, misaligned, dim3(1), 32, 0, reinterpret_cast<const float*>(in.data()), out.data());
   return "ok";
 }
+// ---- launches that overlap
+
+__global__ void produce(float* x) {
+  begin_kernel();
+  x[blockIdx.x * 64 + threadIdx.x] = 1.0f;
+}
+enum class Reads { after, before, without };  // its wait
+template <Reads kReads>
+__global__ void follow(const float* x, float* out) {
+  const int i = blockIdx.x * 64 + threadIdx.x;
+  float v = x[i];
+  if (kReads != Reads::without) begin_kernel();
+  if (kReads == Reads::after) v = x[i];
+  out[i] = v;
+}
+template <Reads kReads>
+std::string run_follow() {
+  std::vector<float> x(256), out(256);
+  emu::Launches launches;
+  CudaCall call;
+  call.stream = &launches, call.dependent_launch = true;
+  const float* in = x.data();
+  launch_early(call, produce, dim3(4), 64, 0, x.data());
+  launch_early(call, follow<kReads>, dim3(4), 64, 0, in, out.data());
+  emu::run_all(launches);
+  for (float v : out)
+    if (v != 1.0f) return "a block saw " + std::to_string(v);
+  return "ok";
+}
+
 std::string run_half_block() {
   launch({}, half_a_barrier, dim3(1), 48, 0);
   return "ok";
@@ -284,6 +314,9 @@ std::string selftest(const std::string& name) {
       {"products_overwritten", run_products<Mistake::overwritten>},
       {"order", run_order},
       {"partial_warp", run_half_block},
+      {"overlap", run_follow<Reads::after>},
+      {"early_read", run_follow<Reads::before>},
+      {"missing_launch_wait", run_follow<Reads::without>},
   };
   const auto found = tests.find(name);
   if (found == tests.end()) throw std::invalid_argument("no emulator test named " + name);

@@ -137,6 +137,7 @@ EI_DEVICE void stage(const AttentionDecodeArgs& a, const Plan& p, const Sequence
 template <int kHead, class KV>
 __global__ void __launch_bounds__(kThreads)
     attend_split(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
+  begin_kernel();
   using R = Ring<kHead, KV>;
   EI_DYNAMIC_SHARED(char, shared);
   const int64_t s = blockIdx.z;
@@ -220,6 +221,7 @@ struct PlainFound {
 template <class T, class KV>
 __global__ void __launch_bounds__(kThreads)
     attend_plain(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
+  begin_kernel();
   EI_SHARED(PlainFound, found);
   const int64_t s = blockIdx.z;
   const int n = blockIdx.y, h = n % p.Hkv;
@@ -258,6 +260,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     join(const __grid_constant__ AttentionDecodeArgs a, const __grid_constant__ Plan p) {
+  begin_kernel();
   const int64_t s = blockIdx.y;
   const int n = blockIdx.x, length = a.lengths.ptr<int32_t>()[s];
   const int keys = keys_of_split(p, length), splits = (length + keys - 1) / keys;
@@ -285,11 +288,11 @@ void launch_typed(const AttentionDecodeArgs& a, const Plan& p, const CudaCall& c
   if constexpr (sizeof(T) == 2) {
     const dim3 grid(p.splits, p.Hkv * p.tiles, S);
     if (p.K <= 64)
-      return launch(call, attend_split<64, KV>, grid, kThreads, Ring<64, KV>::kBytes, a, p);
+      return launch_early(call, attend_split<64, KV>, grid, kThreads, Ring<64, KV>::kBytes, a, p);
     if (p.K <= 128)
-      return launch(call, attend_split<128, KV>, grid, kThreads, Ring<128, KV>::kBytes, a, p);
+      return launch_early(call, attend_split<128, KV>, grid, kThreads, Ring<128, KV>::kBytes, a, p);
   }
-  launch(call, attend_plain<T, KV>, dim3(p.splits, Hq, S), kThreads, 0, a, p);
+  launch_early(call, attend_plain<T, KV>, dim3(p.splits, Hq, S), kThreads, 0, a, p);
 }
 
 void launch_attention_decode(const AttentionDecodeArgs& a, const CudaCall& call) {
@@ -308,7 +311,8 @@ void launch_attention_decode(const AttentionDecodeArgs& a, const CudaCall& call)
     codes ? launch_typed<bf16, e4m3>(a, p, call) : launch_typed<bf16, bf16>(a, p, call);
   else
     codes ? launch_typed<float, e4m3>(a, p, call) : launch_typed<float, float>(a, p, call);
-  if (p.splits > 1) launch(call, q16 ? join<bf16> : join<float>, dim3(Hq, S), kThreads, 0, a, p);
+  if (p.splits > 1)
+    launch_early(call, q16 ? join<bf16> : join<float>, dim3(Hq, S), kThreads, 0, a, p);
 }
 
 const RegisterCuda<AttentionDecodeArgs, launch_attention_decode, workspace_bytes> registered(

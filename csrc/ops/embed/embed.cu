@@ -15,6 +15,7 @@ constexpr int kThreads = 128;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ EmbedArgs a) {
+  begin_kernel();
   const int64_t r = blockIdx.x;
   const int32_t id = embed_id(a, r);
   if (id < 0 || id >= a.table.shape[0]) return;
@@ -25,9 +26,9 @@ __global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ Embed
 void launch_embed(const EmbedArgs& a, const CudaCall& call) {
   const dim3 grid(static_cast<unsigned>(a.out.shape[0]));
   if (a.table.dtype == DType::bf16)
-    launch(call, gather<bf16>, grid, kThreads, 0, a);
+    launch_early(call, gather<bf16>, grid, kThreads, 0, a);
   else
-    launch(call, gather<float>, grid, kThreads, 0, a);
+    launch_early(call, gather<float>, grid, kThreads, 0, a);
 }
 
 const RegisterCuda<EmbedArgs, launch_embed> registered("embed");

@@ -15,6 +15,7 @@ constexpr int kThreads = 64;
 
 template <class T, class KV>
 __global__ void __launch_bounds__(kThreads) scatter(const __grid_constant__ KvAppendArgs a) {
+  begin_kernel();
   const int64_t r = blockIdx.x, head = blockIdx.y, heads = gridDim.y;
   const int32_t slot = a.slot_mapping.ptr<int32_t>()[r];
   if (slot < 0 || slot >= a.k_pages.shape[0] * 64) return;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) scatter(const __grid_constant__ KvAp
 
 void launch_kv_append(const KvAppendArgs& a, const CudaCall& call) {
   const dim3 grid(static_cast<unsigned>(a.k.shape[0]), static_cast<unsigned>(a.k_pages.shape[1]));
-  const auto run = [&](auto* kernel) { launch(call, kernel, grid, kThreads, 0, a); };
+  const auto run = [&](auto* kernel) { launch_early(call, kernel, grid, kThreads, 0, a); };
   const bool codes = a.k_pages.dtype == DType::u8;
   if (a.k.dtype == DType::bf16)
     codes ? run(scatter<bf16, e4m3>) : run(scatter<bf16, bf16>);

@@ -19,7 +19,6 @@
 // Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block).
 #include "../../core/launch.cuh"
 #include "../../core/mamba.cuh"
-#include "../../core/prim_grid.cuh"
 #include "../../core/ssm.cuh"
 #include "mamba_step.h"
 
@@ -116,6 +115,7 @@ EI_DEVICE void step_block(const MambaStepArgs& a, const Part& p, Shared& shared)
 
 template <class T, class State, int kSteps>
 __global__ void __launch_bounds__(kThreads) step(const __grid_constant__ MambaStepArgs a) {
+  begin_kernel();
   EI_SHARED(Shared, shared);
   EI_DYNAMIC_SHARED(float, gated);
   const SsmArgs& m = a.ssm;
@@ -158,7 +158,8 @@ void launch_mamba_step(const MambaStepArgs& a, const CudaCall& call) {
   const dim3 grid(static_cast<unsigned>(ceil_div(P, kRows) * of_group),
                   static_cast<unsigned>(a.ssm.groups), static_cast<unsigned>(a.ssm.slots.shape[0]));
   by_kind(a.ssm, [&](auto x, auto state, auto steps) {
-    launch(call, step<decltype(x), decltype(state), steps()>, grid, kThreads, of_group * P * 4, a);
+    launch_early(call, step<decltype(x), decltype(state), steps()>, grid, kThreads,
+                 of_group * P * 4, a);
   });
 }
 

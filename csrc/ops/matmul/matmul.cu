@@ -24,7 +24,7 @@ namespace {
 
 template <int R, class X, class W, class O>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
-    few_rows(const __grid_constant__ MatmulArgs a) {
+    few_rows(const __grid_constant__ MatmulArgs a, bool early) {
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, x);
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * R;
@@ -39,6 +39,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
   float sums[R] = {};
   const int lane = threadIdx.x % kWarp;
   const int row_of_warp = p.first + first_output<W>();
+  if (early && p.first < widest) prefetch_weights<W>(weight_row<W>(a, p), columns);
+  begin_kernel();
   if (p.first < widest) {
     for (int r = 0; r < R; ++r) {
       const int own = r < rows ? columns_of(a, first_row + r) : 0;
@@ -63,6 +65,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
 template <class Shape, class W, class O>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     many_rows(const __grid_constant__ MatmulArgs a) {
+  begin_kernel();
   EI_SHARED(Tokens<Shape::kN>, tokens);
   EI_DYNAMIC_SHARED(char, ring);
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * Shape::kN;
@@ -105,14 +108,15 @@ void launch_few(const MatmulArgs& a, const CudaCall& call) {
   }
   const dim3 grid(blocks_of(a, Gemv<W>::kBlockOutputs),
                   static_cast<unsigned>(ceil_div(R, per_block)));
-  launch(call, kernel, grid, kGemvThreads, few_shared<X, W>(a, call), a);
+  launch_early(call, kernel, grid, kGemvThreads, few_shared<X, W>(a, call), a,
+               call.dependent_launch);
 }
 
 template <class Shape, class W, class O>
 void launch_shape(const MatmulArgs& a, const CudaCall& call) {
   const dim3 grid(blocks_of(a, Shape::kM),
                   static_cast<unsigned>(ceil_div(a.x.shape[0], Shape::kN)));
-  launch(call, many_rows<Shape, W, O>, grid, Shape::kThreads, Shape::template kShared<W>, a);
+  launch_early(call, many_rows<Shape, W, O>, grid, Shape::kThreads, Shape::template kShared<W>, a);
 }
 
 template <class W, class O>

@@ -76,6 +76,7 @@ EI_DEVICE const char* expert_row(const Tensor& image, int e, int n) {
 template <class X, class W>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     up_few(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
+  begin_kernel();
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, x);
   const int p = blockIdx.y, r = p / m.J;
@@ -99,6 +100,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
 template <class X, class W>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     down_few(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
+  begin_kernel();
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, middle);
   const int r = blockIdx.y;
@@ -152,6 +154,7 @@ EI_DEVICE int sum_warps(int count, Counts& room) {
 // Block e writes where expert e begins and its entries, in ascending order.
 __global__ void __launch_bounds__(kSortThreads)
     sort(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
+  begin_kernel();
   EI_SHARED(Counts, counts);
   const int e = blockIdx.x, n = m.R * m.J, lane = threadIdx.x % kWarp;
   const auto id = [&](int p) { return p < n ? id_of(a, p / m.J, p % m.J) : INT32_MAX; };
@@ -185,6 +188,7 @@ __global__ void __launch_bounds__(kSortThreads)
 template <class Shape, class W, bool kUp>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     grouped(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
+  begin_kernel();
   EI_SHARED(Tokens<Shape::kN>, tokens);
   EI_DYNAMIC_SHARED(char, ring);
   const int e = blockIdx.y, first = blockIdx.x * Shape::kM;
@@ -225,6 +229,7 @@ constexpr int kCombineThreads = 128;
 
 __global__ void __launch_bounds__(kCombineThreads)
     combine(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
+  begin_kernel();
   constexpr int V = kVector<bf16>;
   const int64_t r = blockIdx.x;
   const int wanted = hidden_of(a, r);
@@ -257,9 +262,9 @@ void launch_few(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
   const int64_t d_pitch = Gemv<W>::pitch(m.D), f_pitch = Gemv<W>::pitch(m.F);
   const dim3 up(static_cast<unsigned>(ceil_div(m.F, Gemv<W>::kBlockOutputs)), m.R * m.J);
   const dim3 down(static_cast<unsigned>(ceil_div(m.D, Gemv<W>::kBlockOutputs)), m.R);
-  launch(call, up_few<X, W>, up, kGemvThreads, d_pitch * int64_t{sizeof(X)}, a, m);
-  launch(call, down_few<X, W>, down, kGemvThreads,
-         m.J * (f_pitch * int64_t{sizeof(X)} + int64_t{sizeof(int)}), a, m);
+  launch_early(call, up_few<X, W>, up, kGemvThreads, d_pitch * int64_t{sizeof(X)}, a, m);
+  launch_early(call, down_few<X, W>, down, kGemvThreads,
+               m.J * (f_pitch * int64_t{sizeof(X)} + int64_t{sizeof(int)}), a, m);
 }
 
 template <class Shape, class W>
@@ -267,18 +272,18 @@ void launch_shape(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
   const dim3 up(static_cast<unsigned>(ceil_div(m.F, Shape::kM)), m.E);
   const dim3 down(static_cast<unsigned>(ceil_div(m.D, Shape::kM)), m.E);
   const int64_t shared = Shape::template kShared<W>;
-  launch(call, grouped<Shape, W, true>, up, Shape::kThreads, shared, a, m);
-  launch(call, grouped<Shape, W, false>, down, Shape::kThreads, shared, a, m);
+  launch_early(call, grouped<Shape, W, true>, up, Shape::kThreads, shared, a, m);
+  launch_early(call, grouped<Shape, W, false>, down, Shape::kThreads, shared, a, m);
 }
 
 template <class W>
 void launch_many(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
-  launch(call, sort, dim3(m.E), kSortThreads, 0, a, m);
+  launch_early(call, sort, dim3(m.E), kSortThreads, 0, a, m);
   const int64_t mean = ceil_div(static_cast<int64_t>(m.R) * m.J, m.E);  // entries of an expert
   with_shape(mean * 4 / 3, call.batch_invariant, [&](auto shape) {      // most fit one block so
     launch_shape<decltype(shape), W>(a, m, call);
   });
-  launch(call, combine, dim3(m.R), kCombineThreads, 0, a, m);
+  launch_early(call, combine, dim3(m.R), kCombineThreads, 0, a, m);
 }
 
 template <class W>

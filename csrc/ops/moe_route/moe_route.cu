@@ -28,10 +28,15 @@ EI_DEVICE int experts_of(const MoeRouteArgs& a, int64_t r) {
   return active_size(a.row_width, a.e_sizes, r, a.bias.shape[0]);
 }
 
+// Where the gate's row of an expert is in its K tile 0.
+EI_DEVICE const float* gate_row(const MoeRouteArgs& a, int e) {
+  return a.gate.ptr<float>() + (e / kTile * a.gate.shape[1] * kTile + e % kTile) * kTile;
+}
+
 // scores[r, e] = sigmoid(x[r] . gate[e]) for R rows.
 template <int R, class X>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
-    score(const __grid_constant__ MoeRouteArgs a, float* scores) {
+    score(const __grid_constant__ MoeRouteArgs a, float* scores, bool early) {
   EI_DYNAMIC_SHARED(X, x);
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * R;
   const int rows = static_cast<int>(min(static_cast<int64_t>(R), a.x.shape[0] - first_row));
@@ -41,6 +46,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     experts = max(experts, experts_of(a, first_row + r));
   }
   const int first = blockIdx.x * Gate::kBlockOutputs;
+  if (early && first < experts) prefetch_weights<float>(gate_row(a, first), columns);
+  begin_kernel();
   if (first >= experts) return;
   const int pitch = (columns + kTile - 1) / kTile * kTile;
   for (int r = 0; r < R; ++r) {
@@ -50,10 +57,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
   __syncthreads();
   const int of_warp = first + threadIdx.x / kWarp * Gate::kOutputs;
   if (of_warp >= experts) return;
-  const float* w = a.gate.ptr<float>() + of_warp / kTile * a.gate.shape[1] * kTile * kTile +
-                   of_warp % kTile * kTile;
   float logits[R];
-  Gate::dot<R>(w, x, pitch, columns, logits);
+  Gate::dot<R>(gate_row(a, of_warp), x, pitch, columns, logits);
   const int lane = threadIdx.x % kWarp, e = of_warp + lane / Gate::kLanes;
   if (lane % Gate::kLanes != 0 || e >= a.bias.shape[0]) return;
   EI_UNROLL
@@ -77,6 +82,7 @@ EI_DEVICE void take_better(Best& mine) {
 
 __global__ void __launch_bounds__(kChoiceWarps* kWarp)
     choose(const __grid_constant__ MoeRouteArgs a, const float* scores) {
+  begin_kernel();
   EI_DYNAMIC_SHARED(float, candidates);
   const int E = static_cast<int>(a.bias.shape[0]), J = static_cast<int>(a.ids.shape[1]);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -116,8 +122,8 @@ void launch_scores(const MoeRouteArgs& a, const CudaCall& call, float* scores) {
   const int per_block = R == 1 && !call.batch_invariant ? 1 : kGemvRows;
   const dim3 grid(static_cast<unsigned>(ceil_div(a.bias.shape[0], Gate::kBlockOutputs)),
                   static_cast<unsigned>(ceil_div(R, per_block)));
-  launch(call, per_block == 1 ? score<1, X> : score<kGemvRows, X>, grid, kGemvThreads,
-         per_block * pitch * int64_t{sizeof(X)}, a, scores);
+  launch_early(call, per_block == 1 ? score<1, X> : score<kGemvRows, X>, grid, kGemvThreads,
+               per_block * pitch * int64_t{sizeof(X)}, a, scores, call.dependent_launch);
 }
 
 int64_t workspace_bytes(const MoeRouteArgs& a, const CudaCall&) {
@@ -131,9 +137,9 @@ void launch_moe_route(const MoeRouteArgs& a, const CudaCall& call) {
     launch_scores<bf16>(a, call, scores);
   else
     launch_scores<float>(a, call, scores);
-  launch(call, choose, dim3(static_cast<unsigned>(ceil_div(a.x.shape[0], kChoiceWarps))),
-         kChoiceWarps * kWarp, kChoiceWarps * a.bias.shape[0] * 4, a,
-         static_cast<const float*>(scores));
+  launch_early(call, choose, dim3(static_cast<unsigned>(ceil_div(a.x.shape[0], kChoiceWarps))),
+               kChoiceWarps * kWarp, kChoiceWarps * a.bias.shape[0] * 4, a,
+               static_cast<const float*>(scores));
 }
 
 const RegisterCuda<MoeRouteArgs, launch_moe_route, workspace_bytes> registered("moe_route");

@@ -24,6 +24,7 @@ struct Shared {
 
 template <class T, class W>
 __global__ void __launch_bounds__(kThreads) norm(const __grid_constant__ RmsNormArgs a) {
+  begin_kernel();
   constexpr int V = kVector<T>;
   EI_SHARED(Shared, shared);
   const int64_t r = blockIdx.x;
@@ -62,9 +63,9 @@ void launch_rms_norm(const RmsNormArgs& a, const CudaCall& call) {
   const dim3 grid(static_cast<unsigned>(a.residual.shape[0]));
   const bool w16 = a.weight.dtype == DType::bf16;
   if (a.residual.dtype == DType::bf16)
-    launch(call, w16 ? norm<bf16, bf16> : norm<bf16, float>, grid, kThreads, 0, a);
+    launch_early(call, w16 ? norm<bf16, bf16> : norm<bf16, float>, grid, kThreads, 0, a);
   else
-    launch(call, w16 ? norm<float, bf16> : norm<float, float>, grid, kThreads, 0, a);
+    launch_early(call, w16 ? norm<float, bf16> : norm<float, float>, grid, kThreads, 0, a);
 }
 
 const RegisterCuda<RmsNormArgs, launch_rms_norm> registered("rms_norm");

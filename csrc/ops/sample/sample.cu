@@ -210,6 +210,7 @@ EI_DEVICE Best draw(const Row& row, uint64_t seed, uint64_t position) {
 }
 
 __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ SampleArgs a) {
+  begin_kernel();
   EI_SHARED(Shared, shared);
   const int64_t r = blockIdx.x;
   Row row{cuda::row<float>(a.logits, r),
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(kThreads) choose(const __grid_constant__ Sampl
 }
 
 void launch_sample(const SampleArgs& a, const CudaCall& call) {
-  launch(call, choose, dim3(static_cast<unsigned>(a.logits.shape[0])), kThreads, 0, a);
+  launch_early(call, choose, dim3(static_cast<unsigned>(a.logits.shape[0])), kThreads, 0, a);
 }
 
 const RegisterCuda<SampleArgs, launch_sample> registered("sample");
