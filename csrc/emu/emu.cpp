@@ -363,10 +363,9 @@ std::vector<std::unique_ptr<Worker>>& idle() {
   return list;
 }
 std::unique_ptr<Worker> take_worker() {
-  if (idle().empty()) return std::make_unique<Worker>();
+  if (idle().empty()) idle().push_back(std::make_unique<Worker>());
   std::unique_ptr<Worker> w = std::move(idle().back());
-  idle().pop_back();
-  return w;
+  return idle().pop_back(), std::move(w);
 }
 
 // A launch, of which some blocks may have begun.

@@ -9,8 +9,9 @@
 //
 // What it finds: reads of shared memory that was never written (it is NaN before every block),
 // cp.async whose wait is missing (the destination is NaN until the wait), launches that read too
-// early what the one ahead of them writes, divergent barriers and warp operations (reported with how many threads stand where), misaligned wide accesses, and,
-// under AddressSanitizer, everything out of bounds.
+// early what the one ahead of them writes, divergent barriers and warp operations (reported with
+// how many threads stand where), misaligned wide accesses, and, under AddressSanitizer, everything
+// out of bounds.
 // What it cannot find: the speed; races that no order of whole stretches between barriers shows.
 #pragma once
 #include <algorithm>
