@@ -17,13 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from commit import commit
 from elastify_caches import compare_caches
 from elastify_data import CHECK_SEED, PlainTraining, Problems, accuracy
 from elastify_front import price_again
@@ -108,6 +108,7 @@ class Bench:
 
     def __init__(self, out: Path, scale: Scale, seed: int):
         self.out, self.scale, self.seed = out, scale, seed
+        self.commit = commit()
         self.tag = f"-{seed}" if seed else ""
         out.mkdir(parents=True, exist_ok=True)
         self.data = Problems(scale.tokens, scale.operations)
@@ -128,7 +129,8 @@ class Bench:
             print(f"{name}, seed {self.seed} …", flush=True)
             start = time.monotonic()
             result = getattr(self, f"run_{name}")()
-            result = {**result, "seconds": round(time.monotonic() - start, 1), "seed": self.seed}
+            result = {**result, "seconds": round(time.monotonic() - start, 1), "seed": self.seed,
+                      "commit": self.commit, "date": today()}  # fmt: skip
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             partial.replace(path)
@@ -419,11 +421,7 @@ def main() -> None:
 
 def header(given: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     """What the figures are of: commit, machine, date, scale."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    return {"commit": commit, "machine": machine(), "date": today(), "threads": given.threads,
+    return {"commit": commit(), "machine": machine(), "date": today(), "threads": given.threads,
             "quick": given.quick, "scale": asdict(scale)}  # fmt: skip
 
 

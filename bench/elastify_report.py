@@ -1,7 +1,8 @@
 """The results of bench/elastify.py as tables for people, which docs/elastify.md shows, and plots.
 
 Every table is made from results.json: {"commit", "machine", "date", "scale", "results": {part:
-{seed: result}}}. It raises KeyError where a part is not there.
+{seed: result}}}, each result with the commit and the date that it was made at. It raises KeyError
+where a part is not there.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def scale_text(figures: Figures) -> str:
         for seed in list(runs)[1:]:
             more.setdefault(seed, []).append(part)
     seeds = "".join(f"; seed {seed} too for {', '.join(parts)}" for seed, parts in more.items())
+    made = {(r["date"], r["commit"]) for runs in results.values() for r in runs.values()}
+    when = "; ".join(f"{date}, commit {commit}" for date, commit in sorted(made))
     return (
         f"Chains of 1 to {scale['operations']} operations; {scale['parent_steps']} steps of the "
         f"parent, {scale['steps']} of every model alone, {scale['nested_steps']} of a nested run "
@@ -72,7 +75,7 @@ def scale_text(figures: Figures) -> str:
         f"where every token of the solution is the likeliest one; 95 % intervals. Seed "
         f"{next(iter(results['router']))}{seeds}; the parent has one seed. "
         f"{figures['threads']} thread of {machine['processor']} that other work shared, "
-        f"{figures['date']}, commit {figures['commit']}."
+        f"{when}."
     )
 
 
@@ -112,16 +115,18 @@ def tokens_text(results: Figures) -> str:
 def nested_text(results: Figures) -> str:
     """Whether one nested run is as good as one run a width, and learnt sizes as picked ones."""
     parts = []
-    alone, scratch = first(results, "alone")["widths"], first(results, "scratch")["widths"]
     for part, title in NESTED[:2]:
-        widths = first(results, part)["widths"]
-        text = []
-        for name in NARROW:
-            own, points = widths[name]["solved"], []
-            for other, against in ((alone, "distilled alone"), (scratch, "from scratch")):
-                points.append(f"{100 * (own - other[name]['solved']):+.1f} against {against}")
-            text.append(f"{name} {' and '.join(points)}")
-        parts.append(f"Nested with {title}, in points: {', '.join(text)}.")
+        for seed, run in results[part].items():
+            text = []
+            for name in NARROW:
+                own, points = run["widths"][name]["solved"], []
+                for other, against in (("alone", "distilled alone"), ("scratch", "from scratch")):
+                    if seed in results[other]:
+                        score = results[other][seed]["widths"][name]["solved"]
+                        points.append(f"{100 * (own - score):+.1f} against {against}")
+                text += [f"{name} {' and '.join(points)}"] if points else []
+            if text:
+                parts.append(f"Nested with {title}, seed {seed}, in points: {', '.join(text)}.")
     learnt, picked = (first(results, part)["widths"] for part in ("router", "uniform"))
     sizes = [
         f"{name} {learnt[name]['parameters'] / picked[name]['parameters']:.2f}" for name in NARROW

@@ -205,11 +205,12 @@ POINT = {**SCORE, "think": "S", "answer": "L", "policy": "carry", "budget": None
 PLAIN = {**POINT, "think": "L", "priced": 0.01}
 GAIN = {"accuracy": {"gain": 0.25, "plain": POINT, "by": POINT},
         "latency": {"gain": 1.5, "plain": POINT, "by": POINT}}  # fmt: skip
+MADE = {"commit": "c0ffee", "date": "d"}
 ELASTIFIED = {
     "commit": "c0ffee", "machine": MACHINE, "date": "d", "threads": 1,
     "scale": {"operations": 3, "parent_steps": 9, "steps": 5, "nested_steps": 7, "switches": 0.3,
               "tokens": 64, "checks": 20},
-    "results": {part: {"0": values} for part, values in {
+    "results": {part: {"0": {**values, **MADE}} for part, values in {
         "parent": {**ALL_WIDTHS, "tokens": 5_000_000}, "scratch": ALL_WIDTHS,
         "uniform": ALL_WIDTHS, "alone": {**ALL_WIDTHS, "tokens": 1_500_000},
         "order": {"orders": {"importance": ALL_WIDTHS["widths"], "random 0": CUT}},
@@ -220,8 +221,10 @@ ELASTIFIED = {
         "shipped": {"same": {k: {"L": SCORE, "M": SCORE, "S": SCORE} for k in
                              ("router", "uniform", "shipped")},
                     "longest": {"L": SCORE, "M": SCORE, "S": SCORE}},
-    }.items()} | {"router": {seed: {**ALL_WIDTHS, "sizes": {"M": {"hidden_size": 48}, "S": {}}}
-                             for seed in ("0", "1")}},
+    }.items()} | {"router": {
+        seed: {**ALL_WIDTHS, **MADE, "sizes": {"M": {"hidden_size": 48}, "S": {}}}
+        for seed in ("0", "1")
+    }},
 }  # fmt: skip
 SAMPLES = {
     "fullsize": ({
