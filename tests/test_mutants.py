@@ -227,7 +227,7 @@ MUTANTS = {
         "rms_norm", OPS + "rms_norm/rms_norm.cu", "clear_row(out, n, D", "clear_row(out, D, D",
     ),
     "gated norm leaves the other heads": (
-        "gated_norm", OPS + "gated_norm/gated_norm.cu",
+        "gated_norm", "csrc/core/mamba.cuh",
         "c < H / G * P", "c < kept * P",
     ),
     "attention leaves values in absent heads": (
