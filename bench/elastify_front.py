@@ -52,7 +52,7 @@ def best_gains(points: Sequence[Point], latency: str) -> dict[str, Any]:
 def price_again(control: dict[str, Any], prices: Prices) -> None:
     """Gives the points of a grid other prices, in place; what was measured stays, also which points
     were asked again: "chosen_by" says by what prices their front was found."""
-    control["chosen_by"] = control["prices"]
+    control.setdefault("chosen_by", control["prices"])
     for point in (*control["points"], *control["again"]):
         point["priced"] = prices.seconds(point)
     control["prices"], control["measured_prices"] = prices.title, prices.measured

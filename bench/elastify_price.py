@@ -101,5 +101,11 @@ def from_file(path: Path) -> Prices:
         f"{1e3 * row['prefill_seconds_per_token']:.1f}"
         for row in figures["rows"]
     )
-    title = f"`{path.name}`, measured (ms of a step, and of a token of a long prompt: {costs})"
+    memory = ", ".join(
+        f"{row['read_bytes_s'] / 1e9:.0f}" for row in figures["rows"] if "read_bytes_s" in row
+    )
+    memory = f"; memory then gave {memory} GB/s" if memory else ""
+    title = (
+        f"`{path.name}`, measured (ms of a step, and of a token of a long prompt: {costs}{memory})"
+    )
     return Prices(title, True, read)

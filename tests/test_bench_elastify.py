@@ -183,7 +183,8 @@ def test_prices_count_every_pass(tmp_path):
     file = tmp_path / "steps.json"
     figures = {"30B": (0.010, 0.001), "12B": (0.004, 0.0005)}
     file.write_text(json.dumps({"rows": [
-        {"width": name, "step_seconds": step, "prefill_seconds_per_token": many}
+        {"width": name, "step_seconds": step, "prefill_seconds_per_token": many,
+         "read_bytes_s": step * 4e12}
         for name, (step, many) in figures.items()
     ]}))  # fmt: skip
     prices = from_file(file)
@@ -202,9 +203,10 @@ def test_prices_count_every_pass(tmp_path):
     assert [p["priced"] for p in control["again"]] == pytest.approx([0.09, 0.05])
     assert control["gains"]["priced"]["latency"]["gain"] == pytest.approx(1.8)
     assert control["measured_prices"] and control["chosen_by"] == "the floor"
-    assert control["prices"].startswith("`steps.json`, measured") and "30B 10.0 and 1.0" in (
-        control["prices"]
-    )
+    assert control["prices"].startswith("`steps.json`, measured")
+    assert "30B 10.0 and 1.0, 12B 4.0 and 0.5; memory then gave 40, 16 GB/s" in control["prices"]
+    price_again(control, prices)
+    assert control["chosen_by"] == "the floor"  # prices change, the choice was made once
     floor = calculated()
     assert not floor.measured and "not a measurement" in floor.title
     # The active parameters of the 30B shape at 4.5 bits, and the state beside them.
