@@ -103,12 +103,12 @@ def ssm_step(a: Arguments) -> Peer:
     def run():
         x, B, C, dt = _heads(a, slice(None))
         A, D = (-a["A_log"].exp()).view(dt.shape[1:]), a["D"].view(dt.shape[1:])
-        state = a["state"][slots].view(S, *dt.shape[1:], P, N)
+        state = a["state"][slots].float().view(S, *dt.shape[1:], P, N)
         state *= torch.exp(A * dt)[..., None, None]
         state += (dt[..., None] * x)[..., None] * B[..., None, :]
         y = (state @ C.expand(*dt.shape, N)[..., None]).squeeze(-1) + D[..., None] * x
         a["y"][:] = y.reshape(S, H * P)
-        a["state"][slots] = state.view(S, H, P, N)
+        a["state"][slots] = state.view(S, H, P, N).to(a["state"].dtype)
 
     return run
 
@@ -138,7 +138,7 @@ def ssm_scan(a: Arguments) -> Peer:
         for begin, end, slot in ranges:
             x, B, C, dt = _heads(a, slice(begin, end))
             A, D = (-a["A_log"].exp()).view(dt.shape[1:]), a["D"].view(dt.shape[1:])
-            h = a["state"][slot].view(*dt.shape[1:], P, N)
+            h = a["state"][slot].float().view(*dt.shape[1:], P, N)
             for t in range(0, end - begin, chunk):
                 xs, b, c, d = (
                     x[t : t + chunk],
