@@ -14,7 +14,7 @@
 //   multiples of 16. A block's last K tile may be cut: scales beyond the prefix count as zero.
 // Speed: never run on a GPU. Floor: as of matmul, with half the products' time of bfloat16 or less.
 // Source: PTX ISA, "Block Scaling for mma.sync"; ModelOpt's NVFP4 for the activations.
-#include "../../core/codes.h"
+#include "../../core/nvfp4_block.h"
 #include "../../core/prim_native.cuh"
 #include "matmul.cuh"
 
@@ -103,13 +103,11 @@ __global__ void __launch_bounds__(kThreads)
       bool finite = true;
       EI_UNROLL
       for (int i = 0; i < kScaleBlock; ++i) finite = finite && std::fabs(v[i]) < INFINITY;
-      const float top = largest(v);
-      scale = !finite ? kE4m3Nan : top == 0.0f ? 0 : e4m3_from_float(top / (kE2m1Max * g));
-      const float step = finite ? e4m3_to_float(scale) * g : 0.0f;
+      const Nvfp4Block block(largest(v), finite, g);
+      scale = block.scale;
       EI_UNROLL
       for (int h = 0; h < 2; ++h) EI_UNROLL
-      for (int i = 0; i < 8; ++i)
-        if (step > 0.0f) word[h] |= uint32_t{e2m1_from_float(v[column_of(h, i)] / step)} << 4 * i;
+      for (int i = 0; i < 8; ++i) word[h] |= uint32_t{block.code(v[column_of(h, i)])} << 4 * i;
     }
     const int64_t tile = r * q.tiles + b / 4;
     const int s = b % 4;

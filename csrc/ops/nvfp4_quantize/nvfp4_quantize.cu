@@ -6,8 +6,8 @@
 // Limits: K is a multiple of 16.
 // Speed: not yet measured on a GPU; it runs once per checkpoint.
 // Source: core/codes.h.
-#include "../../core/codes.h"
 #include "../../core/launch.cuh"
+#include "../../core/nvfp4_block.h"
 #include "../../core/rows.cuh"
 #include "nvfp4_quantize.h"
 
@@ -28,18 +28,12 @@ __global__ void __launch_bounds__(kThreads) quantize(const __grid_constant__ Nvf
     amax = max(amax, std::fabs(x[i]));
     finite = finite && std::fabs(x[i]) < INFINITY;
   }
-  const uint8_t scale = !finite        ? kE4m3Nan
-                        : amax == 0.0f ? 0
-                                       : e4m3_from_float(amax / (kE2m1Max * a.scale));
-  const float step = finite ? e4m3_to_float(scale) * a.scale : 0.0f;
-  row<uint8_t>(a.block_scales, r)[block] = scale;
+  const Nvfp4Block scaled(amax, finite, a.scale);
+  row<uint8_t>(a.block_scales, r)[block] = scaled.scale;
   uint8_t* codes = row<uint8_t>(a.codes, r) + block * (kScaleBlock / 2);
   EI_UNROLL
-  for (int i = 0; i < kScaleBlock; i += 2) {
-    const uint8_t low = step == 0.0f ? 0 : e2m1_from_float(x[i] / step);
-    const uint8_t high = step == 0.0f ? 0 : e2m1_from_float(x[i + 1] / step);
-    codes[i / 2] = static_cast<uint8_t>(low | high << 4);
-  }
+  for (int i = 0; i < kScaleBlock; i += 2)
+    codes[i / 2] = static_cast<uint8_t>(scaled.code(x[i]) | scaled.code(x[i + 1]) << 4);
 }
 
 void launch_nvfp4_quantize(const Nvfp4QuantizeArgs& a, const CudaCall& call) {

@@ -7,6 +7,7 @@
 // Source: core/codes.h.
 #include "nvfp4_quantize.h"
 
+#include "../../core/nvfp4_block.h"
 #include "../../core/quantise.h"
 
 namespace ei::EI_ISA {
@@ -21,14 +22,11 @@ void nvfp4_quantize(const Nvfp4QuantizeArgs& a, Pool& pool) {
     for (int64_t c = 0; c < K; c += kScaleBlock) {
       float amax = 0.0f;
       for (int i = 0; i < kScaleBlock; ++i) amax = std::max(amax, std::fabs(x[c + i]));
-      const uint8_t code = amax == 0.0f ? 0 : e4m3_from_float(amax / (kE2m1Max * a.scale));
-      const float step = e4m3_to_float(code) * a.scale;
-      scales[c / kScaleBlock] = code;
-      for (int i = 0; i < kScaleBlock; i += 2) {
-        const uint8_t low = step == 0.0f ? 0 : e2m1_from_float(x[c + i] / step);
-        const uint8_t high = step == 0.0f ? 0 : e2m1_from_float(x[c + i + 1] / step);
-        codes[(c + i) / 2] = static_cast<uint8_t>(low | high << 4);
-      }
+      const Nvfp4Block block(amax, true, a.scale);
+      scales[c / kScaleBlock] = block.scale;
+      for (int i = 0; i < kScaleBlock; i += 2)
+        codes[(c + i) / 2] =
+            static_cast<uint8_t>(block.code(x[c + i]) | block.code(x[c + i + 1]) << 4);
     }
   });
 }
