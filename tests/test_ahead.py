@@ -372,5 +372,3 @@ def test_random_sequences(tmp_path):
     with late_engine(tmp_path, sized_engine, seed=2, pages=14, slots=8, max_num_seqs=3) as engine:
         run_sequences(engine, 8, 20)
         assert engine.stats()["passes_ahead"] > 0
-
-
