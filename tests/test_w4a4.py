@@ -214,7 +214,7 @@ def tiled(form):
         ("nvfp4", 90, "nvfp4", "be none: the device has compute capability 9.0, 12.x needed, got"),
         ("nvfp4", 100, "nvfp4", "be none: the device has compute capability 10.0, 12.x needed"),
         ("fp8", 120, "nvfp4", "be none for a FP8 image, got nvfp4"),
-        ("nvfp4", 120, "fp8", "be none or nvfp4, got fp8"),
+        ("nvfp4", 120, "fp8", "be none, int8 or nvfp4, got fp8"),
     ],
 )
 def test_other_cards_and_weights_are_refused(form, capability, wish, message):

@@ -134,6 +134,7 @@ def moe_matmul(
     row_width: torch.Tensor | None = None,
     k_sizes: torch.Tensor | None = None,
     f_sizes: torch.Tensor | None = None,
+    activation_quantization: str = "none",
     run=None,
 ) -> torch.Tensor:
     """``out[r, :k] = sum_j weights[r, j] * down_e(relu(up_e x[r, :k])^2) + shared[r, :k]`` with
@@ -151,6 +152,7 @@ def moe_matmul(
         row_width: [R] int32 index of each row's width, or None: every row uses everything.
         k_sizes: [W] int32 hidden channels at each width, multiples of 16.
         f_sizes: [W] int32 expert channels at each width, multiples of 16.
+        activation_quantization: of both products, as of :func:`matmul`.
         run: None, a Pool or a Step.
 
     Returns: `out`.
@@ -167,7 +169,8 @@ def moe_matmul(
         )
     _C.moe_matmul(
         x, up.image, down.image, up.columns, up.rows, up.scale, down.scale, ids, weights, out,
-        shared, workspace, row_width, k_sizes, f_sizes, run,
+        shared, workspace, row_width, k_sizes, f_sizes, activation_quantization,
+        run,
     )  # fmt: skip
     return out
 

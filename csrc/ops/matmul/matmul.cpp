@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <array>
 
+#include "../../core/activations.h"
 #include "../../core/check.h"
 #include "../../core/image.h"
-#include "../../core/native.h"
 #include "../../core/step.h"
 #include "../../core/widths.h"
 
@@ -18,20 +18,6 @@ namespace ei {
 namespace {
 
 using Segment = std::array<int64_t, 3>;  // tile row, output column, rows
-
-// Refuses activations that the device cannot multiply as they are wished.
-bool quantise_x(const Checker& check, const TensorArg& x, DType w_dtype, const std::string& form) {
-  constexpr const char* kName = "activation_quantization";
-  if (form == "none") return false;
-  if (form != "nvfp4") check.fail(kName, "be none or nvfp4", form);
-  if (w_dtype != DType::nvfp4)
-    check.fail(kName, std::string("be none for a ") + dtype_name(w_dtype) + " image", form);
-  if (!device::holds(x))
-    check.fail(kName, "be none on the CPU: compute capability 12.x needed", form);
-  const std::string why = lacks_capability(x.device_id, 120, true);
-  if (!why.empty()) check.fail(kName, "be none: " + why, form);
-  return true;
-}
 
 // Refuses a kernel that the device or the operands do not allow. Whether one was wished.
 bool by_warpgroups(const Checker& check, const TensorArg& x, DType w_dtype,
@@ -90,7 +76,9 @@ void matmul_entry(const TensorArg& x, const TensorArg& w, int64_t K, const Tenso
   widths.sizes(k_sizes, "k_sizes", K, 16);
   widths.sizes(n_sizes, "n_sizes", largest, a.segments, 1);
   const char* wished = by_warpgroups(check, x, a.w_dtype, kernel) ? kMatmulWgmma : nullptr;
-  if (quantise_x(check, x, a.w_dtype, activation_quantization)) wished = kMatmulW4a4;
+  const Activations form = activations_from(check, x, a.w_dtype, activation_quantization);
+  if (form == Activations::nvfp4) wished = kMatmulW4a4;
+  a.int8 = form == Activations::int8;
   if (wished)
     return submit_cuda(runner, wished, &a, sizeof(a), x,
                        {&x, &w, &scale, &out, &row_width, &k_sizes, &n_sizes});

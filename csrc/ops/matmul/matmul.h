@@ -34,6 +34,7 @@ struct MatmulArgs {
   int segments;
   int tile_row[kMaxSegments], column[kMaxSegments], rows[kMaxSegments];
   Activation activation;
+  bool int8;  // rows of x as int8 (gemm_int8.h); the CPU alone
 };
 
 EI_CPU_KERNEL(matmul, MatmulArgs)

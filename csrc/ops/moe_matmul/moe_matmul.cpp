@@ -1,6 +1,7 @@
 // Checks and binding of moe_matmul and moe_workspace_bytes.
 #include "moe_matmul.h"
 
+#include "../../core/activations.h"
 #include "../../core/check.h"
 #include "../../core/image.h"
 #include "../../core/step.h"
@@ -26,7 +27,8 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
                       const TensorArg& ids, const TensorArg& weights, const TensorArg& out,
                       const TensorArg& shared, const TensorArg& workspace,
                       const TensorArg& row_width, const TensorArg& k_sizes,
-                      const TensorArg& f_sizes, const py::object& run) {
+                      const TensorArg& f_sizes, const std::string& activation_quantization,
+                      const py::object& run) {
   Checker check("moe_matmul");
   const Runner runner = runner_from(run);
   check.bind("D", D);  // what the weights take and give
@@ -58,10 +60,13 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
   widths.sizes(k_sizes, "k_sizes", D, 16);
   widths.sizes(f_sizes, "f_sizes", F, 16);
   if (!runner.step && !ids.cuda) check_ids(check, ids, E);
+  const Activations form = activations_from(check, x, w_dtype, activation_quantization);
+  if (form == Activations::nvfp4)
+    check.fail("activation_quantization", "be none on a GPU", activation_quantization);
   const int64_t rows = std::min<int64_t>(R * J, 256), tiles = std::max(D_tiles, F_tiles);
   submit(runner, moe_matmul_cpu,
          MoeMatmulArgs{x, up, down, w_dtype, up_scale, down_scale, F, ids, weights, out, shared,
-                       workspace, row_width, k_sizes, f_sizes},
+                       workspace, row_width, k_sizes, f_sizes, form == Activations::int8},
          {&x, &up, &down, &up_scale, &down_scale, &ids, &weights, &out, &shared, &workspace,
           &row_width, &k_sizes, &f_sizes},
          tiles * rows * 64 * 6 + rows * 64 * 4 + 64 * 64 * 4 + rows * 8 + 1024);
@@ -71,7 +76,8 @@ const RegisterOp registered([](py::module_& m) {
   m.def("moe_matmul", moe_matmul_entry, py::arg("x"), py::arg("up"), py::arg("down"), py::arg("D"),
         py::arg("F"), py::arg("up_scale"), py::arg("down_scale"), py::arg("ids"),
         py::arg("weights"), py::arg("out"), py::arg("shared"), py::arg("workspace"),
-        py::arg("row_width"), py::arg("k_sizes"), py::arg("f_sizes"), py::arg("run"));
+        py::arg("row_width"), py::arg("k_sizes"), py::arg("f_sizes"),
+        py::arg("activation_quantization"), py::arg("run"));
   m.def("moe_workspace_bytes",
         [](int64_t R, int64_t J, int64_t E, int64_t D, int64_t F, int64_t itemsize) {
           return moe_workspace(R, J, E, D, F, itemsize).bytes;

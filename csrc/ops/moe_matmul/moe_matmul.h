@@ -28,6 +28,7 @@ struct MoeMatmulArgs {
   Tensor row_width;   // [R] i32, may be absent
   Tensor k_sizes;     // [W] i32
   Tensor f_sizes;     // [W] i32
+  bool int8;          // rows of x and of the middle as int8 (gemm_int8.h); the CPU alone
 };
 
 // Where things lie in the workspace, as byte offsets. n = R * J routed rows ("entries").
