@@ -25,17 +25,17 @@ MUTANTS = {
     ),
     "ring without its barrier": (
         "matmul", "csrc/core/mma_tile.cuh",
-        "__syncthreads();  // tile t is there for all", "// tile t is there for all",
+        "__syncthreads();  // stage t is there for all", "// stage t is there for all",
     ),
     "ring without its wait": (
-        "matmul", "csrc/core/mma_tile.cuh", "wait_copies<Shape::kStages - 2>();", "",
+        "matmul", "csrc/core/mma_tile.cuh", "wait_copies<kStages - 2>();", "",
     ),
     "run of keys that is waited for too late": (
         "attention_decode", OPS + "attention_decode/attention_decode.cu",
         "wait_copies<R::kStages - 1>();", "wait_copies<R::kStages>();",
     ),
     "tokens changed under a running product": (
-        "moe_matmul", OPS + "moe_matmul/moe_matmul.cu",
+        "moe_matmul", OPS + "moe_matmul/moe_matmul.cuh",
         "__syncthreads();  // before the tokens and the ring are used again", "",
     ),
     "sums of warps read before they are there": (
@@ -152,32 +152,36 @@ MUTANTS = {
     ),
     # activations as codes
     "tokens take the block scales of others": (
-        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "m % 2, n % 4", "m % 2, 0",
+        "matmul_w4a4", "csrc/core/w4a4.cuh", "m % 2, n % 4", "m % 2, 0",
     ),
     "weights take the block scales of others": (
-        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "m % 2, n % 4", "0, n % 4",
+        "matmul_w4a4", "csrc/core/w4a4.cuh", "m % 2, n % 4", "0, n % 4",
     ),
     "two codes of a row change places": (
-        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu",
+        "matmul_w4a4", "csrc/core/w4a4.cuh",
         "v[column_of(h, i)]", "v[column_of(h, i ^ 1)]",
     ),
     "a row's scale is that of all its columns": (
-        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu",
-        "b = threadIdx.x; b < blocks;", "b = threadIdx.x; b < a.x.shape[1] / kScaleBlock;",
+        "matmul_w4a4", "csrc/core/w4a4.cuh",
+        "b = threadIdx.x; b < blocks;", "b = threadIdx.x; b < q.tiles * 4;",
     ),
     "block scales beyond the prefix count": (
-        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "if (s < steps) word", "word",
+        "matmul_w4a4", "csrc/core/w4a4.cuh", "if (s < steps) word", "word",
     ),
     "steps and block scales are in another order": (
-        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu",
+        "matmul_w4a4", "csrc/core/w4a4.cuh",
         "return s % 2 * 2 + s / 2;", "return s;",
     ),
     "ring of codes without its barrier": (
-        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu",
+        "matmul_w4a4", "csrc/core/mma_tile.cuh",
         "__syncthreads();  // stage t is there for all", "// stage t is there for all",
     ),
     "ring of codes without its wait": (
-        "matmul_w4a4", OPS + "matmul/matmul_w4a4.cu", "wait_copies<Shape::kStages - 2>();", "",
+        "matmul_w4a4", "csrc/core/mma_tile.cuh", "wait_copies<kStages - 2>();", "",
+    ),
+    "codes beyond a row's own tiles are read": (
+        "matmul_w4a4", "csrc/core/w4a4.cuh", "return t * kTile < tokens_.columns[token];",
+        "return tokens_.columns[token] > 0;",
     ),
     # products of warpgroups
     "products read a place of the ring that is written": (
@@ -244,10 +248,10 @@ MUTANTS = {
     ),
     "a narrow row keeps wide outputs": (
         "matmul", OPS + "matmul/matmul.cuh",
-        "wanted ? activated<X>(a, sum(token, m)) : 0.0f", "activated<X>(a, sum(token, m))",
+        "wanted ? activated<V>(a, sum(token, m)) : 0.0f", "activated<V>(a, sum(token, m))",
     ),
     "a row uses expert channels beyond its own": (
-        "moe_matmul", OPS + "moe_matmul/moe_matmul.cu",
+        "moe_matmul", OPS + "moe_matmul/moe_matmul.cuh",
         "kUp ? hidden_of(a, r) : width_of(a, r)", "kUp ? hidden_of(a, r) : m.F",
     ),
     "a row is routed to experts beyond its own": (

@@ -31,7 +31,7 @@ EI_DEVICE int chunk_place(int row, int chunk) {
 template <int kHead, class KV>
 EI_DEVICE void stage_chunk(char* to, int row, int chunk, const KV* page, bool there) {
   const int at = sizeof(KV) == 1 ? row * kHead + chunk * 16 : chunk_place<kHead>(row, chunk);
-  copy16_async(to + at, page, there);
+  copy_async<16>(to + at, page, there);
 }
 
 // `rows` staged rows of K codes as bfloat16, by the threads `me` of `threads`.
@@ -125,8 +125,7 @@ struct WarpRows {
         s[n][j] = key < visible[i] ? s[n][j] * scale_log2 : kNothingSeen;
         top = fmaxf(top, s[n][j]);
       }
-      top = fmaxf(top, shuffle_xor<1>(top));  // the four lanes of a row
-      top = fmaxf(top, shuffle_xor<2>(top));
+      top = max_lanes<4>(top);  // the four lanes of a row
       const float base = finite_maximum(top), fade = exp2_fast(m[i] - base);
       float total = 0.0f;
       EI_UNROLL
@@ -184,12 +183,7 @@ struct PlainRow {
       }
       score = (part[0] + part[1]) + (part[2] + part[3]);
     }
-    float top = fmaxf(m, score);
-    top = fmaxf(top, shuffle_xor<16>(top));
-    top = fmaxf(top, shuffle_xor<8>(top));
-    top = fmaxf(top, shuffle_xor<4>(top));
-    top = fmaxf(top, shuffle_xor<2>(top));
-    top = fmaxf(top, shuffle_xor<1>(top));
+    const float top = max_lanes(fmaxf(m, score));
     const float base = finite_maximum(top), fade = expf(m - base), p = expf(score - base);
     room.p[lane] = p;
     l = l * fade + sum_lanes(p);

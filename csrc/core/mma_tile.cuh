@@ -40,11 +40,12 @@ struct TileShape {
   static_assert(4 % kWarpsK == 0, "warps share the four steps of a K tile");
 };
 
-// The tokens of a block. x[i] is read up to columns[i] (a multiple of 16) and is zero beyond; a
-// token that does not exist has no columns. wanted[i]: how many weight rows it takes.
-template <int N>
+// The tokens of a block. x[i], a row of values or its number, is read up to columns[i] (a multiple
+// of 16) and is zero beyond; a token that does not exist has no columns. wanted[i]: how many weight
+// rows it takes.
+template <int N, class X = const bf16*>
 struct Tokens {
-  const bf16* x[N];
+  X x[N];
   int columns[N], wanted[N];
 
   // The largest of each, after a barrier.
@@ -99,6 +100,25 @@ class BlockPart {
   static EI_DEVICE int warp() { return threadIdx.x / kWarp; }
 };
 
+// Goes through `count` stages of a ring of kStages: stage(t) asks for the copies of one,
+// multiply(t) uses them. Ends with a barrier, behind which the ring's room is free.
+template <int kStages, class Stage, class Multiply>
+EI_DEVICE void through_ring(int count, const Stage& stage, const Multiply& multiply) {
+  for (int t = 0; t < kStages - 1; ++t) {
+    if (t < count) stage(t);
+    commit_copies();
+  }
+  for (int t = 0; t < count; ++t) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // stage t is there for all, and all have left stage t - 1
+    if (t + kStages - 1 < count) stage(t + kStages - 1);
+    commit_copies();
+    multiply(t);
+  }
+  wait_copies<0>();
+  __syncthreads();
+}
+
 template <class Shape, class W>
 class TileProduct {
  public:
@@ -107,21 +127,9 @@ class TileProduct {
 
   // sum(token, m) for all of the block, over the first `columns` columns. Ends with a barrier.
   EI_DEVICE void run(int columns) {
-    const int tiles = (columns + 63) / 64;
-    for (int t = 0; t < Shape::kStages - 1; ++t) {
-      if (t < tiles) stage(t);
-      commit_copies();
-    }
-    for (int t = 0; t < tiles; ++t) {
-      wait_copies<Shape::kStages - 2>();
-      __syncthreads();  // tile t is there for all, and all have left tile t - 1
-      if (t + Shape::kStages - 1 < tiles) stage(t + Shape::kStages - 1);
-      commit_copies();
-      multiply(t, columns);
-    }
-    wait_copies<0>();
-    __syncthreads();  // the ring becomes the room for sums
-    part_.write(shared_, sums_);
+    through_ring<Shape::kStages>((columns + kTile - 1) / kTile, [&](int t) { stage(t); },
+                                 [&](int t) { multiply(t, columns); });
+    part_.write(shared_, sums_);  // the ring becomes the room for sums
     __syncthreads();
   }
 
@@ -142,12 +150,12 @@ class TileProduct {
       const int m = i / kChunks * kRows, chunk = i % kChunks;
       const char* from = w_.first + m / kTile * w_.tile_row + t * int64_t{kTileBytes<W>} +
                          row_offset<W>(m % kTile) + chunk * 16;
-      copy16_async(weights + (kQuantised<W> ? i * 16 : place(m, chunk)), from, m < w_.rows);
+      copy_async<16>(weights + (kQuantised<W> ? i * 16 : place(m, chunk)), from, m < w_.rows);
     }
     for (int i = threadIdx.x; i < Shape::kN * 8; i += Shape::kThreads) {
       const int token = i / 8, chunk = i % 8, column = t * 64 + chunk * 8;
       const bool there = column < tokens_.columns[token];
-      copy16_async(x + place(token, chunk), tokens_.x[token] + (there ? column : 0), there);
+      copy_async<16>(x + place(token, chunk), tokens_.x[token] + (there ? column : 0), there);
     }
   }
 

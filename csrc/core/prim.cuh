@@ -250,18 +250,25 @@ EI_DEVICE void store(bf16* p, const float (&v)[8]) {
 
 // ---- asynchronous copies to shared memory
 
-// Copies 16 bytes to shared memory, or writes zeros there when !valid (then nothing is read).
-// PTX: "Data Movement and Conversion Instructions: cp.async" (.cg: past the first-level cache).
-EI_DEVICE void copy16_async(void* shared, const void* global, bool valid = true) {
+// Copies 4 or 16 bytes to shared memory, or writes zeros there when !valid (then nothing is read).
+// PTX: "Data Movement and Conversion Instructions: cp.async" (.cg: past the first-level cache, for
+// 16 bytes alone).
+template <int kBytes>
+EI_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
+  static_assert(kBytes == 4 || kBytes == 16, "sizes of a copy");
 #if defined(__CUDACC__)
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
 #else
-  emu::aligned(shared, 16, "cp.async to shared memory");
-  emu::aligned(global, 16, "cp.async");
-  emu::copy_async(shared, global, 16, valid ? 16 : 0);
+  emu::aligned(shared, kBytes, "cp.async to shared memory");
+  emu::aligned(global, kBytes, "cp.async");
+  emu::copy_async(shared, global, kBytes, valid ? kBytes : 0);
 #endif
 }
 // Closes the group of this thread's copies since the last one. PTX: "cp.async.commit_group".
@@ -359,6 +366,16 @@ EI_DEVICE float sum_lanes(float v) {
   if constexpr (kLanes > 4) v += shuffle_xor<4>(v);
   if constexpr (kLanes > 2) v += shuffle_xor<2>(v);
   if constexpr (kLanes > 1) v += shuffle_xor<1>(v);
+  return v;
+}
+// The largest over aligned runs of kLanes lanes, in every lane; NaN counts as nothing.
+template <int kLanes = kWarp>
+EI_DEVICE float max_lanes(float v) {
+  if constexpr (kLanes > 16) v = fmaxf(v, shuffle_xor<16>(v));
+  if constexpr (kLanes > 8) v = fmaxf(v, shuffle_xor<8>(v));
+  if constexpr (kLanes > 4) v = fmaxf(v, shuffle_xor<4>(v));
+  if constexpr (kLanes > 2) v = fmaxf(v, shuffle_xor<2>(v));
+  if constexpr (kLanes > 1) v = fmaxf(v, shuffle_xor<1>(v));
   return v;
 }
 // Sum over a block of kWarps whole warps, the same bits in every thread. `room` is shared memory

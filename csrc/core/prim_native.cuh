@@ -25,20 +25,6 @@
 
 namespace ei::cuda {
 
-// As copy16_async(), 4 bytes. PTX: "Data Movement and Conversion Instructions: cp.async" (.ca).
-EI_DEVICE void copy4_async(void* shared, const void* global, bool valid = true) {
-#if defined(__CUDACC__)
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global),
-               "r"(valid ? 4 : 0)
-               : "memory");
-#else
-  emu::aligned(shared, 4, "cp.async to shared memory");
-  emu::aligned(global, 4, "cp.async");
-  emu::copy_async(shared, global, 4, valid ? 4 : 0);
-#endif
-}
-
 // d += a b for a [16 x 64] by rows and b [64 x 8] by columns, of E2M1 codes, each code times the
 // E4M3 scale of its 16 places along the 64, in float. Lane l, with g = l / 4 and t = l % 4, holds
 //   a[0..3]: of rows g, g + 8, g, g + 8 the codes at 8 t (a[0], a[1]) and 8 t + 32 (a[2], a[3])

@@ -37,7 +37,7 @@ template <bool kWait>
 __global__ void copy_through(const float* in, float* out) {
   EI_DYNAMIC_SHARED(float, room);
   const int at = 4 * threadIdx.x;
-  copy16_async(room + at, in + at, threadIdx.x >= 16);
+  copy_async<16>(room + at, in + at, threadIdx.x >= 16);
   commit_copies();
   if constexpr (kWait) wait_copies<0>();
   for (int i = 0; i < 4; ++i) out[at + i] = room[at + i];

@@ -68,17 +68,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   begin_kernel();
   EI_SHARED(Tokens<Shape::kN>, tokens);
   EI_DYNAMIC_SHARED(char, ring);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * Shape::kN;
-  const int rows = static_cast<int>(min(static_cast<int64_t>(Shape::kN), a.x.shape[0] - first_row));
-  const Place p = locate<Shape::kM>(a, blockIdx.x);
-  find_tokens(a, p, first_row, rows, tokens);
-  const bool needed = p.first < tokens.most_wanted();
-  const int held = (a.rows[p.segment] + kTile - 1) / kTile * kTile - p.first;
-  TileProduct<Shape, W> product(
-      ring, WeightRows{weight_row<W>(a, p), a.w.shape[1] * kTileBytes<W>, held}, tokens);
-  if (needed) product.run(tokens.most_columns());
-  write_outputs<bf16, O, Shape::kM>(a, p, first_row, rows, tokens, [&](int token, int m) {
-    return scaled<W>(product.sum(token, m), a.scale, p.segment);
+  const BlockWork<Shape> work(a, tokens);
+  TileProduct<Shape, W> product(ring, work.template weights<W>(), tokens);
+  if (work.needed()) product.run(tokens.most_columns());
+  work.template write<bf16, O>([&](int token, int m) {
+    return scaled<W>(product.sum(token, m), a.scale, work.place.segment);
   });
 }
 

@@ -43,32 +43,51 @@ EI_DEVICE const char* weight_row(const MatmulArgs& a, const Place& p) {
   return a.w.ptr<char>() + tile * a.w.shape[1] * kTileBytes<W> + row_offset<W>(p.first % kTile);
 }
 
-// The rows of x that a block of many has: `rows` of them from first_row on. A barrier follows.
-template <int N>
-EI_DEVICE void find_tokens(const MatmulArgs& a, const Place& p, int64_t first_row, int rows,
-                           Tokens<N>& tokens) {
-  for (int i = threadIdx.x; i < N; i += blockDim.x) {
-    const bool there = i < rows;
-    tokens.x[i] = row<bf16>(a.x, there ? first_row + i : 0);
-    tokens.columns[i] = there ? columns_of(a, first_row + i) : 0;
-    tokens.wanted[i] = there ? wanted_of(a, first_row + i, p.segment) : 0;
-  }
-  __syncthreads();
-}
+// What a block of many rows multiplies: Shape::kM weight rows, and up to Shape::kN rows of x. `X`:
+// how a product finds a row of x, at its address or by its number.
+template <class Shape, class X = const bf16*>
+struct BlockWork {
+  const MatmulArgs& a;
+  Tokens<Shape::kN, X>& tokens;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * Shape::kN;  // of x
+  const int rows = static_cast<int>(min(static_cast<int64_t>(Shape::kN), a.x.shape[0] - first_row));
+  const Place place = locate<Shape::kM>(a, blockIdx.x);
 
-// Writes the outputs of a block of kM weight rows and `rows` tokens: sum(token, m), activated as X
-// rounds it, or zero where the token wants no such row.
-template <class X, class O, int kM, int N, class Sum>
-EI_DEVICE void write_outputs(const MatmulArgs& a, const Place& p, int64_t first_row, int rows,
-                             const Tokens<N>& tokens, const Sum& sum) {
-  const int outputs = min(kM, a.rows[p.segment] - p.first);
-  for (int i = threadIdx.x; i < rows * kM; i += blockDim.x) {
-    const int token = i / kM, m = i % kM;
-    if (m >= outputs) continue;
-    const bool wanted = p.first + m < tokens.wanted[token];
-    from_float(wanted ? activated<X>(a, sum(token, m)) : 0.0f,
-               row<O>(a.out, first_row + token)[a.column[p.segment] + p.first + m]);
+  // Finds the tokens; all threads of the block come here.
+  EI_DEVICE BlockWork(const MatmulArgs& a_, Tokens<Shape::kN, X>& tokens_)
+      : a(a_), tokens(tokens_) {
+    for (int i = threadIdx.x; i < Shape::kN; i += Shape::kThreads) {
+      const bool there = i < rows;
+      const int64_t r = there ? first_row + i : 0;
+      if constexpr (std::is_pointer_v<X>)
+        tokens.x[i] = row<bf16>(a.x, r);
+      else
+        tokens.x[i] = static_cast<X>(r);
+      tokens.columns[i] = there ? columns_of(a, r) : 0;
+      tokens.wanted[i] = there ? wanted_of(a, r, place.segment) : 0;
+    }
+    __syncthreads();
   }
-}
+  // Whether any token takes a row of the block.
+  EI_DEVICE bool needed() const { return place.first < tokens.most_wanted(); }
+  template <class W>
+  EI_DEVICE WeightRows weights() const {
+    const int held = (a.rows[place.segment] + kTile - 1) / kTile * kTile - place.first;
+    return {weight_row<W>(a, place), a.w.shape[1] * kTileBytes<W>, held};
+  }
+  // Writes the outputs: sum(token, m), activated as V, x's dtype, rounds it, or zero where the
+  // token wants no such row.
+  template <class V, class O, class Sum>
+  EI_DEVICE void write(const Sum& sum) const {
+    const int outputs = min(Shape::kM, a.rows[place.segment] - place.first);
+    for (int i = threadIdx.x; i < rows * Shape::kM; i += Shape::kThreads) {
+      const int token = i / Shape::kM, m = i % Shape::kM;
+      if (m >= outputs) continue;
+      const bool wanted = place.first + m < tokens.wanted[token];
+      from_float(wanted ? activated<V>(a, sum(token, m)) : 0.0f,
+                 row<O>(a.out, first_row + token)[a.column[place.segment] + place.first + m]);
+    }
+  }
+};
 
 }  // namespace ei::cuda

@@ -71,12 +71,12 @@ class GroupProduct {
       const bool there = m < w_.rows && t * kTile + chunk * 8 < columns_;
       const char* from = w_.first + m / kTile * w_.tile_row + t * int64_t{kTileBytes<bf16>} +
                          row_offset<bf16>(m % kTile) + chunk * 16;
-      copy16_async(weights + place(m, chunk), there ? from : w_.first, there);
+      copy_async<16>(weights + place(m, chunk), there ? from : w_.first, there);
     }
     for (int i = threadIdx.x; i < Shape::kN * 8; i += Shape::kThreads) {
       const int token = i / 8, chunk = i % 8, column = t * kTile + chunk * 8;
       const bool there = column < tokens_.columns[token];
-      copy16_async(x + place(token, chunk), tokens_.x[token] + (there ? column : 0), there);
+      copy_async<16>(x + place(token, chunk), tokens_.x[token] + (there ? column : 0), there);
     }
   }
 
@@ -104,18 +104,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   EI_DYNAMIC_SHARED(char, room);
   char* ring =
       room + (Ring<Shape>::kAtom - shared_address(room) % Ring<Shape>::kAtom) % Ring<Shape>::kAtom;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * Shape::kN;
-  const int rows = static_cast<int>(min(static_cast<int64_t>(Shape::kN), a.x.shape[0] - first_row));
-  const Place p = locate<Shape::kM>(a, blockIdx.x);
-  find_tokens(a, p, first_row, rows, tokens);
-  const bool needed = p.first < tokens.most_wanted();
-  const int held = (a.rows[p.segment] + kTile - 1) / kTile * kTile - p.first;
-  GroupProduct<Shape> product(
-      ring, WeightRows{weight_row<bf16>(a, p), a.w.shape[1] * kTileBytes<bf16>, held}, tokens,
-      tokens.most_columns());
-  if (needed) product.run();
-  write_outputs<bf16, O, Shape::kM>(a, p, first_row, rows, tokens,
-                                    [&](int token, int m) { return product.sum(token, m); });
+  const BlockWork<Shape> work(a, tokens);
+  GroupProduct<Shape> product(ring, work.template weights<bf16>(), tokens, tokens.most_columns());
+  if (work.needed()) product.run();
+  work.template write<bf16, O>([&](int token, int m) { return product.sum(token, m); });
 }
 
 // 16 weight rows a warp, eight warps, all tokens in each.

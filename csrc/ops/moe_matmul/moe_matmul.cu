@@ -19,56 +19,16 @@
 //   16 bytes; J * F values of x's type fit in shared memory when there are few rows.
 // Speed: not yet measured on a GPU. Floor: the weights of the distinct experts that rows name.
 // Source: the sorted form is common to public grouped products; no public code was used.
-#include "../../core/gemv.cuh"
-#include "../../core/launch.cuh"
-#include "../../core/mma_tile.cuh"
-#include "moe_matmul.h"
+#include "moe_matmul.cuh"
 
 namespace ei::cuda {
 namespace {
 
-// Sizes, and the parts of the workspace.
-struct Moe {
-  int R, J, E, D, F;
-  int32_t *entry, *order, *begin;
-  char *middle, *result;
-};
-
-Moe make_moe(const MoeMatmulArgs& a) {
-  Moe m{};
-  m.R = static_cast<int>(a.x.shape[0]);
-  m.J = static_cast<int>(a.ids.shape[1]);
-  m.E = static_cast<int>(a.up.shape[0]);
-  m.D = static_cast<int>(a.x.shape[1]);
-  m.F = static_cast<int>(a.F);
-  const MoeWorkspace w = moe_workspace(m.R, m.J, m.E, m.D, m.F, dtype_size(a.x.dtype));
-  char* base = a.workspace.ptr<char>();
-  m.entry = reinterpret_cast<int32_t*>(base + w.entry);
-  m.order = reinterpret_cast<int32_t*>(base + w.order);
-  m.begin = reinterpret_cast<int32_t*>(base + w.begin);
-  m.middle = base + w.middle;
-  m.result = base + w.result;
-  return m;
-}
-
-EI_DEVICE int hidden_of(const MoeMatmulArgs& a, int64_t r) {
-  return active_size(a.row_width, a.k_sizes, r, a.x.shape[1]);
-}
-EI_DEVICE int width_of(const MoeMatmulArgs& a, int64_t r) {
-  return active_size(a.row_width, a.f_sizes, r, a.F);
-}
 EI_DEVICE int id_of(const MoeMatmulArgs& a, int64_t r, int j) { return row<int32_t>(a.ids, r)[j]; }
 
 // Whether choice i of a row comes before choice j: by expert, then by place.
 EI_DEVICE bool before(const int32_t* ids, int i, int j) {
   return ids[i] < ids[j] || (ids[i] == ids[j] && i < j);
-}
-
-// Row `n` of expert e in an image of [E][row tiles][column tiles].
-template <class W>
-EI_DEVICE const char* expert_row(const Tensor& image, int e, int n) {
-  const int64_t tile = e * image.shape[1] + n / kTile;
-  return image.ptr<char>() + tile * image.shape[2] * kTileBytes<W> + row_offset<W>(n % kTile);
 }
 
 // ---- few rows
@@ -191,50 +151,32 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   begin_kernel();
   EI_SHARED(Tokens<Shape::kN>, tokens);
   EI_DYNAMIC_SHARED(char, ring);
-  const int e = blockIdx.y, first = blockIdx.x * Shape::kM;
-  const int in = kUp ? m.D : m.F, out = kUp ? m.F : m.D;
-  const Tensor& image = kUp ? a.up : a.down;
-  const WeightRows weights{expert_row<W>(image, e, first), image.shape[2] * kTileBytes<W>,
-                           static_cast<int>(image.shape[1]) * kTile - first};
-  const int end = m.begin[e + 1];
-  for (int at = m.begin[e]; at < end; at += Shape::kN) {
-    const int count = min(Shape::kN, end - at);
-    for (int i = threadIdx.x; i < Shape::kN; i += Shape::kThreads) {
-      const bool there = i < count;
-      const int r = there ? m.entry[at + i] / m.J : 0;
-      tokens.x[i] = kUp ? row<bf16>(a.x, r)
-                        : reinterpret_cast<const bf16*>(m.middle) +
-                              static_cast<int64_t>(there ? at + i : 0) * in;
-      tokens.columns[i] = !there ? 0 : kUp ? hidden_of(a, r) : width_of(a, r);
-      tokens.wanted[i] = !there ? 0 : kUp ? width_of(a, r) : hidden_of(a, r);
-    }
-    __syncthreads();
-    if (first < tokens.most_wanted()) {
-      TileProduct<Shape, W> product(ring, weights, tokens);
-      product.run(tokens.most_columns());
-      bf16* to = reinterpret_cast<bf16*>(kUp ? m.middle : m.result);
-      for (int i = threadIdx.x; i < count * Shape::kM; i += Shape::kThreads) {
-        const int token = i / Shape::kM, n = i % Shape::kM;
-        if (first + n >= tokens.wanted[token]) continue;
-        const float sum = scaled<W>(product.sum(token, n), kUp ? a.up_scale : a.down_scale, e);
-        from_float(kUp ? relu_squared<bf16>(sum) : sum,
-                   to[static_cast<int64_t>(at + token) * out + first + n]);
-      }
-    }
-    __syncthreads();  // before the tokens and the ring are used again
-  }
+  const ExpertWork<Shape, kUp> work{a, m, tokens};
+  const WeightRows weights = work.template weights<W>();
+  const auto find = [&](int r, int p) {
+    return kUp ? row<bf16>(a.x, r)
+               : reinterpret_cast<const bf16*>(m.middle) + static_cast<int64_t>(p) * m.F;
+  };
+  work.each(find, [&](int at, int count) {
+    TileProduct<Shape, W> product(ring, weights, tokens);
+    product.run(tokens.most_columns());
+    work.template write<bf16>(at, count, [&](int token, int n) {
+      return scaled<W>(product.sum(token, n), work.scale(), work.e);
+    });
+  });
 }
 
 constexpr int kCombineThreads = 128;
 
+template <class X>
 __global__ void __launch_bounds__(kCombineThreads)
     combine(const __grid_constant__ MoeMatmulArgs a, const __grid_constant__ Moe m) {
   begin_kernel();
-  constexpr int V = kVector<bf16>;
+  constexpr int V = kVector<X>;
   const int64_t r = blockIdx.x;
   const int wanted = hidden_of(a, r);
   const float* weights = row<float>(a.weights, r);
-  const bf16* result = reinterpret_cast<const bf16*>(m.result);
+  const X* result = reinterpret_cast<const X*>(m.result);
   for (int c = threadIdx.x * V; c < m.D; c += kCombineThreads * V) {
     float total[V] = {};
     for (int i = 0; i < m.J && c < wanted; ++i) {
@@ -247,11 +189,11 @@ __global__ void __launch_bounds__(kCombineThreads)
     }
     if (a.shared && c < wanted) {
       float v[V];
-      load(row<bf16>(a.shared, r) + c, v);
+      load(row<X>(a.shared, r) + c, v);
       EI_UNROLL
       for (int k = 0; k < V; ++k) total[k] += v[k];
     }
-    store(row<bf16>(a.out, r) + c, total);
+    store(row<X>(a.out, r) + c, total);
   }
 }
 
@@ -269,21 +211,18 @@ void launch_few(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
 
 template <class Shape, class W>
 void launch_shape(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
-  const dim3 up(static_cast<unsigned>(ceil_div(m.F, Shape::kM)), m.E);
-  const dim3 down(static_cast<unsigned>(ceil_div(m.D, Shape::kM)), m.E);
   const int64_t shared = Shape::template kShared<W>;
-  launch_early(call, grouped<Shape, W, true>, up, Shape::kThreads, shared, a, m);
-  launch_early(call, grouped<Shape, W, false>, down, Shape::kThreads, shared, a, m);
+  launch_early(call, grouped<Shape, W, true>, expert_grid<Shape>(m, m.F), Shape::kThreads, shared,
+               a, m);
+  launch_early(call, grouped<Shape, W, false>, expert_grid<Shape>(m, m.D), Shape::kThreads, shared,
+               a, m);
 }
 
 template <class W>
 void launch_many(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
-  launch_early(call, sort, dim3(m.E), kSortThreads, 0, a, m);
-  const int64_t mean = ceil_div(static_cast<int64_t>(m.R) * m.J, m.E);  // entries of an expert
-  with_shape(mean * 4 / 3, call.batch_invariant, [&](auto shape) {      // most fit one block so
-    launch_shape<decltype(shape), W>(a, m, call);
-  });
-  launch_early(call, combine, dim3(m.R), kCombineThreads, 0, a, m);
+  launch_sort(a, m, call);
+  with_shape_of_experts(m, call, [&](auto shape) { launch_shape<decltype(shape), W>(a, m, call); });
+  launch_combine(a, m, call);
 }
 
 template <class W>
@@ -295,9 +234,7 @@ void launch_weight(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
 }
 
 void launch_moe_matmul(const MoeMatmulArgs& a, const CudaCall& call) {
-  require_aligned("moe_matmul", "x", a.x);
-  require_aligned("moe_matmul", "shared", a.shared);
-  require_aligned("moe_matmul", "out", a.out);
+  require_aligned_rows(a);
   const Moe m = make_moe(a);
   if (m.R * m.J == 0) return;
   switch (a.w_dtype) {
@@ -311,4 +248,13 @@ void launch_moe_matmul(const MoeMatmulArgs& a, const CudaCall& call) {
 const RegisterCuda<MoeMatmulArgs, launch_moe_matmul> registered("moe_matmul");
 
 }  // namespace
+
+void launch_sort(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
+  launch_early(call, sort, dim3(m.E), kSortThreads, 0, a, m);
+}
+void launch_combine(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
+  launch_early(call, a.x.dtype == DType::bf16 ? combine<bf16> : combine<float>, dim3(m.R),
+               kCombineThreads, 0, a, m);
+}
+
 }  // namespace ei::cuda

@@ -58,16 +58,16 @@ struct Head {
     for (int i = threadIdx.x; i < kChunk * x_chunks; i += kScanThreads) {
       const int t = i / x_chunks, chunk = i % x_chunks;
       const bool there = first + t < last;
-      copy16_async(to.x + chunk_place<kMostP>(t, chunk),
-                   row<bf16>(a.x, there ? first + t : first) + head * P + chunk * 8, there);
+      copy_async<16>(to.x + chunk_place<kMostP>(t, chunk),
+                     row<bf16>(a.x, there ? first + t : first) + head * P + chunk * 8, there);
     }
     for (int i = threadIdx.x; i < kChunk * n_chunks; i += kScanThreads) {
       const int t = i / n_chunks, chunk = i % n_chunks, at = chunk_place<kMostN>(t, chunk);
       const bool there = first + t < last;
       const int64_t token = there ? first + t : first;
-      copy16_async(to.B + at, row<bf16>(a.B, token) + group * N + chunk * 8, there);
+      copy_async<16>(to.B + at, row<bf16>(a.B, token) + group * N + chunk * 8, there);
       if constexpr (kOutputs)
-        copy16_async(to.C + at, row<bf16>(a.C, token) + group * N + chunk * 8, there);
+        copy_async<16>(to.C + at, row<bf16>(a.C, token) + group * N + chunk * 8, there);
     }
   }
 
