@@ -6,6 +6,7 @@
 Weights are random, made layer by layer in the form in which the kernels read them, so that memory
 never holds more than the model: speed depends on shapes and on which experts a token picks alone.
 All matrices but the router are NVFP4; the embedding stays bfloat16. Tokens are random and given.
+Every case is taken with activations as they are, in bfloat16, and as int8.
 Streaming reads are measured in turns with the steps that are given as a share of them.
 """
 
@@ -160,6 +161,17 @@ def build(data: dict[str, Any], width: str, threads: int) -> Built:
     return Built(config, {width: served}, model)
 
 
+def as_int8(built: Built) -> Built:
+    """The same model with its activations as int8."""
+    m = built._model
+    c, served, length = built.config, list(built.widths.values()), PREFILL + 128
+    cache = Cache(c, served[0], torch.bfloat16, m.cache.pages.size, m.cache.slots.size)
+    model = Model(
+        c, m.weights, served, cache, m.pool, length, 1, m.max_length, activation_quantization="int8"
+    )
+    return Built(c, built.widths, model)
+
+
 def bytes_per_step(built: Built, width: str) -> int:
     """Bytes that a step at batch 1 reads of weights, in whole tiles, and moves of state."""
     c, weights = built.config, built._model.weights
@@ -192,25 +204,35 @@ def python_share(built: Built, width: str, prompt: list[int], steps: list[int]) 
 def measure(width: str, threads: int, tokens: int, count: int) -> dict[str, Any]:
     """One row of the full-size file."""
     built = build({**THIRTY, "max_position_embeddings": 8192}, width, threads)
-    ours, vocabulary = Ours(built), built.config.vocab_size
+    ours, coded, vocabulary = Ours(built), Ours(as_int8(built)), built.config.vocab_size
     prompt, steps = random_tokens(PROMPT, vocabulary, 0), random_tokens(tokens, vocabulary, 2)
     long = random_tokens(PREFILL, vocabulary, 3)
     taken = turns(
         {
             "reads": lambda: 1.0 / read_rate(threads, 0.5, 2),
             "step": lambda: ours.decode([prompt], [width], steps) / tokens,
+            "step, int8": lambda: coded.decode([prompt], [width], steps) / tokens,
             "prefill": lambda: ours.prefill(long, width) / PREFILL,
+            "prefill, int8": lambda: coded.prefill(long, width) / PREFILL,
         },
         count,
     )
     moved = bytes_per_step(built, width)
-    shares = [moved / s * r for s, r in zip(taken["step"], taken["reads"])]
+
+    def figures(form: str) -> dict[str, float]:
+        step = taken["step" + form]
+        shares = [moved / s * r for s, r in zip(step, taken["reads"])]
+        return {
+            "step_seconds": statistics.median(step),
+            "prefill_seconds_per_token": statistics.median(taken["prefill" + form]),
+            "share_of_streaming_reads": statistics.median(shares),
+        }
+
     return {
         "width": width,
-        "step_seconds": statistics.median(taken["step"]),
-        "prefill_seconds_per_token": statistics.median(taken["prefill"]),
+        **figures(""),
+        "int8": figures(", int8"),
         "step_bytes": moved,
-        "share_of_streaming_reads": statistics.median(shares),
         "read_bytes_s": 1.0 / statistics.median(taken["reads"]),
         "python_share_of_step": python_share(built, width, prompt, steps),
         "weight_bytes": built._model.weights.nbytes,
@@ -221,25 +243,23 @@ def measure(width: str, threads: int, tokens: int, count: int) -> dict[str, Any]
 
 def beside_peer(folder: Path, types: list[str], threads: int, tokens: int, pairs: int):
     """The 620M shapes in NVFP4 beside llama.cpp's four-bit types: {type: figures}."""
-    built = build(model_config("620m"), "L", threads)
-    ours, found = Ours(built), {}
+    built, found = build(model_config("620m"), "L", threads), {}
+    ways = {"": Ours(built), ", int8 activations": Ours(as_int8(built))}
     for kind in types:
         with Peer(convert(folder, kind), threads, PREFILL) as peer:
             prompt, steps = random_tokens(PROMPT, peer.vocab, 0), random_tokens(tokens, peer.vocab)
             long = random_tokens(PREFILL, peer.vocab, 3)
-            found[kind] = {
-                "decode": paired(
-                    interleave(
-                        partial(ours.decode, [prompt], ["L"], steps),
-                        partial(peer.decode, prompt, steps), pairs,
-                    ), tokens,
-                ),
-                f"prefill {PREFILL}": paired(
-                    interleave(
-                        partial(ours.prefill, long, "L"), partial(peer.prefill, long), pairs
-                    ), PREFILL,
-                ),
+            cases = {
+                "decode": (lambda o, p=prompt, s=steps: o.decode([p], ["L"], s),
+                           partial(peer.decode, prompt, steps), tokens),
+                f"prefill {PREFILL}": (lambda o, p=long: o.prefill(p, "L"),
+                                       partial(peer.prefill, long), PREFILL),
             }  # fmt: skip
+            found[kind] = {
+                case + way: paired(interleave(partial(run, ours), theirs, pairs), count)
+                for case, (run, theirs, count) in cases.items()
+                for way, ours in ways.items()
+            }
     return {"step_bytes": bytes_per_step(built, "L"), "types": found}
 
 

@@ -224,13 +224,14 @@ def ops_table(figures: Figures) -> str:
 def fullsize_table(figures: Figures) -> str:
     """`bench/quantised.py full`."""
     rows = [
-        [row["width"], f"{1e3 * row['step_seconds']:.1f}", f"{row['step_bytes'] / 1e9:.2f}",
-         f"{row['share_of_streaming_reads']:.0%}", f"{row['read_bytes_s'] / 1e9:.0f}",
-         f"{1 / row['prefill_seconds_per_token']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"]
+        [row["width"], form, f"{1e3 * taken['step_seconds']:.1f}", f"{row['step_bytes'] / 1e9:.2f}",
+         f"{taken['share_of_streaming_reads']:.0%}", f"{row['read_bytes_s'] / 1e9:.0f}",
+         f"{1 / taken['prefill_seconds_per_token']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"]
         for row in figures["rows"]
+        for form, taken in (("bf16", row), ("int8", row["int8"]))
     ]  # fmt: skip
-    head = ["shapes", "ms per step", "GB per step", "of streaming reads", "those, GB/s",
-            "prefill, tokens/s", "peak memory, GB"]  # fmt: skip
+    head = ["shapes", "activations", "ms per step", "GB per step", "of streaming reads",
+            "those, GB/s", "prefill, tokens/s", "peak memory, GB"]  # fmt: skip
     return f"{grid(head, rows)}\n\n{measured(figures)}, {figures['threads']} threads."
 
 

@@ -120,9 +120,10 @@ class Engine:
                 GPU it costs speed with few rows (see DESIGN, section 12); without it, bits depend
                 on the number of rows there.
             enforce_eager: on a GPU, launch the kernels of every pass one by one, without graphs.
-            activation_quantization: "none"; or "nvfp4": products with NVFP4 weights, those of
-                experts excepted, quantise their activations row by row. For GPUs of compute
-                capability 12.x alone; costs accuracy; has never run on one.
+            activation_quantization: what products with NVFP4 weights do to their activations:
+                "none"; "int8" on a CPU: 16 values at a time become 8-bit integers, which is faster
+                and costs a little accuracy; "nvfp4" on GPUs of compute capability 12.x: they
+                become NVFP4 row by row, experts excepted. The latter has never run on one.
             async_scheduling: on a GPU, launch a pass of decode steps before the tokens of the one
                 before it are read out, where these cannot change what it reads; False waits for
                 them every time. No effect on results, except that a row which has ended may share

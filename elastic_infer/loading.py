@@ -123,28 +123,33 @@ def check_activations(wish: object, device: Device, formats: Mapping[str, str]) 
     """Refuses activations in a form that the device or the weights do not allow.
 
     Args:
-        wish: "none" or "nvfp4".
+        wish: "none", "int8" (the CPU) or "nvfp4" (GPUs of compute capability 12.x).
         formats: of the checkpoint's quantised matrices, by name.
 
     Raises: InvalidRequest.
     """
     name = "engine: activation_quantization"
-    if wish not in ("none", "nvfp4"):
-        raise InvalidRequest(f"{name} must be none or nvfp4, got {wish!r}")
+    if wish not in ("none", "int8", "nvfp4"):
+        raise InvalidRequest(f"{name} must be none, int8 or nvfp4, got {wish!r}")
     if wish == "none":
         return
-    if device.is_cpu:
-        why = "a GPU of compute capability 12.x is needed, the device is the CPU"
-    elif not any(f == "nvfp4" and ".experts." not in n for n, f in formats.items()):
-        why = "the checkpoint has no NVFP4 matrix outside of experts"
+    if wish == "int8":
+        why = "" if device.is_cpu else "int8 is for the CPU, the device is a GPU"
+        taken, where = [n for n, f in formats.items() if f == "nvfp4"], ""
     else:
-        why = _C.cuda_lacks(device.place.index or 0, 120, True)
+        why = "a GPU of compute capability 12.x is needed, the device is the CPU"
+        why = why if device.is_cpu else _C.cuda_lacks(device.place.index or 0, 120, True)
+        taken = [n for n, f in formats.items() if f == "nvfp4" and ".experts." not in n]
+        where = " outside of experts"
+    if not taken and not why:
+        why = f"the checkpoint has no NVFP4 matrix{where}"
     if why:
         raise InvalidRequest(f"{name} must be none: {why}, got {wish!r}")
-    logger.warning(
-        "activation_quantization: NVFP4 weights outside of experts multiply activations in 4 bits, "
-        "with kernels that have never run on a GPU"
-    )
+    if wish == "nvfp4":
+        logger.warning(
+            "activation_quantization: NVFP4 weights outside of experts multiply activations in 4 "
+            "bits, with kernels that have never run on a GPU"
+        )
 
 
 def served_widths(

@@ -25,7 +25,7 @@ from .ops.attention_prefill import attention_prefill
 from .ops.embed import embed
 from .ops.kv_append import kv_append
 from .ops.matmul import TiledWeight, matmul
-from .ops.moe_matmul import moe_matmul
+from .ops.moe_matmul import ExpertWeights, moe_matmul
 from .ops.moe_route import moe_route
 from .ops.rms_norm import rms_norm
 from .ops.sample import sample
@@ -101,8 +101,8 @@ class Model:
     widths: served widths in index order. max_tokens: rows of the largest pass. max_segments:
     sequences of the largest pass. max_length: tokens of the longest sequence. device: where
     weights and cache are. graphs, dependent_launch: whether passes of steps are captured there, and
-    whether their kernels may overlap (see `Step`). activation_quantization: what `matmul` does to
-    activations where weights are NVFP4.
+    whether their kernels may overlap (see `Step`). activation_quantization: what products do
+    to activations where weights are NVFP4.
 
     On a GPU everything that `forward` does goes to the current stream: call it inside
     `device.running()`. Its logits are there too; reading them waits for the pass.
@@ -363,8 +363,10 @@ class Model:
         self._norm(run, R, w.final_norm, delta)
 
     def _matmul(self, x: torch.Tensor, weight: TiledWeight, out: torch.Tensor, **given) -> None:
-        wish = self.activation_quantization if weight.dtype == NVFP4 else "none"
-        matmul(x, weight, out, activation_quantization=wish, **given)
+        matmul(x, weight, out, activation_quantization=self._wish(weight), **given)
+
+    def _wish(self, weight: TiledWeight | ExpertWeights) -> str:
+        return self.activation_quantization if weight.dtype == NVFP4 else "none"
 
     def _norm(self, run, R: int, weight: torch.Tensor, delta: torch.Tensor | None) -> None:
         b, batch = self.buffers, self.batch
@@ -455,7 +457,8 @@ class Model:
         self._ffn(run, R, w.shared_up, w.shared_down, layer, b.shared)
         moe_matmul(
             b.normed[:R], w.up, w.down, ids, weights, b.delta[:R], shared=b.shared[:R],
-            workspace=b.workspace, row_width=modes, k_sizes=hidden, f_sizes=t.expert, run=run,
+            workspace=b.workspace, row_width=modes, k_sizes=hidden, f_sizes=t.expert,
+            activation_quantization=self._wish(w.up) if self.device.is_cpu else "none", run=run,
         )  # fmt: skip
 
     def _head(self, run, rows: torch.Tensor, modes: torch.Tensor) -> None:

@@ -3,8 +3,8 @@
 #pragma once
 #include <string>
 
+#include "caster.h"
 #include "check.h"
-#include "device.h"
 #include "native.h"
 
 namespace ei {

@@ -17,7 +17,8 @@ namespace ei {
 
 constexpr float kE4m3Max = 448.0f, kE2m1Max = 6.0f;
 constexpr uint8_t kE4m3Nan = 0x7f;
-constexpr int kScaleBlock = 16;  // columns that share a block scale
+constexpr int kScaleBlock = 16;     // columns that share a block scale
+constexpr int kInt8TileBytes = 96;  // of 64 activations as int8 (gemm_int8.h)
 
 EI_HOST_DEVICE inline float e4m3_to_float(uint8_t code) {
   const int magnitude = code & 0x7f;

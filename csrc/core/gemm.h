@@ -9,9 +9,10 @@
 // product is added in ascending k to a sum that starts at zero; the first tile's sum is taken and
 // the others are added in ascending order. It does not depend on the number of rows, on their
 // widths, or on threads. (With pairs, two products at a time.) NVFP4: the products of 16 columns
-// likewise, from zero; then that sum times its block scale is added to the row's, fused.
+// likewise, from zero; then that sum times its block scale is added to the row's, fused. With x as
+// int8: gemm_int8.h.
 #pragma once
-#include "gemm_codes.h"
+#include "gemm_int8.h"
 
 namespace ei::EI_ISA {
 
@@ -42,10 +43,28 @@ inline void block_tile(const RowBlock& block, const char* w, int t, float* total
   if (n <= 0) return;
   const char* x[kMicroRows];
   for (int i = 0; i < block.rows; ++i) x[i] = block.x[i] + t * block.step;
-  if (scales)
+  if constexpr (W == Weights::int8)
+    micro_bytes_any(block.rows, w, scales, x, n, totals, t == 0);
+  else if (scales)
     micro_scaled<W>(block.rows, w, scales, x, n, totals, t == 0);
   else
     micro_any<W>(block.rows, w, x, n, totals, t == 0);
+}
+
+// One block of rows times K tile t, straight from the codes.
+template <Weights W>
+inline void block_codes(const RowBlock& block, const char* tile, int t, float* totals,
+                        const Fetch& fetch) {
+  const int n = std::min(kTile, block.k - t * kTile);
+  if (n <= 0) return;
+  const char* x[kMicroRows];
+  for (int i = 0; i < block.rows; ++i) x[i] = block.x[i] + t * block.step;
+  with_rows(block.rows, [&](auto count) {
+    if constexpr (W == Weights::int8)
+      micro_int8<count>(tile, x, n, totals, t == 0, fetch);
+    else
+      micro_codes<count, W>(tile, x, n, totals, t == 0, fetch);
+  });
 }
 
 // One row of tiles of an image, and where the tiles end that the caller goes on to read.
@@ -58,7 +77,7 @@ template <Weights W, DType Tile>
 inline void tile_row_as(const Panel& p, int first, int end, const ImageRow& row, Totals& totals) {
   constexpr int sums = kMicroRows * kTile;
   // What a tile that several blocks share is expanded to.
-  constexpr Weights expanded = W == Weights::pairs ? Weights::pairs : Weights::f32;
+  constexpr Weights expanded = W == Weights::widen ? Weights::f32 : W;
   constexpr bool nvfp4 = Tile == DType::nvfp4;
   const bool alone = end - first == 1;
   const bool expand = Tile == DType::fp8 || (!alone && (nvfp4 || W == Weights::widen));
@@ -72,7 +91,9 @@ inline void tile_row_as(const Panel& p, int first, int end, const ImageRow& row,
   for (int t = 0; t < tiles_read; ++t) {
     const char* w = row.tiles + t * tile_bytes(Tile);
     const int n = std::min(kTile, k - t * kTile);
-    if constexpr (quantised(Tile)) {
+    if constexpr (W == Weights::int8) {
+      if (expand) expand_bytes(w, n, image, totals.scales);
+    } else if constexpr (quantised(Tile)) {
       if (expand) expand_tile<expanded, Tile>(w, n, image, totals.scales);
     } else {
       if (expand) widen_tile(w, n, totals.widened);
@@ -93,6 +114,9 @@ inline void tile_row_as(const Panel& p, int first, int end, const ImageRow& row,
 
 template <DType Tile>
 inline void tile_row_of(const Panel& p, int first, int end, const ImageRow& row, Totals& totals) {
+  if constexpr (Tile == DType::nvfp4)
+    if (p.kind == Weights::int8)
+      return tile_row_as<Weights::int8, Tile>(p, first, end, row, totals);
   if constexpr (V::kPairs)
     if (p.kind == Weights::pairs)
       return tile_row_as<Weights::pairs, Tile>(p, first, end, row, totals);
@@ -104,7 +128,8 @@ inline void tile_row_of(const Panel& p, int first, int end, const ImageRow& row,
 template <class Out>
 inline void tile_row(const Panel& p, const ImageRow& row, Totals& totals, Out out,
                      float scale = 1.0f) {
-  const V factor = V::set(p.tile == DType::nvfp4 ? scale * kBlockFactor : scale);
+  const float lacks = p.kind == Weights::int8 ? kScaleFactor : kBlockFactor;
+  const V factor = V::set(p.tile == DType::nvfp4 ? scale * lacks : scale);
   const int together = quantised(p.tile) ? kCodeBlocks : kBlocks;
   for (int first = 0; first < p.blocks; first += together) {
     const int end = std::min(first + together, p.blocks);

@@ -36,6 +36,13 @@ inline void unpack(const uint32_t* words, V* out) {
   Tile == DType::nvfp4 ? e2m1_floats(words, out) : e4m3_floats(words, out);
 }
 
+// The block scales of the first n columns of an NVFP4 tile as floats.
+inline void expand_scales(const char* tile, int n, float* scales) {
+  for (int k = 0; k < n; k += kScaleBlock)
+    for (int j = 0; j < kTile; j += V::kLanes)
+      store(scales + k / kScaleBlock * kTile + j, e4m3_scales(nvfp4_scale(tile, k, j)));
+}
+
 // The first n columns of a tile as a bf16 tile (pairs) or a float tile, with the block scales.
 template <Weights W, DType Tile>
 inline void expand_tile(const char* tile, int n, char* image, float* scales) {
@@ -57,10 +64,7 @@ inline void expand_tile(const char* tile, int n, char* image, float* scales) {
         for (int s = 0; s < group; ++s) store(to + s * kTile, values[s]);
       }
     }
-  if (Tile == DType::nvfp4)
-    for (int k = 0; k < n; k += kScaleBlock)
-      for (int j = 0; j < kTile; j += L)
-        store(scales + k / kScaleBlock * kTile + j, e4m3_scales(nvfp4_scale(tile, k, j)));
+  if (Tile == DType::nvfp4) expand_scales(tile, n, scales);
 }
 
 // As micro(), for an expanded NVFP4 tile: the sum of a block of columns starts at zero and is added
@@ -161,48 +165,42 @@ inline void code_products(V (&acc)[MR][NJ], const char* tile, const char* const*
     }
 }
 
+// Goes through the first n columns of an NVFP4 tile as it lies: f(k, r, offset) for NJ vectors of
+// rows from r on and the 16 columns from k on. Each turn fetches its share of the tiles to come from
+// `offset` on, rounded up: one line beside each vector of words, since a burst of them would hold
+// up the loads, and one more.
+template <int NJ, class F>
+inline void code_turns(int n, const F& f) {
+  constexpr int rows = NJ * V::kLanes, turns = kTile / rows, lines = kBlockBytes / 64;
+  for (int k = 0; k < n; k += kScaleBlock)
+    for (int r = 0; r < kTile; r += rows)
+      f(k, r, k / kScaleBlock * kBlockBytes + r / rows * lines / turns * 64);
+}
+
 // totals[m][64 lanes] (+)= sum over n columns of an NVFP4 tile, in the order of micro_blocks().
 template <int MR, Weights W>
 inline void micro_codes(const char* tile, const char* const* x, int n, float* totals, bool first,
                         const Fetch& fetch) {
   constexpr int L = V::kLanes, NJ = kCodeVectors<MR>;
-  // Each turn fetches its share of the tiles to come, rounded up: one line beside each vector of
-  // words, since a burst of them would hold up the loads.
-  constexpr int per_block = kTile / (NJ * L), block_lines = kBlockBytes / 64;
-  for (int k = 0; k < n; k += kScaleBlock)
-    for (int r = 0; r < kTile; r += NJ * L) {
-      const int turn = r / (NJ * L), block = k / kScaleBlock * kBlockBytes;
-      const int offset = block + turn * block_lines / per_block * 64;
-      V acc[MR][NJ];
+  code_turns<NJ>(n, [&](int k, int r, int offset) {
+    V acc[MR][NJ];
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-        for (int j = 0; j < NJ; ++j) acc[m][j] = V::set(0.0f);
-      code_products<MR, NJ, W>(acc, tile, x, k, r, fetch, offset);
-      fetch_line(fetch, offset + 2 * NJ * 64);
-      const bool from_zero = first && k == 0;
+      for (int j = 0; j < NJ; ++j) acc[m][j] = V::set(0.0f);
+    code_products<MR, NJ, W>(acc, tile, x, k, r, fetch, offset);
+    fetch_line(fetch, offset + 2 * NJ * 64);
+    const bool from_zero = first && k == 0;
 #pragma GCC unroll 4
-      for (int j = 0; j < NJ; ++j) {
-        const V scale = e4m3_scales(nvfp4_scale(tile, k, r + j * L));
+    for (int j = 0; j < NJ; ++j) {
+      const V scale = e4m3_scales(nvfp4_scale(tile, k, r + j * L));
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-          float* t = totals + m * kTile + r + j * L;
-          store(t, fma(acc[m][j], scale, from_zero ? V::set(0.0f) : V::load(t)));
-        }
+      for (int m = 0; m < MR; ++m) {
+        float* t = totals + m * kTile + r + j * L;
+        store(t, fma(acc[m][j], scale, from_zero ? V::set(0.0f) : V::load(t)));
       }
     }
-}
-
-// One block of rows times K tile t, straight from the codes.
-template <Weights W>
-inline void block_codes(const RowBlock& block, const char* tile, int t, float* totals,
-                        const Fetch& fetch) {
-  const int n = std::min(kTile, block.k - t * kTile);
-  if (n <= 0) return;
-  const char* x[kMicroRows];
-  for (int i = 0; i < block.rows; ++i) x[i] = block.x[i] + t * block.step;
-  with_rows(block.rows,
-            [&](auto count) { micro_codes<count, W>(tile, x, n, totals, t == 0, fetch); });
+  });
 }
 
 }  // namespace ei::EI_ISA

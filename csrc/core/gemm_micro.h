@@ -18,8 +18,8 @@ constexpr int kMaxBlocks = (kMaxRows + kMicroRows - 1) / kMicroRows;
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
 // f32: float tiles and activations. widen: other tiles, float activations. pairs: bf16 both, or
-// codes that become bf16.
-enum class Weights { f32, widen, pairs };
+// codes that become bf16. int8: NVFP4 tiles, activations that were quantised (gemm_int8.h).
+enum class Weights { f32, widen, pairs, int8 };
 
 // Up to kMicroRows activation rows. Columns beyond a row's own up to `k` are zeros.
 struct RowBlock {

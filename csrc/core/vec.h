@@ -16,6 +16,27 @@
 #error "vec.h is for sources that are compiled once per instruction set"
 #endif
 
+namespace ei::EI_ISA {
+
+// E2M1 codes as bytes that are not negative: twice the value + 12.
+constexpr uint8_t kE2m1Bytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+// Columns of a group of 8 in the order in which the two halves of the bytes of an NVFP4 tile's word
+// hold them: the low halves, then the high ones.
+constexpr int kByteOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+// store_bytes() where no instruction does it: 16 values times `inverse`, to nearest, ties to even.
+inline int store_bytes_plainly(int8_t* p, const float* v, float inverse) {
+  int sum = 0;
+  for (int i = 0; i < 16; ++i) {
+    const int q = static_cast<int>(std::nearbyint(v[i / 8 * 8 + kByteOrder[i % 8]] * inverse));
+    p[i] = static_cast<int8_t>(q);
+    sum += q;
+  }
+  return sum;
+}
+
+}  // namespace ei::EI_ISA
+
 #if defined(EI_ISA_avx512)
 #include "vec_avx512.h"
 #elif defined(EI_ISA_avx2)

@@ -120,9 +120,9 @@ void e2m1_pairs(const uint32_t* p, Pairs* out);
 void e4m3_pairs(const uint32_t* p, Pairs* out);
 void store(uint32_t* p, const Pairs& a);
 
-// What the product of a code and a block scale, as given below, lacks to its value: codes come
-// doubled, scales divided by 2^8.
-constexpr float kBlockFactor = 128.0f;
+// What block scales, and their products with codes, as given below, lack to their values: codes
+// come doubled, scales divided by 2^8.
+constexpr float kScaleFactor = 256.0f, kBlockFactor = 128.0f;
 // kLanes block scales / 2^8: E4M3 is float16 with a smaller exponent (they are not negative).
 inline V e4m3_scales(const uint8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -150,6 +150,37 @@ inline void e2m1_floats(const uint32_t* p, V* out) {
   out[5] = signed_byte<3>(low);
   out[6] = signed_byte<1>(high);
   out[7] = signed_byte<3>(high);
+}
+// kLanes groups of four bytes, and sums of their products.
+struct Bytes {
+  __m256i v;
+  static Bytes load(const uint32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+};
+struct Ints {
+  __m256i v;
+  static Ints set(int32_t x) { return {_mm256_set1_epi32(x)}; }
+};
+inline void store(uint32_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline V to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+// acc + the products of four bytes w in 0..24 with the four signed bytes of x, in every lane: two
+// products fit 16 bits.
+inline Ints dot_bytes(Ints acc, Bytes w, uint32_t x) {
+  const __m256i two = _mm256_maddubs_epi16(w.v, _mm256_set1_epi32(static_cast<int>(x)));
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(two, _mm256_set1_epi16(1)))};
+}
+// 8 columns of kLanes rows of an NVFP4 tile, in the order of kByteOrder: twice the value + 12.
+inline void e2m1_bytes(const uint32_t* p, Bytes* out) {
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kE2m1Bytes)));
+  const __m256i v = Bytes::load(p).v, nibble = _mm256_set1_epi8(15);
+  out[0].v = _mm256_shuffle_epi8(table, _mm256_and_si256(v, nibble));
+  out[1].v = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
+}
+// The 16 values at v times `inverse` as whole numbers in the order of kByteOrder; returns their sum.
+inline int store_bytes(int8_t* p, const float* v, float inverse) {
+  return store_bytes_plainly(p, v, inverse);
 }
 template <int Byte>
 inline V e4m3_byte(__m256i v) {

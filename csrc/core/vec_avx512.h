@@ -1,4 +1,4 @@
-// Vector primitives for AVX-512 (F, BW, VL, DQ) with BF16: 16 floats in one register.
+// Vector primitives for AVX-512 (F, BW, VL, DQ) with BF16, VNNI and VBMI: 16 floats in one register.
 #pragma once
 #include <immintrin.h>
 
@@ -108,8 +108,8 @@ inline void halves(Pairs p, V& even, V& odd) {
       _mm512_castsi512_ps(_mm512_and_si512(p.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// What the product of a code and a block scale, as given below, lacks to its value.
-constexpr float kBlockFactor = 256.0f;
+// What block scales, and their products with codes, as given below, lack to their values.
+constexpr float kScaleFactor = 256.0f, kBlockFactor = kScaleFactor;
 // kLanes block scales / 2^8: E4M3 is float16 with a smaller exponent (they are not negative).
 inline V e4m3_scales(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -136,6 +136,37 @@ inline void e2m1_floats(const uint32_t* p, V* out) {
   Pairs pairs[4];
   e2m1_pairs(p, pairs);
   for (int s = 0; s < 4; ++s) halves(pairs[s], out[2 * s], out[2 * s + 1]);
+}
+// kLanes groups of four bytes, and sums of their products.
+struct Bytes {
+  __m512i v;
+  static Bytes load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+};
+struct Ints {
+  __m512i v;
+  static Ints set(int32_t x) { return {_mm512_set1_epi32(x)}; }
+};
+inline void store(uint32_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
+inline V to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// acc + the products of four bytes w, not negative, with the four signed bytes of x, in every lane.
+inline Ints dot_bytes(Ints acc, Bytes w, uint32_t x) {
+  return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(static_cast<int>(x)))};
+}
+// 8 columns of kLanes rows of an NVFP4 tile, in the order of kByteOrder: twice the value + 12. The
+// table holds them four times: an index's upper bits belong to the next code.
+inline void e2m1_bytes(const uint32_t* p, Bytes* out) {
+  const __m512i table =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kE2m1Bytes)));
+  const __m512i v = _mm512_loadu_si512(p);
+  out[0].v = _mm512_permutexvar_epi8(v, table);
+  out[1].v = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), table);
+}
+// The 16 values at v times `inverse` as whole numbers in the order of kByteOrder; returns their sum.
+inline int store_bytes(int8_t* p, const float* v, float inverse) {
+  const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(inverse)));
+  const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order));
+  return _mm512_reduce_add_epi32(q);
 }
 // The E4M3 values in the high bytes of the 16-bit lanes, as bf16.
 inline __m512i e4m3_high_bytes(__m512i v) {

@@ -124,8 +124,8 @@ struct Pairs {
 inline void store(uint32_t* p, const Pairs& a) { std::memcpy(p, a.v, sizeof a.v); }
 inline V dot_pairs(V acc, const Pairs& w, uint32_t x) { return dot_pairs(acc, w.v, x); }
 
-// What the product of a code and a block scale, as given below, lacks to its value.
-constexpr float kBlockFactor = 1.0f;
+// What block scales, and their products with codes, as given below, lack to their values.
+constexpr float kScaleFactor = 1.0f, kBlockFactor = kScaleFactor;
 // kLanes block scales.
 inline V e4m3_scales(const uint8_t* p) {
   V r;
@@ -149,6 +149,49 @@ inline void e2m1_pairs(const uint32_t* p, Pairs* out) {
 inline void e2m1_floats(const uint32_t* p, V* out) {
   for (int k = 0; k < 8; ++k)
     for (int i = 0; i < 8; ++i) out[k].v[i] = e2m1_to_float(p[i] >> (k % 2 * 16 + k / 2 * 4) & 15);
+}
+// kLanes groups of four bytes, and sums of their products.
+struct Bytes {
+  uint32_t v[8];
+  static Bytes load(const uint32_t* p) {
+    Bytes r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
+  }
+};
+struct Ints {
+  int32_t v[8];
+  static Ints set(int32_t x) {
+    Ints r;
+    for (int32_t& e : r.v) e = x;
+    return r;
+  }
+};
+inline void store(uint32_t* p, const Bytes& a) { std::memcpy(p, a.v, sizeof a.v); }
+inline V to_floats(Ints a) {
+  V r;
+  for (int i = 0; i < 8; ++i) r.v[i] = static_cast<float>(a.v[i]);
+  return r;
+}
+// acc + the products of four bytes w, not negative, with the four signed bytes of x, in every lane.
+inline Ints dot_bytes(Ints acc, const Bytes& w, uint32_t x) {
+  for (int i = 0; i < 8; ++i)
+    for (int b = 0; b < 32; b += 8)
+      acc.v[i] += static_cast<int>(w.v[i] >> b & 255) * static_cast<int8_t>(x >> b);
+  return acc;
+}
+// 8 columns of kLanes rows of an NVFP4 tile, in the order of kByteOrder: twice the value + 12.
+inline void e2m1_bytes(const uint32_t* p, Bytes* out) {
+  for (int half = 0; half < 2; ++half)
+    for (int i = 0; i < 8; ++i) {
+      out[half].v[i] = 0;
+      for (int b = 0; b < 32; b += 8)
+        out[half].v[i] |= uint32_t{kE2m1Bytes[p[i] >> (b + 4 * half) & 15]} << b;
+    }
+}
+// The 16 values at v times `inverse` as whole numbers in the order of kByteOrder; returns their sum.
+inline int store_bytes(int8_t* p, const float* v, float inverse) {
+  return store_bytes_plainly(p, v, inverse);
 }
 // 4 columns of kLanes rows of an FP8 tile, as pairs.
 inline void e4m3_pairs(const uint32_t* p, Pairs* out) {

@@ -8,9 +8,12 @@ import torch
 
 from .. import _C
 from ..quantization.formats import BLOCK
+from ._activations import quantised
 from ._quantised import NAN_SCALE, dequantise, draw_codes, image_dtype, tile_bytes
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows
 from .matmul import (
+    INT8,
+    WISHES,
     check_scales,
     code_shape,
     empty_scale,
@@ -152,7 +155,8 @@ def moe_matmul(
         row_width: [R] int32 index of each row's width, or None: every row uses everything.
         k_sizes: [W] int32 hidden channels at each width, multiples of 16.
         f_sizes: [W] int32 expert channels at each width, multiples of 16.
-        activation_quantization: of both products, as of :func:`matmul`.
+        activation_quantization: as of :func:`matmul`, for x and for what the down product reads;
+            "nvfp4" is refused.
         run: None, a Pool or a Step.
 
     Returns: `out`.
@@ -169,8 +173,7 @@ def moe_matmul(
         )
     _C.moe_matmul(
         x, up.image, down.image, up.columns, up.rows, up.scale, down.scale, ids, weights, out,
-        shared, workspace, row_width, k_sizes, f_sizes, activation_quantization,
-        run,
+        shared, workspace, row_width, k_sizes, f_sizes, activation_quantization, run,
     )  # fmt: skip
     return out
 
@@ -188,13 +191,14 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     x, out = a["x"], torch.zeros_like(a["out"])
     wide = torch.promote_types(x.dtype, torch.float32)
     up, down = (plain_weights(a, name, wide) for name in ("up", "down"))
-    linear = torch.nn.functional.linear
+    linear, form = torch.nn.functional.linear, a.get("activation_quantization", "none")
     for r, (k, f) in enumerate(zip(width_rows(a, "k_sizes"), width_rows(a, "f_sizes"))):
         total = torch.zeros(k, dtype=wide)
+        own = quantised(form, x[r : r + 1, :k])[0].to(wide)
         for j in torch.argsort(a["ids"][r], stable=True).tolist():
             e = int(a["ids"][r, j])
-            middle = linear(x[r, :k].to(wide), up[e, :f, :k].to(wide)).to(x.dtype)
-            middle = torch.relu(middle).square()
+            middle = linear(own, up[e, :f, :k].to(wide)).to(x.dtype)
+            middle = quantised(form, torch.relu(middle).square()[None])[0]
             y = linear(middle.to(wide), down[e, :k, :f].to(wide)).to(x.dtype)
             total += y.to(wide) * a["weights"][r, j].to(wide)
         if a["shared"] is not None:
@@ -219,7 +223,7 @@ def _cases():
         yield {"R": 70, "D": 80, "E": 3, "J": 2, "F": 80, "k": (48, 80), "f": (80, 64),
                "shared": False, "weights": weights}  # fmt: skip
     for R in (1, 8, 256):
-        for weights in ({}, {"weights": "nvfp4"}):
+        for weights in ({}, {"weights": "nvfp4"}, INT8):
             yield {"R": R, "D": 1024, "E": 64, "J": 6, "F": 512, "k": (1024,), "f": (512,),
                    "shared": True, "bench": True} | weights  # fmt: skip
 
@@ -245,7 +249,7 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
         "row_width": draw_widths(generator, R, len(case["k"])),
         "k_sizes": torch.tensor(case["k"], dtype=torch.int32),
         "f_sizes": torch.tensor(case["f"], dtype=torch.int32),
-    }
+    } | {name: case[name] for name in WISHES if name in case}
 
 
 def _call(a: Arguments, run) -> None:
@@ -318,6 +322,7 @@ def _sliced(a: Arguments):
             "out": torch.empty(len(rows), k, dtype=a["out"].dtype),
             "shared": None if a["shared"] is None else a["shared"][rows, :k].contiguous(),
             "row_width": None, "k_sizes": None, "f_sizes": None,
+            **{name: a[name] for name in WISHES if name in a},
         }  # fmt: skip
         yield cut, {"out": ((rows[:, None], torch.arange(k)), ...)}
 

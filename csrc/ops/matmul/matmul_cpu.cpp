@@ -3,7 +3,7 @@
 //   call into [block of 6 rows][K/64][row][64] (gemm.h).
 // Work split: parts are ranges of weight tile rows; 24 activation rows at a time pass over a tile
 //   while it is in the first-level cache, and weights are read from memory once per 256 rows.
-// Scratch: the panel, in that of the first thread.
+// Scratch: the panel, or x as int8, in that of the first thread.
 // Limits: k sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
 #include "matmul.h"
@@ -53,11 +53,21 @@ void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
   int total_tiles = 0;
   for (int s = 0; s < a.segments; ++s) total_tiles += static_cast<int>(tiles(a.rows[s]));
   Panel panel;
-  fill_panel<X>(
-      panel, a.w_dtype, rows, pool.scratch(0),
-      [&](int r) { return a.x.ptr<X>() + (first_row + r) * a.x.stride[0]; },
-      [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K); },
-      [&](int64_t n, const auto& f) { pool.run(n, f); });
+  const auto source = [&](int r) { return a.x.ptr<X>() + (first_row + r) * a.x.stride[0]; };
+  const auto k = [&](int r) {
+    return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K);
+  };
+  const auto share = [&](int64_t n, const auto& f) { pool.run(n, f); };
+  if (a.int8) {
+    Int8Tile* coded = reinterpret_cast<Int8Tile*>(pool.scratch(0));
+    const int64_t count = tiles(K);
+    share(rows, [&](int64_t r, int = 0) {
+      quantise_row(source(static_cast<int>(r)), k(static_cast<int>(r)), coded + r * count, count);
+    });
+    fill_int8_panel(panel, rows, [&](int r) { return coded + r * count; }, k);
+  } else {
+    fill_panel<X>(panel, a.w_dtype, rows, pool.scratch(0), source, k, share);
+  }
   panel.row_bytes = row_bytes;
   const int parts = static_cast<int>(std::min<int64_t>(total_tiles, pool.threads() * kParts));
   pool.run(parts, [&](int64_t part, int) {

@@ -4,6 +4,7 @@
 // Work split: sort on the caller; then three rounds of parts: (expert, range of up tile rows),
 //   (expert, range of down tile rows), rows to combine. With few experts the ranges are short, so
 //   that all threads have work also at one row.
+//   With x as int8: x is quantised once, and each part of the up products what it gives.
 // Order: products as in gemm.h; the sum over a row's experts ascends by expert.
 // Limits: D, F and their prefixes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
@@ -76,7 +77,7 @@ bool sort_entries(Moe& m, Pool& pool) {
 enum class Phase { up, down };
 
 template <class X>
-void store_up(const float* sums, X* out, int n) {
+void activate(const float* sums, X* out, int n) {
   const V zero = V::set(0.0f);
   for (int c = 0; c < n; c += V::kLanes) {
     X projected[V::kLanes];  // rounded before the activation
@@ -84,6 +85,33 @@ void store_up(const float* sums, X* out, int n) {
     const V v = max(zero, V::load(projected));  // in this order a NaN stays one
     store(out + c, mul(v, v));
   }
+}
+
+// Where the up products of one tile go: as they are, or as int8 tile `t` of the entry's row.
+template <class X>
+void store_up(const Moe& m, const float* sums, int64_t entry, int t, int n) {
+  if (!m.a.int8) return activate(sums, reinterpret_cast<X*>(m.middle) + entry * m.F + t * kTile, n);
+  X values[kTile];
+  activate(sums, values, n);
+  quantise_tile(values, n, reinterpret_cast<Int8Tile*>(m.middle)[entry * tiles(m.F) + t]);
+}
+
+// The rows of one expert from entry `at` on, as they are multiplied.
+template <class X, Phase P, class Source>
+void fill(Panel& panel, const Moe& m, Pool& pool, int thread, int at, int rows, Source source) {
+  constexpr bool up = P == Phase::up;
+  const auto k = [&](int i) { return up ? m.k(source(i)) : m.f(source(i)); };
+  if (m.a.int8) {
+    const auto* tile = reinterpret_cast<const Int8Tile*>(up ? m.result : m.middle);
+    return fill_int8_panel(
+        panel, rows,
+        [&](int i) { return tile + (up ? source(i) : at + i) * tiles(up ? m.D : m.F); }, k);
+  }
+  const auto row = [&](int i) {
+    return up ? m.a.x.ptr<X>() + source(i) * m.a.x.stride[0]
+              : reinterpret_cast<const X*>(m.middle) + static_cast<int64_t>(at + i) * m.F;
+  };
+  fill_panel<X>(panel, m.a.w_dtype, rows, pool.scratch(thread), row, k, Alone());
 }
 
 // One expert, tile rows [first, end), all of its rows.
@@ -104,23 +132,17 @@ void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int
     for (int i = 0; i < rows; ++i) widest = std::max(widest, wanted(i));
     if (first * kTile >= widest) continue;
     Panel panel;
-    fill_panel<X>(
-        panel, m.a.w_dtype, rows, pool.scratch(thread),
-        [&](int i) {
-          return up ? m.a.x.ptr<X>() + source(i) * m.a.x.stride[0]
-                    : reinterpret_cast<const X*>(m.middle) + static_cast<int64_t>(at + i) * in;
-        },
-        [&](int i) { return up ? m.k(source(i)) : m.f(source(i)); }, Alone());
+    fill<X, P>(panel, m, pool, thread, at, rows, source);
     panel.row_bytes = row_bytes;
-    X* out = reinterpret_cast<X*>(up ? m.middle : m.result) + static_cast<int64_t>(at) * out_size;
+    X* out = reinterpret_cast<X*>(m.result) + static_cast<int64_t>(at) * out_size;
     const int last = std::min<int>(end, static_cast<int>(tiles(widest)));
     for (int t = first; t < last; ++t)
       tile_row(
           panel, {image + t * row_bytes, image + last * row_bytes}, totals,
           [&](int i, const float* sums) {
             const int n = std::clamp(wanted(i) - t * kTile, 0, kTile);
-            X* to = out + static_cast<int64_t>(i) * out_size + t * kTile;
-            up ? store_up(sums, to, n) : store_sums(sums, to, n);
+            if (up) return store_up<X>(m, sums, at + i, t, n);
+            store_sums(sums, out + static_cast<int64_t>(i) * out_size + t * kTile, n);
           },
           scale);
   }
@@ -158,15 +180,26 @@ void combine_row(const Moe& m, int r) {
   std::memset(static_cast<void*>(out + n), 0, (m.D - n) * sizeof(X));
 }
 
-template <class X>
-void run_all(Moe& m, Pool& pool) {
-  run_phase<X, Phase::up>(m, pool);
-  run_phase<X, Phase::down>(m, pool);
+template <class F>
+void for_rows(const Moe& m, Pool& pool, F f) {
   constexpr int kRows = 8;
   pool.run((m.R + kRows - 1) / kRows, [&](int64_t part, int) {
     const int first = static_cast<int>(part) * kRows;
-    for (int r = first; r < std::min(m.R, first + kRows); ++r) combine_row<X>(m, r);
+    for (int r = first; r < std::min(m.R, first + kRows); ++r) f(r);
   });
+}
+
+template <class X>
+void run_all(Moe& m, Pool& pool) {
+  const int64_t count = tiles(m.D);
+  if (m.a.int8)
+    for_rows(m, pool, [&](int r) {
+      quantise_row(m.a.x.ptr<X>() + r * m.a.x.stride[0], m.k(r),
+                   reinterpret_cast<Int8Tile*>(m.result) + r * count, count);
+    });
+  run_phase<X, Phase::up>(m, pool);
+  run_phase<X, Phase::down>(m, pool);
+  for_rows(m, pool, [&](int r) { combine_row<X>(m, r); });
 }
 
 }  // namespace
