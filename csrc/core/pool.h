@@ -5,6 +5,7 @@
 // are independent and kernels fix their own order of summation. Workers spin for a short while
 // after work, then sleep. A pool of one thread starts none.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -41,6 +42,27 @@ class Pool {
         parts,
         [](const void* g, int64_t part, int thread) { (*static_cast<const F*>(g))(part, thread); },
         &f);
+  }
+
+  // f(begin, end, thread) on ranges that make up [0, count), for work that streams through memory:
+  // long ones first, so that a thread starts anew rarely, then shorter ones to end together. With
+  // one thread it is one range.
+  template <class F>
+  void run_ranges(int64_t count, const F& f) {
+    if (threads() == 1) {
+      if (count > 0) f(int64_t{0}, count, 0);
+      return;
+    }
+    constexpr int kMost = 2048;
+    int64_t begin[kMost + 1], at = 0;
+    int ranges = 0;
+    while (at < count) {
+      begin[ranges++] = at;
+      const int64_t left = count - at;
+      at += ranges == kMost ? left : std::max<int64_t>(1, left / (2 * threads()));
+    }
+    begin[ranges] = count;
+    run(ranges, [&](int64_t i, int thread) { f(begin[i], begin[i + 1], thread); });
   }
 
   // Scratch memory of one thread, 64-byte aligned, of the size last reserved.

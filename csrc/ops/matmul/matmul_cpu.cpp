@@ -1,7 +1,7 @@
 // Computes: matmul and matmul_pack (matmul.h).
 // Layout: weights in 64x64 tiles, lane = weight row; activations where they lie, or copied once per
 //   call into [block of 6 rows][K/64][row][64] (gemm.h).
-// Work split: parts are ranges of weight tile rows; 24 activation rows at a time pass over a tile
+// Work split: ranges of weight tile rows; 24 activation rows at a time pass over a tile
 //   while it is in the first-level cache, and weights are read from memory once per 256 rows.
 // Scratch: the panel, or x as int8, in that of the first thread.
 // Limits: k sizes are multiples of 16.
@@ -13,9 +13,6 @@
 
 namespace ei::EI_ISA {
 namespace {
-
-// Parts per thread: enough that a thread which is held up costs the others little.
-constexpr int kParts = 32;
 
 // Output columns of one tile row, and how many of them each width wants.
 struct TileRow {
@@ -69,12 +66,10 @@ void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
     fill_panel<X>(panel, a.w_dtype, rows, pool.scratch(0), source, k, share);
   }
   panel.row_bytes = row_bytes;
-  const int parts = static_cast<int>(std::min<int64_t>(total_tiles, pool.threads() * kParts));
-  pool.run(parts, [&](int64_t part, int) {
-    const int begin = static_cast<int>(part * total_tiles / parts);
-    const int end = static_cast<int>((part + 1) * total_tiles / parts);
+  pool.run_ranges(total_tiles, [&](int64_t begin, int64_t range_end, int) {
+    const int end = static_cast<int>(range_end);
     Totals totals;
-    for (int tile = begin; tile < end; ++tile) {
+    for (int tile = static_cast<int>(begin); tile < end; ++tile) {
       const TileRow t = locate(a, tile);
       const auto wanted = [&](int r) {
         const int n =

@@ -1,9 +1,8 @@
 // Computes: moe_matmul (moe_matmul.h).
 // Layout: entries (row, choice) sorted by expert; the rows of one expert are gathered into a panel
 //   (gemm.h), so its weights are read once per 256 of its rows.
-// Work split: sort on the caller; then three rounds of parts: (expert, range of up tile rows),
-//   (expert, range of down tile rows), rows to combine. With few experts the ranges are short, so
-//   that all threads have work also at one row.
+// Work split: sort on the caller; then three rounds: ranges of the up tile rows of all experts that
+//   have entries, of their down tile rows, and rows to combine.
 //   With x as int8: x is quantised once, and each part of the up products what it gives.
 // Order: products as in gemm.h; the sum over a row's experts ascends by expert.
 // Limits: D, F and their prefixes are multiples of 16.
@@ -151,13 +150,13 @@ void run_expert(const Moe& m, Pool& pool, int thread, int expert, int first, int
 template <class X, Phase P>
 void run_phase(const Moe& m, Pool& pool) {
   const int tile_rows = static_cast<int>(tiles(P == Phase::up ? m.F : m.D));
-  // Enough parts to balance the threads; each packs its rows anew, so no more than that.
-  const int wanted = (pool.threads() * 16 + m.active - 1) / m.active;
-  const int splits = pool.threads() == 1 ? 1 : std::clamp(wanted, 1, tile_rows);
-  pool.run(static_cast<int64_t>(m.active) * splits, [&](int64_t part, int thread) {
-    const int s = static_cast<int>(part % splits);
-    run_expert<X, P>(m, pool, thread, m.experts[part / splits], s * tile_rows / splits,
-                     (s + 1) * tile_rows / splits);
+  pool.run_ranges(int64_t{m.active} * tile_rows, [&](int64_t begin, int64_t end, int thread) {
+    while (begin < end) {
+      const int first = static_cast<int>(begin % tile_rows);
+      const int last = static_cast<int>(std::min<int64_t>(tile_rows, first + end - begin));
+      run_expert<X, P>(m, pool, thread, m.experts[begin / tile_rows], first, last);
+      begin += last - first;
+    }
   });
 }
 
