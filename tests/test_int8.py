@@ -6,8 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from emulated import built, installed, load
+from engines import base_config, base_widths, open_engine
+from quantized import write_quantised
 
-from elastic_infer import _C
+from elastic_infer import _C, Plan, SamplingParams, demo_model
+from elastic_infer.errors import InvalidRequest
 from elastic_infer.ops import Pool, Step, _laws, registry
 from elastic_infer.ops._activations import int8
 from elastic_infer.ops._spec import case_id
@@ -188,3 +192,45 @@ def test_other_weights_and_forms_are_refused(op, weights, wish, message):
     a = _laws.make(spec, CASES[op][0] | weights, BF16) | {"activation_quantization": wish}
     with pytest.raises(ValueError, match=f"^{op}: activation_quantization must {message}"):
         spec.call(a, None)
+
+
+# -- the engine --------------------------------------------------------------------------------
+
+TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_quantised(path, base_config(), base_widths(), {"": "nvfp4"}, seed=1)
+    return path
+
+
+def test_engine_multiplies_int8(folder):
+    """Logits at every width move by a little; rows of all widths in one batch keep the tokens that
+    each has alone."""
+
+    def score(**options):
+        with open_engine(folder, threads=1, device="cpu", **options) as engine:
+            scores = {w: engine.score(TOKENS, width=w).clone() for w in engine.widths}
+            params = SamplingParams(temperature=0.8, seed=3, max_tokens=12, ignore_eos=True)
+            alone = [engine.generate(TOKENS, params, width=w).token_ids for w in "SML"]
+            jobs = [engine.submit(TOKENS, params, Plan.fixed(w)) for w in "SML"]
+            assert [job.result().token_ids for job in jobs] == alone
+            return scores
+
+    found, plain = score(activation_quantization="int8"), score()
+    for width, logits in plain.items():
+        error = (found[width] - logits).norm() / logits.norm()
+        assert 1e-4 < error < 0.05, f"{width}: {error}"
+
+
+def test_engine_refuses_plain_weights_and_gpus(folder):
+    with pytest.raises(InvalidRequest, match="be none: the checkpoint has no NVFP4 matrix, got"):
+        open_engine(demo_model(), device="cpu", activation_quantization="int8")
+    emu = load(built())
+    with installed(emu), pytest.raises(InvalidRequest, match="int8 is for the CPU, the device is"):
+        open_engine(folder, device="emulated", activation_quantization="int8")
+    a = _laws.make(SPECS["matmul"], CASES["matmul"][0] | INT8, BF16)
+    with installed(emu), pytest.raises(ValueError, match="be none or nvfp4 on a GPU, got int8"):
+        SPECS["matmul"].call(a, None)
