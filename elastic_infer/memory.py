@@ -51,12 +51,17 @@ def _aligned(size: int) -> torch.Tensor:
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Zeros that take no memory until they are written, unlike those of `torch.zeros`.
+    """Zeros that take no memory until they are written, unlike those of `torch.zeros`; then, where
+    there are as many, by the large page: states are streamed like weights.
 
     Under another default device (sizes are computed on "meta") it is `torch.zeros`.
     """
     if torch.get_default_device().type != "cpu":
         return torch.zeros(shape, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
-    memory = torch.from_numpy(np.zeros(size + ALIGNMENT, np.uint8))
-    return memory[-memory.data_ptr() % ALIGNMENT :][:size].view(dtype).view(shape)
+    alignment = HUGE_PAGE if size >= HUGE_PAGE else ALIGNMENT
+    memory = torch.from_numpy(np.zeros(size + alignment, np.uint8))
+    memory = memory[-memory.data_ptr() % alignment :][:size]
+    if size >= HUGE_PAGE:
+        _C.advise_huge_pages(memory)
+    return memory.view(dtype).view(shape)

@@ -166,9 +166,9 @@ inline void code_products(V (&acc)[MR][NJ], const char* tile, const char* const*
 }
 
 // Goes through the first n columns of an NVFP4 tile as it lies: f(k, r, offset) for NJ vectors of
-// rows from r on and the 16 columns from k on. Each turn fetches its share of the tiles to come from
-// `offset` on, rounded up: one line beside each vector of words, since a burst of them would hold
-// up the loads, and one more.
+// rows from r on and the 16 columns from k on. Each turn fetches its share of the tiles to come,
+// from `offset` on and rounded up: one line beside each vector of words, since a burst of them
+// would hold up the loads, and one more.
 template <int NJ, class F>
 inline void code_turns(int n, const F& f) {
   constexpr int rows = NJ * V::kLanes, turns = kTile / rows, lines = kBlockBytes / 64;

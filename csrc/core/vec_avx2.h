@@ -178,7 +178,7 @@ inline void e2m1_bytes(const uint32_t* p, Bytes* out) {
   out[0].v = _mm256_shuffle_epi8(table, _mm256_and_si256(v, nibble));
   out[1].v = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble));
 }
-// The 16 values at v times `inverse` as whole numbers in the order of kByteOrder; returns their sum.
+// The 16 values at v times `inverse` as whole numbers, in the order of kByteOrder. Gives their sum.
 inline int store_bytes(int8_t* p, const float* v, float inverse) {
   return store_bytes_plainly(p, v, inverse);
 }

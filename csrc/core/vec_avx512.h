@@ -1,4 +1,4 @@
-// Vector primitives for AVX-512 (F, BW, VL, DQ) with BF16, VNNI and VBMI: 16 floats in one register.
+// Vector primitives for AVX-512 (F, BW, VL, DQ) with BF16, VNNI and VBMI: 16 floats in a register.
 #pragma once
 #include <immintrin.h>
 
@@ -161,7 +161,7 @@ inline void e2m1_bytes(const uint32_t* p, Bytes* out) {
   out[0].v = _mm512_permutexvar_epi8(v, table);
   out[1].v = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), table);
 }
-// The 16 values at v times `inverse` as whole numbers in the order of kByteOrder; returns their sum.
+// The 16 values at v times `inverse` as whole numbers, in the order of kByteOrder. Gives their sum.
 inline int store_bytes(int8_t* p, const float* v, float inverse) {
   const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(inverse)));
   const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);

@@ -189,7 +189,7 @@ inline void e2m1_bytes(const uint32_t* p, Bytes* out) {
         out[half].v[i] |= uint32_t{kE2m1Bytes[p[i] >> (b + 4 * half) & 15]} << b;
     }
 }
-// The 16 values at v times `inverse` as whole numbers in the order of kByteOrder; returns their sum.
+// The 16 values at v times `inverse` as whole numbers, in the order of kByteOrder. Gives their sum.
 inline int store_bytes(int8_t* p, const float* v, float inverse) {
   return store_bytes_plainly(p, v, inverse);
 }
