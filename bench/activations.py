@@ -4,8 +4,8 @@
     python bench/activations.py --problems 50    # fewer problems
 
 The kernel for such activations needs a GPU of compute capability 12.x. Here torch computes the same
-in front of the CPU's products: every row of x that meets an NVFP4 weight outside of experts is
-quantised with the scale of its own prefix. Passes are not recorded, so that it happens in each.
+around the CPU's products: every row that meets an NVFP4 weight is quantised with the scale of its
+own prefix, within experts too. Passes are not recorded, so that it happens in each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +29,8 @@ from elastic_infer.elastify.reasoner.task import MAX_OPERATIONS, held_out_proble
 from elastic_infer.host import machine, today
 from elastic_infer.model import Model, Shape
 from elastic_infer.ops._quantised import NVFP4
-from elastic_infer.ops.matmul import matmul
+from elastic_infer.ops.matmul import Segment, TiledWeight, matmul
+from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul
 from elastic_infer.quantization.formats import (
     BLOCK,
     E2M1_MAX,
@@ -56,15 +57,52 @@ def quantise(x: torch.Tensor) -> torch.Tensor:
     return (codes * scales * g).flatten(1)
 
 
+def quantised_rows(x: torch.Tensor, modes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """float32 rows of x, each quantised over the size of its mode, and zero beyond."""
+    rows = torch.zeros(x.shape)
+    for mode, k in enumerate(sizes.tolist()):
+        chosen = (modes == mode).nonzero().flatten()
+        rows[chosen, :k] = quantise(x[chosen, :k])
+    return rows
+
+
 def quantising(x: torch.Tensor, weight, out: torch.Tensor, **given: Any) -> torch.Tensor:
     """`matmul` on the CPU, with x quantised first where it would be on a GPU."""
     if weight.dtype == NVFP4:
-        modes, sizes, rows = given["row_width"], given["k_sizes"].tolist(), torch.zeros(x.shape)
-        for width, k in enumerate(sizes):
-            chosen = (modes == width).nonzero().flatten()
-            rows[chosen, :k] = quantise(x[chosen, :k])
-        x = rows
+        x = quantised_rows(x, given["row_width"], given["k_sizes"])
     return matmul(x, weight, out, **given)
+
+
+def quantising_experts(
+    x: torch.Tensor, up: ExpertWeights, down: ExpertWeights, ids: torch.Tensor,
+    weights: torch.Tensor, out: torch.Tensor, *, shared: torch.Tensor, row_width: torch.Tensor,
+    k_sizes: torch.Tensor, f_sizes: torch.Tensor, run: Any, **given: Any,
+) -> torch.Tensor:  # fmt: skip
+    """`moe_matmul` on the CPU; where its rows would be quantised on a GPU, expert by expert with x
+    and the rows between the two products quantised."""
+    if up.dtype != NVFP4:
+        return moe_matmul(
+            x, up, down, ids, weights, out, shared=shared, row_width=row_width, k_sizes=k_sizes,
+            f_sizes=f_sizes, run=run, **given,
+        )  # fmt: skip
+
+    def product(rows, modes, expert, e, k, n):
+        matrix = TiledWeight(expert.image[e], expert.columns, (Segment(0, 0, expert.rows),),
+                             expert.scale[e : e + 1])  # fmt: skip
+        y = torch.empty(len(rows), expert.rows, dtype=x.dtype)
+        return matmul(
+            quantised_rows(rows, modes, k), matrix, y, row_width=modes, k_sizes=k,
+            n_sizes=n[:, None].contiguous(), run=run,
+        )  # fmt: skip
+
+    total = shared.float()
+    for e in ids.unique().tolist():
+        rows, choice = (ids == e).nonzero(as_tuple=True)
+        modes = row_width[rows]
+        middle = torch.relu(product(x[rows], modes, up, e, k_sizes, f_sizes)).square()
+        y = product(middle, modes, down, e, f_sizes, k_sizes).float()
+        total.index_add_(0, rows, y * weights[rows, choice, None])
+    return out.copy_(total)
 
 
 def unrecorded(model: Model, steps: int) -> None:
@@ -76,8 +114,9 @@ def unrecorded(model: Model, steps: int) -> None:
 @contextmanager
 def quantised_activations(wish: bool) -> Iterator[None]:
     """Inside, engines on the CPU quantise activations, if `wish`."""
-    product = mock.patch("elastic_infer.model.matmul", quantising if wish else matmul)
-    with mock.patch.object(Model, "_replay", unrecorded), product:
+    ops = {"matmul": quantising, "moe_matmul": quantising_experts}
+    products = mock.patch.multiple("elastic_infer.model", **ops) if wish else nullcontext()
+    with mock.patch.object(Model, "_replay", unrecorded), products:
         yield
 
 

@@ -123,7 +123,7 @@ class Engine:
             activation_quantization: what products with NVFP4 weights do to their activations:
                 "none"; "int8" on a CPU: 16 values at a time become 8-bit integers, which is faster
                 and costs a little accuracy; "nvfp4" on GPUs of compute capability 12.x: they
-                become NVFP4 row by row, experts excepted. The latter has never run on one.
+                become NVFP4 row by row. The latter has never run on one.
             async_scheduling: on a GPU, launch a pass of decode steps before the tokens of the one
                 before it are read out, where these cannot change what it reads; False waits for
                 them every time. No effect on results, except that a row which has ended may share

@@ -135,20 +135,17 @@ def check_activations(wish: object, device: Device, formats: Mapping[str, str]) 
         return
     if wish == "int8":
         why = "" if device.is_cpu else "int8 is for the CPU, the device is a GPU"
-        taken, where = [n for n, f in formats.items() if f == "nvfp4"], ""
     else:
         why = "a GPU of compute capability 12.x is needed, the device is the CPU"
         why = why if device.is_cpu else _C.cuda_lacks(device.place.index or 0, 120, True)
-        taken = [n for n, f in formats.items() if f == "nvfp4" and ".experts." not in n]
-        where = " outside of experts"
-    if not taken and not why:
-        why = f"the checkpoint has no NVFP4 matrix{where}"
+    if not why and "nvfp4" not in formats.values():
+        why = "the checkpoint has no NVFP4 matrix"
     if why:
         raise InvalidRequest(f"{name} must be none: {why}, got {wish!r}")
     if wish == "nvfp4":
         logger.warning(
-            "activation_quantization: NVFP4 weights outside of experts multiply activations in 4 "
-            "bits, with kernels that have never run on a GPU"
+            "activation_quantization: NVFP4 weights multiply activations in 4 bits, with kernels "
+            "that have never run on a GPU"
         )
 
 

@@ -458,7 +458,7 @@ class Model:
         moe_matmul(
             b.normed[:R], w.up, w.down, ids, weights, b.delta[:R], shared=b.shared[:R],
             workspace=b.workspace, row_width=modes, k_sizes=hidden, f_sizes=t.expert,
-            activation_quantization=self._wish(w.up) if self.device.is_cpu else "none", run=run,
+            activation_quantization=self._wish(w.up), run=run,
         )  # fmt: skip
 
     def _head(self, run, rows: torch.Tensor, modes: torch.Tensor) -> None:

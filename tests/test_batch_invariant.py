@@ -127,18 +127,22 @@ def test_without_the_option_bits_depend_on_the_batch(op, case, n, of_down):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_nvfp4_activations(dtype):
+@pytest.mark.parametrize("op, case, of_down", [
+    ("matmul", PRODUCT, False), ("moe_matmul", EXPERTS, False), ("moe_matmul", EXPERTS, True),
+])  # fmt: skip
+def test_nvfp4_activations(op, case, of_down, dtype):
     """Every row has scales of its own, and products leave K whole."""
     emu.device(compute_capability=120)
-    # Blocks of sizes so far apart that sums of codes, short numbers, are not exact.
-    spread = torch.exp2(torch.arange(PRODUCT["K"]) // 16 * 5 % 16 - 8).to(dtype)
     for n in ROWS:
-        arguments = w4a4.make(batch_of("matmul", PRODUCT, n), dtype)
-        arguments["x"] *= spread
-        cancel("matmul", arguments)
-        _laws.check_batch(w4a4.MATMUL, arguments, emu.Pool(batch_invariant=True))
+        arguments = w4a4.make(batch_of(op, case, n), dtype)
+        # Blocks of sizes so far apart that sums of codes, short numbers, are not exact.
+        place = torch.arange(arguments["x"].shape[1])
+        arguments["x"] *= torch.exp2(place // 16 * 5 % 16 - 8).to(dtype)
+        cancel(op, arguments, of_down)
+        spec = w4a4.spec_of(arguments)
+        _laws.check_batch(spec, arguments, emu.Pool(batch_invariant=True))
     with pytest.raises(LawBroken, match="alone has other bits"):
-        _laws.check_batch(w4a4.MATMUL, arguments, emu.Pool())
+        _laws.check_batch(spec, arguments, emu.Pool())
 
 
 def test_a_step_takes_the_option_from_its_pool():

@@ -183,6 +183,38 @@ MUTANTS = {
         "matmul_w4a4", "csrc/core/w4a4.cuh", "return t * kTile < tokens_.columns[token];",
         "return tokens_.columns[token] > 0;",
     ),
+    # experts by codes
+    "rows of experts have the scale of all their columns": (
+        "moe_matmul_w4a4", OPS + "moe_matmul/moe_matmul_w4a4.cu",
+        "hidden_of(a, r), q, r", "static_cast<int>(a.x.shape[1]), q, r",
+    ),
+    "a middle has the scale of all its channels": (
+        "moe_matmul_w4a4", OPS + "moe_matmul/moe_matmul_w4a4.cu",
+        "width_of(a, m.entry[p] / m.J), q, p", "m.F, q, p",
+    ),
+    "a middle is as wide as another row": (
+        "moe_matmul_w4a4", OPS + "moe_matmul/moe_matmul_w4a4.cu",
+        "width_of(a, m.entry[p] / m.J)", "width_of(a, p / m.J)",
+    ),
+    "a middle is quantised before it is there": (
+        "moe_matmul_w4a4", OPS + "moe_matmul/moe_matmul_w4a4.cu",
+        "  begin_kernel();\n  const int p", "  const int p",
+    ),
+    "up products take the codes of another row": (
+        "moe_matmul_w4a4", OPS + "moe_matmul/moe_matmul_w4a4.cu", "return kUp ? r : p;",
+        "return kUp ? r / 2 : p;",
+    ),
+    "a row has the factor of another": (
+        "moe_matmul_w4a4", OPS + "moe_matmul/moe_matmul_w4a4.cu",
+        "q.factor[tokens.x[token]]", "q.factor[kUp ? tokens.x[0] : tokens.x[token]]",
+    ),
+    "all experts have the first one's scale": (
+        "moe_matmul_w4a4", OPS + "moe_matmul/moe_matmul_w4a4.cu", "()[work.e]", "()[0]",
+    ),
+    "codes of entries changed under a running product": (
+        "moe_matmul_w4a4", OPS + "moe_matmul/moe_matmul.cuh",
+        "__syncthreads();  // before the tokens and the ring are used again", "",
+    ),
     # products of warpgroups
     "products read a place of the ring that is written": (
         "matmul_wgmma", OPS + "matmul/matmul_wgmma.cu",
@@ -270,10 +302,10 @@ from elastic_infer.ops._laws import small_cases
 from elastic_infer.ops._shapes import SHAPES
 from elastic_infer.ops import registry
 
-if sys.argv[2] == "matmul_w4a4":
+if sys.argv[2].endswith("w4a4"):
     import w4a4
     with installed(load(Path(sys.argv[1]))) as emu:
-        w4a4.check_all(emu)
+        w4a4.check_all(emu, w4a4.EXPERTS if sys.argv[2].startswith("moe") else w4a4.CASES)
     sys.exit()
 if sys.argv[2] == "matmul_wgmma":
     from elastic_infer.ops._shapes import NATIVE

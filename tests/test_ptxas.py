@@ -81,12 +81,13 @@ def test_kernels_assemble_without_spills(arch):
     [
         ("matmul_w4a4", "120f", BLOCK_SCALED, "90a"),
         ("matmul_w4a4", "120a", BLOCK_SCALED, "100f"),
+        ("moe_matmul_w4a4", "120f", BLOCK_SCALED, "90a"),
         ("matmul_wgmma", "90a", "wgmma.mma_async.sync.aligned.m64n256k16", "120f"),
     ],
 )
 def test_native_kernels_hold_their_instruction(tmp_path, kernel, arch, instruction, elsewhere):
     """Where the architecture has it; elsewhere a trap stands in its place."""
-    source = ROOT / "csrc" / "ops" / "matmul" / f"{kernel}.cu"
+    [source] = (ROOT / "csrc" / "ops").glob(f"*/{kernel}.cu")
     texts = []
     for one in (arch, elsewhere):
         made = tmp_path / f"{one}.ptx"

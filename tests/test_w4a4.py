@@ -6,13 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emulated import built, check_orders, check_poisons, installed, load
+from emulated import built, check_orders, check_overlap, check_poisons, installed, load
 from quantized import dequantise, e4m3, numpy_nvfp4
-from w4a4 import CASES, MATMUL, check_poison, check_products, make, reference, run
+from w4a4 import (
+    CASES,
+    EXPERTS,
+    MATMUL,
+    MOE,
+    check_poison,
+    check_products,
+    make,
+    reference,
+    run,
+    spec_of,
+)
 
 from elastic_infer.ops import _laws, registry
 from elastic_infer.ops._shapes import NATIVE
 from elastic_infer.ops.matmul import TiledWeight, matmul
+from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul, moe_workspace_bytes
 
 emu = load(built())
 BF16 = torch.bfloat16
@@ -125,6 +137,19 @@ def test_rows_that_are_not_finite_give_nan_and_others_are_as_before():
         assert _laws.same_bits(got[rest], want[rest])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_of_experts_that_are_not_finite_give_nan(bad):
+    """Rows that share their experts keep their bits."""
+    a = make(EXPERTS[5], BF16)
+    want = run(a)
+    a["x"][4, 3] = bad
+    got = run(a)
+    k = int(a["k_sizes"][a["row_width"][4]])
+    assert k > 3 and torch.isnan(got[4, :k]).all() and not got[4, k:].any()
+    rest = torch.arange(len(got)) != 4
+    assert _laws.same_bits(got[rest], want[rest])
+
+
 def test_the_accuracy_benchmark_quantises_alike(monkeypatch):
     """`bench/activations.py` does in torch what the kernel does."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
@@ -138,39 +163,58 @@ def test_the_accuracy_benchmark_quantises_alike(monkeypatch):
             assert np.array_equal(got[r], exact * g)
 
 
+def test_the_accuracy_benchmark_multiplies_experts_alike(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    from activations import quantising_experts
+
+    a = make(EXPERTS[5], torch.float32)
+    want, given = reference(a), _laws.copy(a)
+    for name in ("up", "down"):
+        parts = [given.pop(f"{name}_{p}") for p in ("codes", "block_scales", "scale")]
+        given[name] = ExpertWeights.pack_codes(*parts)
+    got = quantising_experts(run=None, **given).double()
+    for r, width in enumerate(a["row_width"].tolist()):
+        k = int(a["k_sizes"][width])
+        assert (got[r, :k] - want[r, :k]).norm() <= 1e-5 * want[r].norm()
+
+
 # -- products ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + EXPERTS, ids=str)
 def test_products_are_those_of_quantised_rows(case, dtype):
     """Against float64 on dequantised weights and rows, in three orders of threads and blocks."""
     check_products(emu, make(case, dtype))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + EXPERTS, ids=str)
 def test_poison_beyond_the_prefixes_changes_nothing(case):
     """Law 2: rows of all widths, and all at each one width. A row has the scale of its own prefix,
     also where larger values follow."""
     arguments = make(case, BF16)
-    _laws.check_inputs_unchanged(MATMUL, arguments)
+    _laws.check_inputs_unchanged(spec_of(arguments), arguments)
     check_poison(arguments)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + EXPERTS, ids=str)
 def test_a_prefix_equals_a_copy_of_it(case):
     """Law 3, bit for bit where as many rows share the launch."""
     for given in _laws.one_width(make(case, BF16)):
-        assert _laws.check_slice(MATMUL, given, exact=False) >= 1
+        assert _laws.check_slice(spec_of(given), given, exact=False) >= 1
 
 
-@pytest.mark.parametrize("case", NATIVE["nvfp4 activations"].cases, ids=str)
-def test_laws_with_the_op_s_own_oracle(case):
+@pytest.mark.parametrize(
+    "name, case",
+    [(n, c) for n in ("nvfp4 activations", "nvfp4 experts") for c in NATIVE[n].cases],
+    ids=str,
+)
+def test_laws_with_the_op_s_own_oracle(name, case):
     """What a GPU is held to as well."""
-    spec = registry()["matmul"]
-    check_orders(emu, spec, case, BF16)
-    check_poisons(spec, case, BF16)
-    for given in _laws.one_width(_laws.make(spec, case, BF16)):
+    spec, dtype = registry()[NATIVE[name].op], NATIVE[name].dtype
+    check_orders(emu, spec, case, dtype)
+    check_poisons(spec, case, dtype)
+    for given in _laws.one_width(_laws.make(spec, case, dtype)):
         assert _laws.check_slice(spec, given, exact=False) >= 1
 
 
@@ -200,6 +244,15 @@ def test_replay_and_output_dtype(rows):
     assert (first.double() - want).norm() <= 1e-5 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("case", [EXPERTS[0], EXPERTS[2], EXPERTS[7]], ids=str)
+def test_experts_at_once_recorded_and_overlapping(case, dtype):
+    """Law 7: a step has room of its own for the codes, and keeps the launches of a call apart from
+    those before."""
+    _laws.check_repeat(MOE, make(case, dtype), emu.Step(emu.Pool()))
+    check_overlap(emu, MOE, {**case, "weights": "nvfp4"})
+
+
 # -- who is refused ----------------------------------------------------------------------------
 
 
@@ -208,15 +261,27 @@ def tiled(form):
     return TiledWeight.pack_codes(a["codes"], a["block_scales"], a["scale"], list(a["segments"]))
 
 
-@pytest.mark.parametrize(
+def tiled_experts(form):
+    a = _laws.make(registry()["moe_matmul"], {**EXPERTS[1], "weights": form}, BF16)
+    return [
+        ExpertWeights.pack_codes(*(a[f"{name}_{p}"] for p in ("codes", "block_scales", "scale")))
+        for name in ("up", "down")
+    ]
+
+
+REFUSALS = pytest.mark.parametrize(
     "form, capability, wish, message",
     [
         ("nvfp4", 90, "nvfp4", "be none: the device has compute capability 9.0, 12.x needed, got"),
         ("nvfp4", 100, "nvfp4", "be none: the device has compute capability 10.0, 12.x needed"),
         ("fp8", 120, "nvfp4", "be none for a FP8 image, got nvfp4"),
         ("nvfp4", 120, "fp8", "be none, int8 or nvfp4, got fp8"),
+        ("nvfp4", 120, "int8", "be none or nvfp4 on a GPU, got int8"),
     ],
 )
+
+
+@REFUSALS
 def test_other_cards_and_weights_are_refused(form, capability, wish, message):
     emu.device(compute_capability=capability)
     weight = tiled(form)
@@ -225,6 +290,31 @@ def test_other_cards_and_weights_are_refused(form, capability, wish, message):
         matmul(x, weight, out, activation_quantization=wish)
 
 
-def test_newer_cards_of_the_family_may():
+@REFUSALS
+def test_other_cards_and_experts_are_refused(form, capability, wish, message):
+    emu.device(compute_capability=capability)
+    up, down = tiled_experts(form)
+    x = torch.zeros(2, up.columns, dtype=BF16)
+    ids, weights = torch.zeros(2, 3, dtype=torch.int32), torch.ones(2, 3)
+    room = moe_workspace_bytes(2, 3, up.experts, up.columns, up.rows, BF16)
+    with pytest.raises(ValueError, match=f"^moe_matmul: activation_quantization must {message}"):
+        moe_matmul(
+            x, up, down, ids, weights, torch.empty_like(x), activation_quantization=wish,
+            workspace=torch.zeros(room, dtype=torch.uint8),
+        )  # fmt: skip
+
+
+def test_rows_at_odd_places_are_refused():
+    """By both kernels, which read 16 bytes at a time."""
+    for case, name in ((CASES[0], "x"), (EXPERTS[1], "x"), (EXPERTS[1], "shared")):
+        a = make(case, BF16)
+        odd = torch.zeros(a[name].shape[0], a[name].shape[1] + 1, dtype=BF16)[:, 1:]
+        a[name] = odd.copy_(a[name])
+        with pytest.raises(ValueError, match=f"{name} must have rows that start at multiples of"):
+            spec_of(a).call(a, None)
+
+
+@pytest.mark.parametrize("case", [CASES[0], EXPERTS[0]], ids=str)
+def test_newer_cards_of_the_family_may(case):
     emu.device(compute_capability=121)
-    assert run(make(CASES[0], BF16)).abs().sum() > 0
+    assert run(make(case, BF16)).abs().sum() > 0

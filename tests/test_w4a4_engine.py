@@ -1,18 +1,16 @@
 """An engine whose activations are NVFP4 where its weights are, on the emulated GPU."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-import torch
 from emulated import built, installed, load
 from engines import base_config, base_widths, open_engine
 from quantized import write_quantised
-from w4a4 import quantised_rows
 
 from elastic_infer import demo_model
 from elastic_infer.errors import InvalidRequest
-from elastic_infer.ops._quantised import NVFP4
-from elastic_infer.ops.matmul import matmul
+from elastic_infer.ops.moe_matmul import moe_matmul
 
 emu = load(built())
 TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17]
@@ -33,12 +31,10 @@ def folder(tmp_path):
 
 
 def test_engine_multiplies_quantised_rows(folder, monkeypatch):
-    """Beside the CPU's engine with every row quantised in numpy ahead of such a product."""
-
-    def emulating(x, weight, out, *, activation_quantization, **given):
-        assert activation_quantization == "none" and weight.dtype == NVFP4
-        a = {"x": x, "row_width": given["row_width"], "k_sizes": given["k_sizes"]}
-        return matmul(torch.from_numpy(quantised_rows(a)).float(), weight, out, **given)
+    """Beside the CPU's engine with every row quantised in torch ahead of such a product, as
+    `bench/activations.py` has it; without experts it would not be the same."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import activations
 
     def score(**options):
         with open_engine(folder, threads=1, **options) as engine:
@@ -47,12 +43,15 @@ def test_engine_multiplies_quantised_rows(folder, monkeypatch):
     with card(120):
         found = score(device="emulated", activation_quantization="nvfp4")
         plain = score(device="emulated")
-    monkeypatch.setattr("elastic_infer.model.matmul", emulating)
-    wanted = score(device="cpu")
+    with activations.quantised_activations(True):
+        wanted = score(device="cpu")
+        monkeypatch.setattr("elastic_infer.model.moe_matmul", moe_matmul)
+        outside = score(device="cpu")
     for width, logits in wanted.items():
         size = logits.norm()
         assert (found[width] - logits).norm() <= 0.01 * size
         assert (plain[width] - logits).norm() >= 0.05 * size
+        assert (outside[width] - logits).norm() >= 0.02 * size
 
 
 @pytest.mark.parametrize(
@@ -71,6 +70,6 @@ def test_engine_refuses_other_devices_and_forms(folder, capability, options, why
 
 
 def test_engine_refuses_plain_weights():
-    refused = pytest.raises(InvalidRequest, match="has no NVFP4 matrix outside of experts")
+    refused = pytest.raises(InvalidRequest, match="the checkpoint has no NVFP4 matrix")
     with card(120), refused:
         open_engine(demo_model(), device="emulated", activation_quantization="nvfp4")

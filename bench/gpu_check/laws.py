@@ -52,7 +52,7 @@ def checks(spec: OpSpec, module, device: str, quick: bool) -> list[Check]:
     for name, native in NATIVE.items():
         if native.op == spec.name and not native.lacks(module, device):
             for i, case in enumerate(native.cases):
-                found += _of_case(spec, case, torch.bfloat16, module, device, f"{name} {i}")
+                found += _of_case(spec, case, native.dtype, module, device, f"{name} {i}")
     return found
 
 

@@ -155,8 +155,7 @@ def moe_matmul(
         row_width: [R] int32 index of each row's width, or None: every row uses everything.
         k_sizes: [W] int32 hidden channels at each width, multiples of 16.
         f_sizes: [W] int32 expert channels at each width, multiples of 16.
-        activation_quantization: as of :func:`matmul`, for x and for what the down product reads;
-            "nvfp4" is refused.
+        activation_quantization: as of :func:`matmul`, for x and for what the down product reads.
         run: None, a Pool or a Step.
 
     Returns: `out`.

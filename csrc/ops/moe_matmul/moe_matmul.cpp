@@ -61,14 +61,15 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
   widths.sizes(f_sizes, "f_sizes", F, 16);
   if (!runner.step && !ids.cuda) check_ids(check, ids, E);
   const Activations form = activations_from(check, x, w_dtype, activation_quantization);
+  const MoeMatmulArgs a{
+      x,       up,  down,   w_dtype,   up_scale,  down_scale, F,       ids,
+      weights, out, shared, workspace, row_width, k_sizes,    f_sizes, form == Activations::int8};
+  const auto tensors = {&x,   &up,     &down,      &up_scale,  &down_scale, &ids,    &weights,
+                        &out, &shared, &workspace, &row_width, &k_sizes,    &f_sizes};
   if (form == Activations::nvfp4)
-    check.fail("activation_quantization", "be none on a GPU", activation_quantization);
+    return submit_cuda(runner, kMoeMatmulW4a4, &a, sizeof(a), x, tensors);
   const int64_t rows = std::min<int64_t>(R * J, 256), tiles = std::max(D_tiles, F_tiles);
-  submit(runner, moe_matmul_cpu,
-         MoeMatmulArgs{x, up, down, w_dtype, up_scale, down_scale, F, ids, weights, out, shared,
-                       workspace, row_width, k_sizes, f_sizes, form == Activations::int8},
-         {&x, &up, &down, &up_scale, &down_scale, &ids, &weights, &out, &shared, &workspace,
-          &row_width, &k_sizes, &f_sizes},
+  submit(runner, moe_matmul_cpu, a, tensors,
          tiles * rows * 64 * 6 + rows * 64 * 4 + 64 * 64 * 4 + rows * 8 + 1024);
 }
 

@@ -6,6 +6,10 @@
 //
 // Experts are tiled images (csrc/core/gemm.h) [E][row tiles][column tiles][tile bytes]. Experts
 // without rows are never read, nor is anything outside the widest prefix among an expert's rows.
+//
+// On request, where the device can multiply 4-bit codes (moe_matmul_w4a4.cu), rows become NVFP4 as
+// for matmul (matmul.h): row r of x over its first k columns, once for all of its experts, and what
+// each of them gives it, relu(up x)^2, over its first f.
 #pragma once
 #include <algorithm>
 
@@ -68,5 +72,8 @@ inline MoeWorkspace moe_workspace(int64_t R, int64_t J, int64_t E, int64_t D, in
 }
 
 EI_CPU_KERNEL(moe_matmul, MoeMatmulArgs)
+
+// The CUDA kernels for activations as NVFP4, asked for by name.
+constexpr const char* kMoeMatmulW4a4 = "moe_matmul_w4a4";
 
 }  // namespace ei
