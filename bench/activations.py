@@ -1,11 +1,12 @@
-"""What NVFP4 activations cost in accuracy: the shipped reasoner with its matrices in NVFP4.
+"""What int8 and NVFP4 activations cost in accuracy: the shipped reasoner with NVFP4 matrices.
 
     python bench/activations.py                  # bench/results/activations.json
     python bench/activations.py --problems 50    # fewer problems
 
-The kernel for such activations needs a GPU of compute capability 12.x. Here torch computes the same
-around the CPU's products: every row that meets an NVFP4 weight is quantised with the scale of its
-own prefix, within experts too. Passes are not recorded, so that it happens in each.
+int8 is the CPU's own (`activation_quantization="int8"`). The kernels for NVFP4 activations need a
+GPU of compute capability 12.x: here torch computes the same around the CPU's products. Every row
+that meets an NVFP4 weight is quantised with the scale of its own prefix, within experts too. Passes
+are not recorded then, so that it happens in each.
 """
 
 from __future__ import annotations
@@ -112,21 +113,26 @@ def unrecorded(model: Model, steps: int) -> None:
 
 
 @contextmanager
-def quantised_activations(wish: bool) -> Iterator[None]:
-    """Inside, engines on the CPU quantise activations, if `wish`."""
-    ops = {"matmul": quantising, "moe_matmul": quantising_experts}
-    products = mock.patch.multiple("elastic_infer.model", **ops) if wish else nullcontext()
+def nvfp4_activations() -> Iterator[None]:
+    """Inside, engines on the CPU quantise activations to NVFP4."""
+    products = mock.patch.multiple(
+        "elastic_infer.model", matmul=quantising, moe_matmul=quantising_experts
+    )
     with mock.patch.object(Model, "_replay", unrecorded), products:
         yield
 
 
 def measure(folder: Path, count: int) -> dict[str, Any]:
-    """{"weights" or "weights and activations": {width: what it solved}}."""
+    """{"bf16", "int8" or "nvfp4", of activations: {width: what it solved}}."""
     problems, found = held_out_problems(SEED, count), {}
-    for wish in (False, True):
-        with quantised_activations(wish), Engine.from_pretrained(folder, device="cpu") as engine:
-            rows = {w: evaluate(engine, problems, width=w).score.to_dict() for w in engine.widths}
-        found["weights and activations" if wish else "weights"] = rows
+    for form in ("bf16", "int8", "nvfp4"):
+        within = nvfp4_activations() if form == "nvfp4" else nullcontext()
+        wish = "int8" if form == "int8" else "none"
+        engine = Engine.from_pretrained(folder, device="cpu", activation_quantization=wish)
+        with within, engine:
+            found[form] = {
+                w: evaluate(engine, problems, width=w).score.to_dict() for w in engine.widths
+            }
     return found
 
 

@@ -190,15 +190,15 @@ def quantized_table(figures: Figures) -> str:
 
 
 def activations_table(figures: Figures) -> str:
-    """What each width solves when activations are NVFP4 as well."""
+    """What each width solves with activations of every form."""
     rows = [
-        [f"{way}: {what}", *(share(row) for row in widths.values())]
+        [way, form, *(share(row) for row in widths.values())]
         for way, told in figures["ways"].items()
-        for what, widths in told.items()
+        for form, widths in told.items()
     ]
     widths = next(iter(next(iter(figures["ways"].values())).values()))
-    note = f"{figures['problems']} problems, greedy; computed in torch. {measured(figures)}."
-    head = ("quantised", *(f"`{w}` solves, %" for w in widths))
+    note = f"{figures['problems']} problems, greedy; nvfp4 activations by torch. {measured(figures)}."
+    head = ("weights", "activations", *(f"`{w}` solves, %" for w in widths))
     return f"{grid(head, rows)}\n\n{note}"
 
 

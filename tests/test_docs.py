@@ -322,9 +322,9 @@ SAMPLES = {
          "9 steps, 1.5 minutes", "before: L 0.5000; after: L 0.2500"],
     ),
     "activations": (
-        {"ways": {"nvfp4": {"weights": {"S": SCORE}, "weights and activations": {"S": SCORE}}},
+        {"ways": {"nvfp4": {"bf16": {"S": SCORE}, "int8": {"S": SCORE}}},
          "problems": 200, "machine": MACHINE, "date": "d"},
-        ["| nvfp4: weights | 95.5% (91.7–97.6) |", "| nvfp4: weights and activations | 95.5%",
+        ["| nvfp4 | bf16 | 95.5% (91.7–97.6) |", "| nvfp4 | int8 | 95.5%",
          "200 problems"],
     ),
     "ops": (

@@ -44,7 +44,7 @@ def test_engine_multiplies_quantised_rows(folder, monkeypatch):
     with card(120):
         found = score(device="emulated", activation_quantization="nvfp4")
         plain = score(device="emulated")
-    with activations.quantised_activations(True):
+    with activations.nvfp4_activations():
         wanted = score(device="cpu")
         with mock.patch("elastic_infer.model.moe_matmul", moe_matmul):
             outside = score(device="cpu")
