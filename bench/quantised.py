@@ -1,6 +1,7 @@
 """NVFP4 on the CPU: full-size shapes, and the 620M model beside llama.cpp.
 
     python bench/quantised.py full --out bench/results/fullsize-cpu.json
+    python bench/quantised.py full --isa avx2 --out bench/results/fullsize-avx2.json
     python bench/quantised.py peer --types q4_0 iq4_nl --out bench/results/nvfp4-620m.json
 
 Weights are random, made layer by layer in the form in which the kernels read them, so that memory
@@ -148,7 +149,7 @@ class Built:
     _model: Model
 
 
-def build(data: dict[str, Any], width: str, threads: int) -> Built:
+def build(data: dict[str, Any], width: str, threads: int, isa: str = "auto") -> Built:
     """A model that serves one width of random weights."""
     config = ModelConfig.from_dict(data)
     served = parse_widths(config)[width]
@@ -156,7 +157,7 @@ def build(data: dict[str, Any], width: str, threads: int) -> Built:
     capacity = plan_capacity(config, served, torch.bfloat16, length, 1, length, 1 << 30)
     weights = Random(config, served, torch.Generator().manual_seed(0)).all()
     cache = Cache(config, served, torch.bfloat16, capacity.num_pages, capacity.num_slots)
-    pool = _C.Pool(threads, "auto")
+    pool = _C.Pool(threads, isa)
     model = Model(config, weights, [served], cache, pool, length, 1, capacity.max_model_len)
     return Built(config, {width: served}, model)
 
@@ -201,9 +202,9 @@ def python_share(built: Built, width: str, prompt: list[int], steps: list[int]) 
     return statistics.median(1 - n / w for n, w in zip(taken["native"], taken["whole"]))
 
 
-def measure(width: str, threads: int, tokens: int, count: int) -> dict[str, Any]:
+def measure(width: str, threads: int, tokens: int, count: int, isa: str) -> dict[str, Any]:
     """One row of the full-size file."""
-    built = build({**THIRTY, "max_position_embeddings": 8192}, width, threads)
+    built = build({**THIRTY, "max_position_embeddings": 8192}, width, threads, isa)
     ours, coded, vocabulary = Ours(built), Ours(as_int8(built)), built.config.vocab_size
     prompt, steps = random_tokens(PROMPT, vocabulary, 0), random_tokens(tokens, vocabulary, 2)
     long = random_tokens(PREFILL, vocabulary, 3)
@@ -230,6 +231,7 @@ def measure(width: str, threads: int, tokens: int, count: int) -> dict[str, Any]
 
     return {
         "width": width,
+        "kernels": built._model.pool.isa,
         **figures(""),
         "int8": figures(", int8"),
         "step_bytes": moved,
@@ -269,12 +271,13 @@ def main() -> None:
     parser.add_argument("what", choices=["full", "peer"])
     widths = sorted(THIRTY["elastic"]["widths"])
     parser.add_argument("--width", choices=widths, default="12B", help="of `full`")
+    parser.add_argument("--isa", default="auto", help="instruction set of `full`'s kernels")
     parser.add_argument("--types", nargs="+", choices=sorted(QUANTIZED), default=["q4_0"])
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "models" / "620m")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=16, help="steps of one timed decode")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="`full` adds its row to those of other widths")
+    parser.add_argument("--out", type=Path, help="`full` adds its row to the others there")
     given = parser.parse_args()
     about = {"date": today(), "commit": commit(), "machine": machine(),
              "threads": given.threads, "weights": "NVFP4, random"}  # fmt: skip
@@ -283,7 +286,7 @@ def main() -> None:
             given.folder, given.types, given.threads, given.tokens, given.rounds
         )
     else:
-        row = measure(given.width, given.threads, given.tokens, given.rounds)
+        row = measure(given.width, given.threads, given.tokens, given.rounds, given.isa)
         print(json.dumps({k: v for k, v in row.items() if k != "rounds"}, indent=1))
         old = json.loads(given.out.read_text()) if given.out and given.out.is_file() else {}
         rows = [r for r in old.get("rows", []) if r["width"] != given.width] + [row]

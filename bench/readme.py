@@ -197,9 +197,9 @@ def activations_table(figures: Figures) -> str:
         for form, widths in told.items()
     ]
     widths = next(iter(next(iter(figures["ways"].values())).values()))
-    note = f"{figures['problems']} problems, greedy; nvfp4 activations by torch. {measured(figures)}."
+    how = f"{figures['problems']} problems, greedy; nvfp4 activations by torch."
     head = ("weights", "activations", *(f"`{w}` solves, %" for w in widths))
-    return f"{grid(head, rows)}\n\n{note}"
+    return f"{grid(head, rows)}\n\n{how} {measured(figures)}."
 
 
 def ops_table(figures: Figures) -> str:
@@ -224,13 +224,14 @@ def ops_table(figures: Figures) -> str:
 def fullsize_table(figures: Figures) -> str:
     """`bench/quantised.py full`."""
     rows = [
-        [row["width"], form, f"{1e3 * taken['step_seconds']:.1f}", f"{row['step_bytes'] / 1e9:.2f}",
-         f"{taken['share_of_streaming_reads']:.0%}", f"{row['read_bytes_s'] / 1e9:.0f}",
+        [row["width"], row["kernels"], form, f"{1e3 * taken['step_seconds']:.1f}",
+         f"{row['step_bytes'] / 1e9:.2f}", f"{taken['share_of_streaming_reads']:.0%}",
+         f"{row['read_bytes_s'] / 1e9:.0f}",
          f"{1 / taken['prefill_seconds_per_token']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"]
         for row in figures["rows"]
         for form, taken in (("bf16", row), ("int8", row["int8"]))
     ]  # fmt: skip
-    head = ["shapes", "activations", "ms per step", "GB per step", "of streaming reads",
+    head = ["shapes", "kernels", "activations", "ms per step", "GB per step", "of streaming reads",
             "those, GB/s", "prefill, tokens/s", "peak memory, GB"]  # fmt: skip
     return f"{grid(head, rows)}\n\n{measured(figures)}, {figures['threads']} threads."
 
@@ -283,6 +284,7 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "decode-620m": (f"{RESULTS}/decode-620m.json", decode_table),
     "peer-620m": (f"{RESULTS}/compare-620m.json", peer_table),
     "fullsize": (f"{RESULTS}/fullsize-cpu.json", fullsize_table),
+    "fullsize-avx2": (f"{RESULTS}/fullsize-avx2.json", fullsize_table),
     "nvfp4-620m": (f"{RESULTS}/nvfp4-620m.json", nvfp4_table),
     "quantized": (f"{CARD}/quantized.json", quantized_table),
     "activations": (f"{RESULTS}/activations.json", activations_table),

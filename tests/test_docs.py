@@ -226,16 +226,17 @@ ELASTIFIED = {
         for seed in ("0", "1")
     }},
 }  # fmt: skip
-SAMPLES = {
-    "fullsize": ({
+FULL_SIZE = ({
         "machine": MACHINE, "date": "d", "threads": 2,
-        "rows": [{"width": "12B", "step_seconds": 0.034, "step_bytes": 11e8,
+        "rows": [{"width": "12B", "kernels": "avx2", "step_seconds": 0.034, "step_bytes": 11e8,
                   "share_of_streaming_reads": 0.75, "read_bytes_s": 43e9,
                   "prefill_seconds_per_token": 0.0125, "peak_bytes": 83e8,
                   "int8": {"step_seconds": 0.03, "share_of_streaming_reads": 0.85,
                            "prefill_seconds_per_token": 0.01}}],
-    }, ["| 12B | bf16 | 34.0 | 1.10 | 75% | 43 | 80 | 8.3 |",
-        "| 12B | int8 | 30.0 | 1.10 | 85% | 43 | 100 | 8.3 |", "2 threads."]),
+    }, ["| 12B | avx2 | bf16 | 34.0 | 1.10 | 75% | 43 | 80 | 8.3 |",
+        "| 12B | avx2 | int8 | 30.0 | 1.10 | 85% | 43 | 100 | 8.3 |", "2 threads."])
+SAMPLES = {
+    "fullsize": FULL_SIZE, "fullsize-avx2": FULL_SIZE,
     "nvfp4-620m": ({
         "machine": MACHINE, "date": "d", "threads": 2,
         "types": {"q4_0": {"decode": {"tokens_s": 250.0, "peer_tokens_s": 200.0, "ratio": 1.25}}},
