@@ -103,7 +103,7 @@ inline void tile_row_as(const Panel& p, int first, int end, const ImageRow& row,
       if (expand)
         block_tile<expanded>(p.block[b], image, t, out, nvfp4 ? totals.scales : nullptr);
       else if constexpr (nvfp4)
-        block_codes<W>(p.block[b], w, t, out, Fetch{ahead(t, kNear), ahead(t, kFar)});
+        block_codes<W>(p.block[b], w, t, out, Fetch{ahead(t, kNear<W>), ahead(t, kFar<W>)});
       else if constexpr (Tile != DType::fp8)
         block_tile<W>(p.block[b], w, t, out);
     }

@@ -107,7 +107,12 @@ inline void micro_scaled(int rows, const char* w, const float* scales, const cha
 struct Fetch {
   const char *near, *far;
 };
-constexpr int kNear = 1, kFar = 8;  // tiles before they are needed
+// Tiles before they are needed. Loops over bytes are so short that the hardware's guess is in time:
+// they ask for a line just ahead of its load, and any farther ahead costs them a tenth.
+template <Weights W>
+constexpr int kNear = W == Weights::int8 ? 0 : 1;
+template <Weights W>
+constexpr int kFar = W == Weights::int8 ? 0 : 8;
 
 // The tile that is read `distance` tiles after tile t of a row of tiles, of which `count` are read;
 // tile t itself from `end` on.

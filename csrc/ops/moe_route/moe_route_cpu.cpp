@@ -1,6 +1,6 @@
 // Computes: moe_route (moe_route.h).
 // Layout: gate in float32 tiles, lane = expert; the scores of a block of rows stay in scratch.
-// Work split: parts are blocks of up to 32 rows.
+// Work split: parts are blocks of up to 32 rows; of a single block, the tile rows of the gate.
 // Order: logits as in gemm.h; the chosen scores are summed in descending order of selection.
 // Limits: D and k sizes are multiples of 16.
 // Speed: see the op table in the README (bench/ops.py).
@@ -36,8 +36,10 @@ void choose(const float* score, float* select, const float* bias, int n, int J, 
   for (int j = 0; j < J; ++j) weights[j] = score[ids[j]] / (total + 1e-20f) * scaling;
 }
 
-template <class X>
-void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, int rows) {
+// share(n, f) calls f(t, ...) for t in [0, n): on this thread, or on all.
+template <class X, class Share>
+void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, int rows,
+                 const Share& share) {
   const int64_t D = a.x.shape[1], E = a.bias.shape[0];
   const int J = static_cast<int>(a.ids.shape[1]);
   const int64_t padded = tiles(E) * kTile;
@@ -45,14 +47,14 @@ void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, i
   float* select = score + rows * padded;
   const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first : nullptr;
   Panel panel;
-  Totals totals;
   fill_panel<X>(
       panel, DType::f32, rows, reinterpret_cast<char*>(select + padded),
       [&](int r) { return a.x.ptr<X>() + (first + r) * a.x.stride[0]; },
       [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(D); },
       Alone());
   const V one = V::set(1.0f), zero = V::set(0.0f);
-  for (int64_t t = 0; t < tiles(E); ++t) {
+  share(tiles(E), [&](int64_t t, int = 0) {
+    Totals totals;
     const int64_t row_bytes = a.gate.shape[1] * tile_bytes(DType::f32);
     const char* image_row = a.gate.ptr<char>() + t * row_bytes;
     tile_row(panel, {image_row, image_row + row_bytes}, totals, [&](int r, const float* sums) {
@@ -60,7 +62,7 @@ void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, i
         store(score + r * padded + t * kTile + c,
               div(one, add(one, exp(sub(zero, V::load(sums + c))))));
     });
-  }
+  });
   for (int r = 0; r < rows; ++r) {
     const int n = width ? a.e_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(E);
     if (n < J) {
@@ -74,16 +76,23 @@ void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, i
   }
 }
 
-}  // namespace
-
-void moe_route(const MoeRouteArgs& a, Pool& pool) {
+template <class X>
+void run_all(const MoeRouteArgs& a, Pool& pool) {
   const int64_t R = a.x.shape[0];
+  if (R <= kRows)
+    return route_block<X>(a, pool, 0, 0, static_cast<int>(R),
+                          [&](int64_t n, const auto& f) { pool.run(n, f); });
   pool.run((R + kRows - 1) / kRows, [&](int64_t part, int thread) {
     const int64_t first = part * kRows;
     const int rows = static_cast<int>(std::min<int64_t>(kRows, R - first));
-    a.x.dtype == DType::bf16 ? route_block<bf16>(a, pool, thread, first, rows)
-                             : route_block<float>(a, pool, thread, first, rows);
+    route_block<X>(a, pool, thread, first, rows, Alone());
   });
+}
+
+}  // namespace
+
+void moe_route(const MoeRouteArgs& a, Pool& pool) {
+  a.x.dtype == DType::bf16 ? run_all<bf16>(a, pool) : run_all<float>(a, pool);
 }
 
 }  // namespace ei::EI_ISA
