@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from commands import refused, run
 from emulated import built, installed, load
 from engines import base_config, base_widths, open_engine
 from quantized import write_quantised
@@ -231,6 +232,10 @@ def test_engine_refuses_plain_weights_and_gpus(folder):
     emu = load(built())
     with installed(emu), pytest.raises(InvalidRequest, match="int8 is for the CPU, the device is"):
         open_engine(folder, device="emulated", activation_quantization="int8")
+    option = ("--activation-quantization", "int8")
+    said = refused("generate", demo_model(), "-p", "1+1=", *option)
+    assert "activation_quantization must be none: the checkpoint has no NVFP4 matrix" in said
+    assert run("generate", folder, "--prompt-ids", "5,17", "--max-tokens", "3", *option).stdout
     a = _laws.make(SPECS["matmul"], CASES["matmul"][0] | INT8, BF16)
     with installed(emu), pytest.raises(ValueError, match="be none or nvfp4 on a GPU, got int8"):
         SPECS["matmul"].call(a, None)

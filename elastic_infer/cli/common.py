@@ -187,6 +187,14 @@ StateDtype = Annotated[
         help="The Mamba state is kept in: float32, float16, or auto (what config.json says).",
     ),
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activation-quantization",
+        help="What NVFP4 weights multiply: none (activations as they are), int8 (CPU) or nvfp4 "
+        "(GPUs of compute capability 12.x).",
+    ),
+]
 MaxWidth = Annotated[str | None, typer.Option(help="Widest width to load; the rest is not read.")]
 OneWidth = Annotated[str | None, typer.Option(help="One width for every token.")]
 PlanText = Annotated[

@@ -49,6 +49,7 @@ def generate(
     max_width: c.MaxWidth = None,
     kv_cache_dtype: c.KvCacheDtype = "auto",
     state_dtype: c.StateDtype = "auto",
+    activations: c.Activations = "none",
     widths: c.WidthTable = None,
     revision: c.Revision = None,
     threads: c.Threads = None,
@@ -61,6 +62,7 @@ def generate(
     engine = c.open_engine(
         model, revision=revision, widths=widths, max_width=max_width, threads=threads,
         max_num_seqs=1, kv_cache_dtype=kv_cache_dtype, mamba_ssm_cache_dtype=state_dtype,
+        activation_quantization=activations,
     )  # fmt: skip
     with engine:
         params = c.sampling_params(
