@@ -34,7 +34,8 @@ class WeightMemory:
         if count > self._block.numel():
             size = max(count, BLOCK)
             if self._place.type == "cpu":
-                self._block = _aligned(size)
+                memory = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
+                self._block = _aligned(memory, size, HUGE_PAGE)
             else:
                 self._block = torch.empty(size, dtype=torch.uint8, device=self._place)
         tensor = self._block[:count].view(shape)
@@ -42,11 +43,11 @@ class WeightMemory:
         return tensor
 
 
-def _aligned(size: int) -> torch.Tensor:
-    """`size` bytes that start at a large page's address."""
-    memory = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
-    memory = memory[-memory.data_ptr() % HUGE_PAGE :][:size]
-    _C.advise_huge_pages(memory)
+def _aligned(memory: torch.Tensor, size: int, alignment: int) -> torch.Tensor:
+    """`size` bytes of `memory` from a multiple of `alignment` on; large pages, if that is one."""
+    memory = memory[-memory.data_ptr() % alignment :][:size]
+    if alignment == HUGE_PAGE:
+        _C.advise_huge_pages(memory)
     return memory
 
 
@@ -61,7 +62,4 @@ def lazy_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     size = math.prod(shape) * dtype.itemsize
     alignment = HUGE_PAGE if size >= HUGE_PAGE else ALIGNMENT
     memory = torch.from_numpy(np.zeros(size + alignment, np.uint8))
-    memory = memory[-memory.data_ptr() % alignment :][:size]
-    if size >= HUGE_PAGE:
-        _C.advise_huge_pages(memory)
-    return memory.view(dtype).view(shape)
+    return _aligned(memory, size, alignment).view(dtype).view(shape)

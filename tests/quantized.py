@@ -66,6 +66,14 @@ def numpy_nvfp4(weight: np.ndarray, scale: np.float32) -> tuple[np.ndarray, np.n
     return codes[:, ::2] | codes[:, 1::2] << 4, block_scales
 
 
+def identity(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and block scales of the identity matrix in NVFP4, which holds it exactly."""
+    codes = torch.zeros(size, size // 2, dtype=torch.uint8)
+    for k in range(size):
+        codes[k, k // 2] = 2 << k % 2 * 4  # the code of 1
+    return codes, torch.full((size, size // 16), 0x38, dtype=torch.uint8)  # 1 as E4M3
+
+
 def matrix_format(name: str, formats: dict[str, str]) -> str | None:
     """The format of the first key of `formats` that occurs in a tensor name."""
     if not name.endswith(".weight") or not any(f"{m}.weight" in name for m in EVERY_MATRIX):

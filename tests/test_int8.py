@@ -1,15 +1,13 @@
 """Activations as int8 with NVFP4 weights, on the CPU: rows as numpy quantises them, products
 against float64, the laws of every op, what the engine does with them, and who is refused."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from commands import refused, run
 from emulated import built, installed, load
 from engines import base_config, base_widths, open_engine
-from quantized import write_quantised
+from quantized import identity, write_quantised
 
 from elastic_infer import _C, Plan, SamplingParams, demo_model
 from elastic_infer.errors import InvalidRequest
@@ -91,11 +89,7 @@ def test_rows_are_quantised_as_numpy_does(name, dtype, isa):
     their rounding to float32."""
     x = edges()[name].to(dtype)
     K = x.shape[1]
-    codes = torch.zeros(K, K // 2, dtype=torch.uint8)
-    for k in range(K):
-        codes[k, k // 2] = 2 << k % 2 * 4  # the code of 1
-    blocks = torch.full((K, K // 16), 0x38, dtype=torch.uint8)  # 1 as E4M3
-    weight = TiledWeight.pack_codes(codes, blocks, torch.ones(1))
+    weight = TiledWeight.pack_codes(*identity(K), torch.ones(1))
     q, step = numpy_int8(x.float().numpy())
     for rows in (1, 9):
         got = matmul(x[:rows], weight, torch.empty(rows, K), activation_quantization="int8",
@@ -172,7 +166,7 @@ def test_what_it_costs(op):
 @pytest.mark.parametrize("isa", _C.usable_isas())
 def test_instruction_sets_agree(isa):
     """Sums of integers are exact; what is left is the order of a few additions."""
-    spec = dataclasses.replace(SPECS["matmul"])
+    spec = SPECS["matmul"]
     a = make(spec, CASES["matmul"][2] | INT8, torch.float32)
     got, plain = (_laws.run(spec, a, Pool(1, i))["out"] for i in (isa, "portable"))
     assert (got - plain).abs().max() <= 1e-5 * plain.abs().max()

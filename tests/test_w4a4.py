@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from emulated import built, check_orders, check_overlap, check_poisons, installed, load
-from quantized import dequantise, e4m3, numpy_nvfp4
+from quantized import dequantise, e4m3, identity, numpy_nvfp4
 from w4a4 import (
     CASES,
     EXPERTS,
@@ -110,11 +110,7 @@ def test_rows_are_quantised_as_numpy_does(name, dtype):
     """Weights that are the identity give the quantised values back, to the last bit."""
     x = edges()[name].to(dtype)
     K = x.shape[1]
-    codes = torch.zeros(K, K // 2, dtype=torch.uint8)
-    for k in range(K):
-        codes[k, k // 2] = 2 << k % 2 * 4  # the code of 1
-    blocks = torch.full((K, K // 16), 0x38, dtype=torch.uint8)  # 1 as E4M3
-    weight = TiledWeight.pack_codes(codes, blocks, torch.ones(1))
+    weight = TiledWeight.pack_codes(*identity(K), torch.ones(1))
     got = matmul(x, weight, torch.empty(len(x), K), activation_quantization="nvfp4").numpy()
     for r, values in enumerate(x.float().numpy()):
         g = np.float32(np.abs(values).max() / np.float32(6 * 448))

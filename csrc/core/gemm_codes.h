@@ -136,40 +136,6 @@ constexpr int kCodeVectors = V::kLanes != 16 ? 1
                              : MR == 2       ? 2
                                              : 1;
 
-// acc[m][j] += the products of the 16 columns from k on of NJ * kLanes rows from row r on, straight
-// from their codes.
-template <int MR, int NJ, Weights W>
-inline void code_products(V (&acc)[MR][NJ], const char* tile, const char* const* x, int k, int r,
-                          const Fetch& fetch, int offset) {
-  constexpr int L = V::kLanes, steps = W == Weights::pairs ? kNvfp4Group / 2 : kNvfp4Group;
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 4
-    for (int j = 0; j < NJ; ++j) {
-      const int c = k + half * kNvfp4Group;
-      fetch_line(fetch, offset + (half * NJ + j) * 64);
-      const uint32_t* from = nvfp4_word(tile, c, r + j * L);
-      std::conditional_t<W == Weights::pairs, Pairs, V> w[steps];
-      if constexpr (W == Weights::pairs)
-        e2m1_pairs(from, w);
-      else
-        e2m1_floats(from, w);
-#pragma GCC unroll 8
-      for (int s = 0; s < steps; ++s)
-#pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) {
-          const char* values = x[m] + (W == Weights::pairs ? (c + 2 * s) * 2 : (c + s) * 4);
-          if constexpr (W == Weights::pairs) {
-            uint32_t pair;
-            std::memcpy(&pair, values, 4);
-            acc[m][j] = dot_pairs(acc[m][j], w[s], pair);
-          } else {
-            acc[m][j] = fma(w[s], V::set(*reinterpret_cast<const float*>(values)), acc[m][j]);
-          }
-        }
-    }
-}
-
 // Goes through the first n columns of an NVFP4 tile as it lies: f(k, r, offset) for NJ vectors of
 // rows from r on and the 16 columns from k on. Each turn fetches its share of the tiles to come,
 // from `offset` on and rounded up: one line beside each vector of words, since a burst of them
@@ -180,6 +146,46 @@ inline void code_turns(int n, const F& f) {
   for (int k = 0; k < n; k += kScaleBlock)
     for (int r = 0; r < kTile; r += rows)
       f(k, r, k / kScaleBlock * kBlockBytes + r / rows * lines / turns * 64);
+}
+
+// One turn: f(j, c, words) for both groups of 8 columns, from c on, of each vector j of rows; and
+// the turn's lines of the tiles to come.
+template <int NJ, class F>
+inline void code_words(const char* tile, int k, int r, const Fetch& fetch, int offset, const F& f) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 4
+    for (int j = 0; j < NJ; ++j) {
+      const int c = k + half * kNvfp4Group;
+      fetch_line(fetch, offset + (half * NJ + j) * 64);
+      f(j, c, nvfp4_word(tile, c, r + j * V::kLanes));
+    }
+  fetch_line(fetch, offset + 2 * NJ * 64);
+}
+
+// acc[m][j] += the products of the 8 columns from c on, straight from their codes at `words`.
+template <int MR, int NJ, Weights W>
+inline void code_products(V (&acc)[MR][NJ], int j, const uint32_t* words, const char* const* x,
+                          int c) {
+  constexpr int steps = W == Weights::pairs ? kNvfp4Group / 2 : kNvfp4Group;
+  std::conditional_t<W == Weights::pairs, Pairs, V> w[steps];
+  if constexpr (W == Weights::pairs)
+    e2m1_pairs(words, w);
+  else
+    e2m1_floats(words, w);
+#pragma GCC unroll 8
+  for (int s = 0; s < steps; ++s)
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const char* values = x[m] + (W == Weights::pairs ? (c + 2 * s) * 2 : (c + s) * 4);
+      if constexpr (W == Weights::pairs) {
+        uint32_t pair;
+        std::memcpy(&pair, values, 4);
+        acc[m][j] = dot_pairs(acc[m][j], w[s], pair);
+      } else {
+        acc[m][j] = fma(w[s], V::set(*reinterpret_cast<const float*>(values)), acc[m][j]);
+      }
+    }
 }
 
 // totals[m][64 lanes] (+)= sum over n columns of an NVFP4 tile, in the order of micro_blocks().
@@ -193,8 +199,9 @@ inline void micro_codes(const char* tile, const char* const* x, int n, float* to
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
       for (int j = 0; j < NJ; ++j) acc[m][j] = V::set(0.0f);
-    code_products<MR, NJ, W>(acc, tile, x, k, r, fetch, offset);
-    fetch_line(fetch, offset + 2 * NJ * 64);
+    code_words<NJ>(tile, k, r, fetch, offset, [&](int j, int c, const uint32_t* words) {
+      code_products<MR, NJ, W>(acc, j, words, x, c);
+    });
     const bool from_zero = first && k == 0;
 #pragma GCC unroll 4
     for (int j = 0; j < NJ; ++j) {

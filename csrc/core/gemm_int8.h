@@ -158,21 +158,15 @@ inline void micro_int8(const char* tile, const char* const* x, int n, float* tot
   code_turns<NJ>(n, [&](int k, int r, int offset) {
     Ints acc[MR][NJ];
     start_block(acc, x, k / kScaleBlock);
+    code_words<NJ>(tile, k, r, fetch, offset, [&](int j, int c, const uint32_t* words) {
+      Bytes w[2];
+      e2m1_bytes(words, w);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half)
-#pragma GCC unroll 4
-      for (int j = 0; j < NJ; ++j) {
-        const int c = k + half * kNvfp4Group;
-        fetch_line(fetch, offset + (half * NJ + j) * 64);
-        Bytes w[2];
-        e2m1_bytes(nvfp4_word(tile, c, r + j * L), w);
-#pragma GCC unroll 2
-        for (int s = 0; s < 2; ++s)
+      for (int s = 0; s < 2; ++s)
 #pragma GCC unroll 8
-          for (int m = 0; m < MR; ++m)
-            acc[m][j] = dot_bytes(acc[m][j], w[s], four_of(x[m], c + 4 * s));
-      }
-    fetch_line(fetch, offset + 2 * NJ * 64);
+        for (int m = 0; m < MR; ++m)
+          acc[m][j] = dot_bytes(acc[m][j], w[s], four_of(x[m], c + 4 * s));
+    });
     V scale[NJ];
 #pragma GCC unroll 4
     for (int j = 0; j < NJ; ++j) scale[j] = e4m3_scales(nvfp4_scale(tile, k, r + j * L));
