@@ -55,7 +55,7 @@ test-asan: env ## the ops under AddressSanitizer and UBSan
 	PYTHON=$(PY) bash tests/sanitize.sh
 
 ptxas: env ## registers and spills of every CUDA kernel, for all architectures (needs nvcc, no GPU)
-	$(PY) bench/ptxas.py
+	$(PY) -m bench.gpu.ptxas
 
 lint: env ## style of Python and C++, without changing anything
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PY) -m pip install -q $(FORMATTERS)
@@ -67,10 +67,10 @@ format: env ## format Python and C++
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(dir $(PY))clang-format -i
 
 bench: env ## one row per op, with the roof measured in the same run
-	$(PY) bench/ops.py
+	$(PY) -m bench.cpu.ops
 
 gpu-check: ## everything about the CUDA kernels on the GPU at hand, with $PYTHON as it is
-	@$(PYTHON) bench/gpu.py $(GPU_ARGS)
+	@$(PYTHON) -m bench.gpu.run $(GPU_ARGS)
 
 wheel: env ## a wheel in dist/
 	$(PY) -m pip wheel --no-deps --no-build-isolation -w dist .
@@ -78,4 +78,4 @@ wheel: env ## a wheel in dist/
 clean: ## forget what was built, keep .venv
 	rm -rf build/cmake build/emu build/emu-asan build/env build/temp.* build/lib.* dist *.egg-info elastic_infer/_C*.so
 
-include bench/peer.mk
+include bench/llama/llama.mk

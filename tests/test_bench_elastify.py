@@ -19,17 +19,15 @@ from elastic_infer.elastify.reasoner.task import held_out_problems, is_held_out
 from elastic_infer.errors import InvalidRequest
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCH = str(ROOT / "bench")
 
 
 @pytest.fixture(autouse=True)
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
+def one_thread():
     torch.set_num_threads(1)
 
 
 def test_problems_are_held_out_in_the_mixture_of_training():
-    from elastify_data import Problems
+    from bench.elastify.data import Problems
 
     found = Problems(512, 3).problems(90)
     lengths = [len(problem.steps) for problem in found]
@@ -45,7 +43,7 @@ def test_more_problems_than_there_are_is_an_error():
 
 
 def tiny_training(folder: Path, steps: int = 6):
-    from elastify_data import PlainTraining, Problems
+    from bench.elastify.data import PlainTraining, Problems
 
     raw = {k: v for k, v in reasoner_config().raw.items() if k != "elastic"}
     raw |= {"hidden_size": 32, "hybrid_override_pattern": "M*E", "num_hidden_layers": 3}
@@ -54,7 +52,7 @@ def tiny_training(folder: Path, steps: int = 6):
 
 def test_plain_training_continues_to_the_same_weights(tmp_path, monkeypatch):
     whole, tokens = tiny_training(tmp_path / "whole").run()
-    monkeypatch.setattr("elastify_data.PlainTraining.SAVE_EVERY", 4)
+    monkeypatch.setattr("bench.elastify.data.PlainTraining.SAVE_EVERY", 4)
     killed = tiny_training(tmp_path / "killed")
     stream = killed.batches()
 
@@ -92,7 +90,7 @@ def checks() -> list:
 
 
 def test_score_counts_whole_problems_and_tokens():
-    from elastify_data import score
+    from bench.elastify.data import score
 
     (batch,) = checks()
     logits = F.one_hot(batch.targets, 48).float()
@@ -105,8 +103,8 @@ def test_score_counts_whole_problems_and_tokens():
 
 
 def test_caches_of_a_width_are_like_themselves_and_cost_it_nothing():
-    from elastify_caches import caches, compare_caches, transplanted
-    from elastify_data import accuracy
+    from bench.elastify.caches import caches, compare_caches, transplanted
+    from bench.elastify.data import accuracy
 
     model, batches = random_model(3), checks()
     widths = parse_widths(model.config, TABLE)
@@ -122,8 +120,7 @@ def test_caches_of_a_width_are_like_themselves_and_cost_it_nothing():
 
 
 def test_final_states_are_those_of_the_recurrence():
-    from elastify_caches import final_states
-
+    from bench.elastify.caches import final_states
     from elastic_infer.elastify.torch_model import Mamba
     from elastic_infer.elastify.torch_ops import causal_conv
 
@@ -156,7 +153,7 @@ def point(think, answer, accuracy, latency, **more):
 
 
 def test_front_and_gains_by_hand():
-    from elastify_front import best_gains, near_gain, pareto
+    from bench.elastify.front import best_gains, near_gain, pareto
 
     points = [
         point("L", "L", 0.5, 2.0), point("L", "L", 0.9, 4.0), point("S", "L", 0.8, 2.0),
@@ -177,8 +174,8 @@ def test_front_and_gains_by_hand():
 
 
 def test_prices_count_every_pass(tmp_path):
-    from elastify_front import price_again
-    from elastify_price import calculated, from_file, pass_bytes
+    from bench.elastify.front import price_again
+    from bench.elastify.price import calculated, from_file, pass_bytes
 
     file = tmp_path / "steps.json"
     figures = {"30B": (0.010, 0.001), "12B": (0.004, 0.0005)}
@@ -215,7 +212,7 @@ def test_prices_count_every_pass(tmp_path):
 
 
 def test_the_grid_has_every_pair_and_policy_once():
-    from elastify_control import grid
+    from bench.elastify.control import grid
 
     points = list(grid(["S", "M", "L"], (0, None), ("carry", "exact", "window(16)")))
     assert len(points) == (6 * 3 + 3) * 2
@@ -228,7 +225,7 @@ def test_the_grid_has_every_pair_and_policy_once():
 def test_the_whole_bench_in_small(tmp_path):
     """Everything with --quick, then once more: nothing is trained twice."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    script = [sys.executable, f"{BENCH}/elastify.py", "--quick", "--out", str(tmp_path)]
+    script = [sys.executable, "-m", "bench.elastify.run", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(script, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     again = subprocess.run(script, env=env, capture_output=True, text=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import models
-import peer_llama
-
+from bench.common import models
+from bench.llama import process
 from elastic_infer.checkpoint import Checkpoint
 
 
@@ -39,7 +36,7 @@ def test_the_written_folder_is_an_elastic_checkpoint(tiny: Path) -> None:
 def test_transformers_reads_it_and_no_layer_is_idle(tiny: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.NemotronHForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    tokens = torch.tensor([peer_llama.random_tokens(40, model.config.vocab_size)])
+    tokens = torch.tensor([process.random_tokens(40, model.config.vocab_size)])
     with torch.no_grad():
         out = model(tokens, use_cache=False, output_hidden_states=True)
     assert torch.isfinite(out.logits).all()
@@ -65,9 +62,9 @@ def test_interleave_pairs_and_ratio() -> None:
         order.append(name[0])
         return next(clock[name])
 
-    row = peer_llama.interleave(lambda: side("ours"), lambda: side("theirs"), pairs=3)
+    row = process.interleave(lambda: side("ours"), lambda: side("theirs"), pairs=3)
     assert "".join(order) == "ot" + "ot" + "to" + "ot"
     assert row["pairs"] == [[1.0, 3.0], [2.0, 4.0], [4.0, 4.0]]
     assert (row["ours_s"], row["theirs_s"], row["ratio"]) == (2.0, 4.0, 2.0)
     with pytest.raises(ValueError, match="pairs must be at least 1, got 0"):
-        peer_llama.interleave(lambda: 1.0, lambda: 1.0, pairs=0)
+        process.interleave(lambda: 1.0, lambda: 1.0, pairs=0)

@@ -2,14 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.cpu import ops
 from elastic_infer.ops import Pool, Step, registry
-
-BENCH = str(Path(__file__).resolve().parent.parent / "bench")
 
 # Every op in the form of its bench cases, small.
 CASES = {
@@ -33,19 +31,15 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def ops(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
+@pytest.fixture(autouse=True)
+def threads_of_torch():
+    """The benchmark sets torch's number of threads; it is as before after every test."""
     before = torch.get_num_threads()
-    import ops
-
-    yield ops
+    yield
     torch.set_num_threads(before)
-    for name in ("ops", "roof", "commit", "torch_peers"):
-        sys.modules.pop(name, None)
 
 
-def test_every_op_has_a_peer(ops):
+def test_every_op_has_a_peer():
     assert set(ops.PEERS) == set(registry()) == {*CASES, *ops.UNCHECKED}
 
 
@@ -53,7 +47,7 @@ HALVES = {name: CASES[name] | {"state": "f16"} for name in ("mamba_step", "ssm_s
 
 
 @pytest.mark.parametrize(("name", "case"), [*CASES.items(), *HALVES.items()])
-def test_peers_compute_the_ops(ops, name, case):
+def test_peers_compute_the_ops(name, case):
     """`compare`, which the benchmark applies to its own cases, and which notices a wrong peer."""
     spec = registry()[name]
     problem = spec.inputs(case, torch.float32, torch.Generator().manual_seed(1))
@@ -68,7 +62,7 @@ def test_peers_compute_the_ops(ops, name, case):
         ops.compare(spec, mine, other, problem)
 
 
-def test_a_quick_run(ops, monkeypatch, capsys, tmp_path):
+def test_a_quick_run(monkeypatch, capsys, tmp_path):
     """One op through the command line: rows with all figures, which agree with one another."""
     monkeypatch.setattr(ops, "roof", lambda *_: {"read_bytes_s": 1e10, "fp32_flops_s": 1e11,
                                                  "bf16_flops_s": 1e11})  # fmt: skip

@@ -1,26 +1,13 @@
-"""bench/quantised.py on tiny shapes: models of random NVFP4 weights, and what a step reads."""
-
-import sys
-from pathlib import Path
+"""bench/cpu/quantised.py on tiny shapes: models of random NVFP4 weights, and what a step reads."""
 
 import pytest
 import torch
 
-BENCH = str(Path(__file__).parents[1] / "bench")
-
-
-@pytest.fixture
-def quantised(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    import quantised
-
-    yield quantised
-    for name in ("quantised", "compare", "roof", "decode", "models", "peer_llama", "peer_build"):
-        sys.modules.pop(name, None)
+from bench.cpu import quantised
 
 
 @pytest.mark.parametrize("width", ["S", "L"])
-def test_a_random_model_runs(quantised, width):
+def test_a_random_model_runs(width):
     built = quantised.build(quantised.model_config("tiny"), width, 1)
     ours = quantised.Ours(built)
     tokens = quantised.random_tokens(5, built.config.vocab_size, 0)
@@ -30,7 +17,7 @@ def test_a_random_model_runs(quantised, width):
     assert 0 < quantised.python_share(built, width, tokens, tokens) < 1
 
 
-def test_bytes_of_a_step(quantised):
+def test_bytes_of_a_step():
     """Everything once but for the experts that no token names, and the rest of the embedding."""
     built = quantised.build(quantised.model_config("tiny"), "L", 1)
     weights, config = built._model.weights, built.config

@@ -15,6 +15,8 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from bench.cpu import decode
+from bench.tables import pages
 from elastic_infer import demo_model
 from elastic_infer.cli import app, demo_table
 
@@ -33,9 +35,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 
 def script(path: str):
-    """A script of the repository as a module; it finds its neighbours as when it is run."""
-    if str((ROOT / path).parent) not in sys.path:
-        sys.path.append(str((ROOT / path).parent))
+    """A script of the repository as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -115,7 +115,7 @@ def test_examples_in_the_help_parse():
 
 
 def test_make_targets_that_pages_name_exist():
-    makefiles = page("Makefile") + page("bench/peer.mk")
+    makefiles = page("Makefile") + page("bench/llama/llama.mk")
     heads = re.findall(r"^([a-z][\w/ -]*):(?!=)", makefiles, re.M)
     targets = {target for head in heads for target in head.split()}
     for name in PAGES:
@@ -171,12 +171,11 @@ def test_dependencies_are_those_of_pyproject():
 
 
 def test_tables_of_the_pages_are_those_of_the_measurements():
-    readme = script("bench/readme.py")
     named = set()
-    for name in readme.PAGES:
-        assert readme.fill(page(name)) == page(name), "run `python bench/readme.py`"
+    for name in pages.PAGES:
+        assert pages.fill(page(name)) == page(name), "run `python -m bench.tables.pages`"
         named |= set(re.findall(r"<!-- table: ([\w-]+) -->", page(name)))
-    assert named == {*readme.TABLES, *readme.FREE_TABLES}
+    assert named == {*pages.TABLES, *pages.FREE_TABLES}
 
 
 def test_the_picture_is_what_its_script_draws():
@@ -340,7 +339,7 @@ SAMPLES = {
 
 def test_the_decode_benchmark_makes_the_file_that_demo_and_readme_read(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    figures = script("bench/decode.py").run("tiny", tmp_path / "tiny", 4, 2, threads=1)
+    figures = decode.run("tiny", tmp_path / "tiny", 4, 2, threads=1)
     assert [row["width"] for row in figures["rows"]] == ["S", "M", "L"]
     assert all(len(row["rounds_ms"]) == 2 for row in figures["rows"])
     path = tmp_path / "decode-620m.json"
@@ -348,31 +347,31 @@ def test_the_decode_benchmark_makes_the_file_that_demo_and_readme_read(tmp_path,
     bench = demo_table.read_bench(path)
     assert bench["ms_per_token"] == {r["width"]: r["ms_per_token"] for r in figures["rows"]}
     assert bench["threads"] == 1
-    assert "| `L` | " in script("bench/readme.py").decode_table(figures)
+    assert "| `L` | " in pages.decode_table(figures)
 
 
 def test_every_table_has_a_sample():
-    assert set(SAMPLES) == set(script("bench/readme.py").TABLES)
+    assert set(SAMPLES) == set(pages.TABLES)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_tables_show_what_the_files_hold(tmp_path, name):
-    readme, (figures, expected) = script("bench/readme.py"), SAMPLES[name]
+    figures, expected = SAMPLES[name]
     old = f"before\n<!-- table: {name} -->\nold\n<!-- /table -->\nafter\n"
-    assert "Not measured yet" in readme.fill(old, tmp_path)
-    path = tmp_path / readme.TABLES[name][0]
+    assert "Not measured yet" in pages.fill(old, tmp_path)
+    path = tmp_path / pages.TABLES[name][0]
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(figures))
-    text = readme.fill(old, tmp_path)
+    text = pages.fill(old, tmp_path)
     assert text.startswith("before\n") and text.endswith("<!-- /table -->\nafter\n")
     assert "old" not in text
     for line in expected:
         assert line in text
     path.write_text("{}")
     with pytest.raises(ValueError, match="must hold"):
-        readme.fill(old, tmp_path)
+        pages.fill(old, tmp_path)
 
 
 def test_a_table_that_nothing_measures_is_refused():
     with pytest.raises(ValueError, match="a table must be one of demo"):
-        script("bench/readme.py").fill("<!-- table: nothing -->\n<!-- /table -->")
+        pages.fill("<!-- table: nothing -->\n<!-- /table -->")

@@ -1,23 +1,9 @@
 """Over 4,000 steps a float16 state stays near a float32 one; rounded to nearest it would not."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-BENCH = str(Path(__file__).parents[1] / "bench")
+from bench.cpu import drift
 
 
-@pytest.fixture
-def drift(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    import drift
-
-    yield drift
-    sys.modules.pop("drift", None)
-
-
-def test_stochastic_rounding_bounds_the_drift(drift):
+def test_stochastic_rounding_bounds_the_drift():
     """Heads that forget a tenth to a hundred-thousandth of their state per token."""
     found = drift.head_drift(size=16, state=32)
     stochastic, nearest, coarse = (found[name] for name in ("float16, stochastic", *drift.NEAREST))
@@ -29,7 +15,7 @@ def test_stochastic_rounding_bounds_the_drift(drift):
     assert nearest["by_fade"][0] < stochastic["by_fade"][0] < 2 * nearest["by_fade"][0]
 
 
-def test_the_reasoner_reads_on_alike(drift):
+def test_the_reasoner_reads_on_alike():
     """Logits of the shipped model over some hundred tokens, for every kind of cache."""
     found = drift.reasoner_drift("S", tokens=300)
     assert list(found) == [*list(drift.SMALL)[1:], *drift.NEAREST]

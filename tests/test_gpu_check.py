@@ -1,4 +1,4 @@
-"""bench/gpu.py: its floors, peers, parsers and tables, and that one bad item costs only itself."""
+"""The GPU check: its floors, peers, parsers and tables, and that one bad item costs only itself."""
 
 import json
 import subprocess
@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.common.pairs import compare, copy_of
+from bench.gpu import floors, peers, report, sanitize, setting, shapes, worker
+from bench.gpu.laws import own_names
+from bench.tables import gpu as gpu_tables
 from elastic_infer.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "bench"))
-import gpu_tables  # noqa: E402
-from gpu_check import floors, peers, report, sanitize, setting, shapes, worker  # noqa: E402
-from gpu_check.laws import own_names  # noqa: E402
-from ops import compare, copy_of  # noqa: E402
 
 # Floors and shapes --------------------------------------------------------------------------------
 
@@ -226,13 +225,14 @@ def test_a_card_has_a_short_name():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_sentence_says_so():
     done = subprocess.run(
-        [sys.executable, "bench/gpu.py"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", "bench.gpu.run"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("gpu-check: a CUDA GPU must be present, but ")
     done = subprocess.run(
-        [sys.executable, "bench/gpu.py", "--only", "nothing"], cwd=ROOT, capture_output=True,
+        [sys.executable, "-m", "bench.gpu.run", "--only", "nothing"], cwd=ROOT, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     assert "--only must be of build,laws," in done.stderr
@@ -277,7 +277,7 @@ def test_parts_work_on_the_emulator(name, items):
 def test_the_whole_command_without_a_network(tmp_path):
     """Every part in its own process; the file is whole after each, and no address is reachable."""
     out = tmp_path / "figures.json"
-    command = [sys.executable, "bench/gpu.py", "--emulate", "--quick", "--out", str(out)]
+    command = [sys.executable, "-m", "bench.gpu.run", "--emulate", "--quick", "--out", str(out)]
     if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0:
         command = ["unshare", "-rn", *command]
     done = subprocess.run(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import ptxas
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-import ptxas  # noqa: E402
 
 REPORT = """ptxas info    : Compiling entry function 'f' for 'sm_80'
 ptxas info    : Function properties for f

@@ -147,9 +147,9 @@ def test_rows_of_experts_that_are_not_finite_give_nan(bad):
 
 
 def test_the_accuracy_benchmark_quantises_alike(monkeypatch):
-    """`bench/activations.py` does in torch what the kernel does."""
+    """`bench/cpu/activations.py` does in torch what the kernel does."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    from activations import quantise
+    from bench.cpu.activations import quantise
 
     for x in edges().values():
         got = quantise(x).numpy()
@@ -161,7 +161,7 @@ def test_the_accuracy_benchmark_quantises_alike(monkeypatch):
 
 def test_the_accuracy_benchmark_multiplies_experts_alike(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    from activations import quantising_experts
+    from bench.cpu.activations import quantising_experts
 
     a = make(EXPERTS[5], torch.float32)
     want, given = reference(a), _laws.copy(a)

@@ -33,9 +33,9 @@ def folder(tmp_path):
 
 def test_engine_multiplies_quantised_rows(folder, monkeypatch):
     """Beside the CPU's engine with every row quantised in torch ahead of such a product, as
-    `bench/activations.py` has it; without experts it would not be the same."""
+    `bench/cpu/activations.py` has it; without experts it would not be the same."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    import activations
+    from bench.cpu import activations
 
     def score(**options):
         with open_engine(folder, threads=1, **options) as engine:

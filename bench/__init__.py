@@ -1,0 +1,1 @@
+"""Benchmarks: every figure of the documentation is printed and committed by one of these."""

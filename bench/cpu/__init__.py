@@ -1,0 +1,1 @@
+"""What the CPU engine reaches: ops, decoding, quantised models, beside llama.cpp."""

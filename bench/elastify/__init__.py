@@ -1,0 +1,1 @@
+"""The miniature: elastic training measured from start to end."""

@@ -1,0 +1,1 @@
+"""llama.cpp as a peer: building it, converting models, timing it."""

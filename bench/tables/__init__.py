@@ -1,0 +1,1 @@
+"""Committed results as tables in the documentation."""
