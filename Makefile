@@ -5,7 +5,7 @@ FORMATTERS = 'ruff==0.17.*' 'clang-format==23.*'
 PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-EMU = $(dir $(PY))cmake --build build/emu --target _emu -j2
+EMU = $(PY) tools/progress.py "the emulated kernels" $(dir $(PY))cmake --build build/emu --target _emu -j2
 .PHONY: help env build cuda demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format bench gpu-check wheel clean
 
 help: ## what there is to make

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 
 import engines
 import pytest
@@ -12,6 +14,7 @@ import torch
 from commands import refused, run
 from rich.console import Console
 
+import elastic_infer
 from elastic_infer import Checkpoint, InvalidRequest, Plan
 from elastic_infer.cli import chatting, common, generation, inspection, slices
 from elastic_infer.config import count_parameters, kv_bytes_per_token, state_bytes
@@ -33,6 +36,35 @@ def engine(folder):
         yield opened
 
 
+# Without a model ---------------------------------------------------------------------------------
+
+
+def test_the_version_is_told_in_every_way():
+    """`--version`, `python -m elastic_infer`, and `info` without a model agree."""
+    text = f"elastic-infer {elastic_infer.__version__}"
+    assert run("--version").output.strip() == text
+    for module in ("elastic_infer", "elastic_infer.cli"):
+        command = [sys.executable, "-m", module, "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == text
+    facts = json.loads(run("info", "--json").output)
+    assert facts["version"] == elastic_infer.__version__
+    assert facts["packages"]["torch"] and facts["kernels"]["used"] in facts["kernels"]["usable"]
+    lines = run("info").output.splitlines()
+    assert lines[0].startswith(f"elastic_infer {elastic_infer.__version__} on Python ")
+    assert any(line.startswith("CUDA: ") for line in lines)
+
+
+def test_info_without_a_model_imports_no_torch():
+    """Commands that need no tensors answer at once: torch alone takes seconds to import."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['elastic-infer', 'info']; "
+        "from elastic_infer.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("elastic_infer "), done.stderr
+
+
 # All commands ------------------------------------------------------------------------------------
 
 
@@ -51,7 +83,7 @@ def test_the_first_help_names_every_command():
     "arguments, problem",
     [
         (("frob",), "No such command 'frob'; see"),
-        (("info",), "Missing argument 'model'; see"),
+        (("slice",), "Missing argument 'model'; see"),
         (("generate", "x", "--threads", "many"), "Invalid value for '--threads'"),
         (("info", "no/such/folder"), "checkpoint: path must be a checkpoint folder or a Hub id"),
         (("generate", "x"), "--prompt: must be given, or --prompt-ids instead, got neither"),

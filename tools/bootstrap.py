@@ -18,6 +18,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import progress
+
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / "build" / "env"
 TORCH = "2.13.0"
@@ -167,9 +169,13 @@ def install_packages(python: Path, extras: str) -> None:
 
 def build_module(python: Path) -> None:
     """Compiles what has changed. The first time takes one to two minutes."""
+    note = ROOT / "build" / "cmake" / "kernels.txt"
+    first = not note.is_file()
     command = [str(python), "setup.py", "--quiet", "build_ext", "--inplace"]
-    if subprocess.run(command, cwd=ROOT).returncode != 0:
+    if progress.run("bootstrap: compiling the native module", command, ROOT) != 0:
         stop("the native module must compile, got the errors above")
+    if first:
+        say(f"bootstrap: ready, with {note.read_text().strip()}")
 
 
 def main() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
+
+import elastic_infer
 
 from .common import Commands
 
@@ -15,6 +19,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+def show_version(wanted: bool) -> None:
+    """Prints the version and ends, when `--version` is given."""
+    if wanted:
+        typer.echo(f"elastic-infer {elastic_infer.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Takes the options that stand before a command."""
+
 
 from . import chatting, demo, elastify, generation, inspection, quantizing, slices  # noqa: E402
 

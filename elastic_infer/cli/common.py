@@ -173,6 +173,9 @@ def available_threads() -> int:
 
 # Options that several commands take.
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or owner/name on the Hub.")]
+OptionalModel = Annotated[
+    str | None, typer.Argument(help="Checkpoint folder, or owner/name on the Hub.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 WidthTable = Annotated[str | None, typer.Option("--widths", help="JSON file with a width table.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all.")]

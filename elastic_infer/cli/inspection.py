@@ -1,4 +1,4 @@
-"""`elastic-infer info`: what a checkpoint is, what its widths cost, what a memory holds."""
+"""`elastic-infer info`: a checkpoint's widths, their costs, and what a memory holds."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from rich.table import Table
 from elastic_infer.errors import InvalidRequest
 
 from . import common as c
+from . import installation
 
 if TYPE_CHECKING:
     from elastic_infer.config import ModelConfig, Width
 
 HELP = (
     "Tell a checkpoint's widths, their parameters and bytes, what fits a given memory, and which "
-    "kernels would run. Reads sizes only: of a Hub repository nothing but config.json is fetched."
+    "kernels would run. Reads sizes only: of a Hub repository nothing but config.json is fetched. "
+    "Without a checkpoint: what is installed."
 )
 EXAMPLES = c.examples(
+    "elastic-infer info",
     "elastic-infer info MODEL",
     "elastic-infer info owner/name --memory 64GB --length 32768",
     "elastic-infer info MODEL --json",
@@ -61,7 +64,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def info(
-    model: c.Model,
+    model: c.OptionalModel = None,
     memory: Annotated[
         str | None, typer.Option(help="Such as 16GB or 24GiB; default: what is free now.")
     ] = None,
@@ -75,6 +78,13 @@ def info(
 ) -> None:
     """The command; its arguments are its options."""
     c.log_to_stderr(verbose)
+    if model is None:
+        facts = installation.describe()
+        if as_json:
+            typer.echo(json.dumps(facts, indent=2))
+        else:
+            installation.show(facts)
+        return
     from elastic_infer.capacity import free_memory
 
     size = free_memory() if memory is None else parse_memory(memory)

@@ -1,0 +1,5 @@
+"""`python -m elastic_infer` is `elastic-infer`."""
+
+from .cli import main
+
+main()
