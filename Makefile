@@ -2,11 +2,12 @@
 PYTHON ?= python3
 PY = $(shell cat build/env/python)
 FORMATTERS = 'ruff==0.17.*' 'clang-format==23.*'
+SITE = 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0,<2'
 PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
 EMU = $(PY) tools/progress.py "the emulated kernels" $(dir $(PY))cmake --build build/emu --target _emu -j2
-.PHONY: help env build cuda demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format bench gpu-check wheel clean
+.PHONY: help env build cuda demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format docs bench gpu-check wheel clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -66,6 +67,13 @@ format: env ## format Python and C++
 	$(PY) -m ruff check --fix .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(dir $(PY))clang-format -i
 
+docs: env ## the pages that come from code and data, and the site in site/ (strict)
+	@$(PY) -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(PY) -m pip install -q $(SITE)
+	$(PY) -m bench.tables.pages --check
+	$(PY) -m docs.generate --check
+	$(PY) -m docs.pictures.draw --check
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 bench: env ## one row per op, with the roof measured in the same run
 	$(PY) -m bench.cpu.ops
 
@@ -76,6 +84,6 @@ wheel: env ## a wheel in dist/
 	$(PY) -m pip wheel --no-deps --no-build-isolation -w dist .
 
 clean: ## forget what was built, keep .venv
-	rm -rf build/cmake build/emu build/emu-asan build/env build/temp.* build/lib.* dist *.egg-info elastic_infer/_C*.so
+	rm -rf build/cmake build/emu build/emu-asan build/env build/temp.* build/lib.* dist site *.egg-info elastic_infer/_C*.so
 
 include bench/llama/llama.mk

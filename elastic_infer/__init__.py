@@ -22,11 +22,15 @@ from .errors import (
     WidthError,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers, and for the documentation, which reads sources alone
+    from .checkpoint import Checkpoint
+    from .config import Width
     from .engine import Engine
     from .outputs import Choice, Output, Token
-    from .plan import Plan
+    from .plan import Plan, Policy
+    from .request import Request
     from .sampling import SamplingParams
+    from .session import EngineSequence
 
 __version__ = "0.1.0"
 

@@ -309,7 +309,8 @@ class Checkpoint:
 
         Args:
             name: a key of ``quantized``.
-            rows, cols: as of ``tensor``; NVFP4 keeps whole blocks of 16 columns.
+            rows: as of ``tensor``.
+            cols: as of ``tensor``; NVFP4 keeps whole blocks of 16 columns.
 
         Raises:
             CheckpointError: no such tensor, or scales or codes that are no usable numbers.

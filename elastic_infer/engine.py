@@ -291,8 +291,10 @@ class Engine:
         """Hands a prompt over and returns at once: iterate over the request, wait for `result()`,
         or `cancel()` it.
 
-        Raises: InvalidRequest, WidthError; OutOfCapacity for what can never fit; EngineFull when
-            max_waiting requests wait already.
+        Raises:
+            InvalidRequest, WidthError: for wrong arguments.
+            OutOfCapacity: for a request that can never fit.
+            EngineFull: when max_waiting requests wait already.
         """
         request = self._intake.request(prompt, params, plan, width)
         self._submit([request])

@@ -190,8 +190,11 @@ class Request:
         Args:
             timeout: seconds to wait at most, None for no limit.
 
-        Raises: TimeoutError; RequestCancelled if the engine was closed first; for a request that
-            failed, its error (NonFiniteLogits, OutOfCapacity, or what a callback raised).
+        Raises:
+            TimeoutError: after `timeout`.
+            RequestCancelled: if the engine was closed first.
+            Exception: the error of a request that failed: NonFiniteLogits, OutOfCapacity, or what a
+                callback raised.
         """
         output = self.wait(timeout)
         if self.error is not None:

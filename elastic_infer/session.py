@@ -79,8 +79,9 @@ class EngineSequence:
 
         Returns: how many tokens were read again (0 for "carry").
 
-        Raises: WidthError for an unknown width, or by "carry" to a width whose Mamba heads were
-            not tracked; nothing has changed then.
+        Raises:
+            WidthError: for an unknown width, or by "carry" to a width whose Mamba heads were not
+                tracked; nothing has changed then.
         """
         self._engine._intake.check_width(width)
         policy = Policy.parse(policy)

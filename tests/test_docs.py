@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,18 +9,24 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import typer.main
 from typer.testing import CliRunner
 
+import elastic_infer
 from bench.cpu import decode
 from bench.tables import pages
+from docs import generate
+from docs.pictures import draw, record
 from elastic_infer import demo_model
 from elastic_infer.cli import app, demo_table
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")
+SITE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", *SITE)
+GENERATED = re.compile(r"<!-- (code|generated|table): .*?<!-- /\1 -->", re.S)
 
 
 def page(name: str) -> str:
@@ -34,33 +39,31 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.S | re.M)
 
 
-def script(path: str):
-    """A script of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # Code ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
-def test_python_of_the_readme_runs(number, capsys):
-    code = blocks("README.md", "python")[number]
-    exec(compile(code, f"README.md block {number}", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.strip()
+def examples(name: str) -> list[tuple[str, str]]:
+    """A page's Python in order, each block with the output that the page shows below it."""
+    text = GENERATED.sub("", page(name))
+    return re.findall(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", text, re.S | re.M)
 
 
-def test_the_ten_lines_are_ten():
-    assert len([line for line in blocks("README.md", "python")[0].splitlines() if line]) <= 11
+@pytest.mark.parametrize("name", [name for name in ("README.md", *SITE) if examples(name)])
+def test_python_of_a_page_prints_what_the_page_shows(name, capsys):
+    """The blocks of a page are one program, as somebody would run it who reads from the top."""
+    program = {"__name__": "page"}
+    for code, shown in examples(name):
+        exec(compile(code, name, "exec"), program)
+        assert capsys.readouterr().out == shown, code
 
 
-def test_ten_lines_show_both_widths(capsys):
-    exec(blocks("README.md", "python")[0], {})
-    text = capsys.readouterr().out
-    assert "['S', 'M', 'L']" in text and re.search(r"^S '<think>'", text, re.M)
-    assert re.search(r"^L '\d' answer$", text, re.M)
+def test_the_readme_is_a_front_door():
+    """Short enough to be read whole: its length, its first program, its tables."""
+    assert len(page("README.md").splitlines()) <= 150
+    code, shown = examples("README.md")[0]
+    assert len([line for line in code.splitlines() if line]) <= 10 and shown
+    assert all(line.count("|") <= 5 for line in page("README.md").splitlines())
+    assert page("README.md").count("docs/pictures/") == 2
 
 
 def test_commands_of_the_readme_run(tmp_path, monkeypatch):
@@ -69,7 +72,9 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
     (tmp_path / "elastic_infer" / "models").mkdir(parents=True)
     (tmp_path / "elastic_infer" / "models" / "reasoner").symlink_to(demo_model())
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
+    names = ("README.md", "docs/checkpoints.md", "docs/quantization.md")
+    every = [line for name in names for block in blocks(name, "sh") for line in block.splitlines()]
+    lines = list(dict.fromkeys(every))
     assert len(lines) >= 6
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     alone = [sys.executable, "-m", "elastic_infer.cli", *shlex.split(lines[0])[1:]]
@@ -87,8 +92,9 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
 
 
 def console_lines() -> list[str]:
-    """Command lines of the README that need weights which are not here."""
-    lines = [line for block in blocks("README.md", "console") for line in block.splitlines()]
+    """Command lines of all pages that need weights which are not here."""
+    lines = [line for name in PAGES for block in blocks(name, "console")
+             for line in block.splitlines()]  # fmt: skip
     return [line for line in lines if line.startswith("elastic-infer ")]
 
 
@@ -158,11 +164,11 @@ def test_ops_that_the_design_names_are_those_there_are():
 def test_dependencies_are_those_of_pyproject():
     text = page("pyproject.toml")
     lists = re.findall(
-        r"^(?:dependencies|requires|torch|server|test|dev) = \[(.*?)\]$", text, re.S | re.M
+        r"^(?:dependencies|requires|torch|server|test|dev|docs) = \[(.*?)\]$", text, re.S | re.M
     )
-    wanted = dict(re.findall(r'"([a-zA-Z][\w-]*)([<>=][^"]*)?"', " ".join(lists)))
+    wanted = dict(re.findall(r'"([a-zA-Z][\w\[\]-]*)([<>=][^"]*)?"', " ".join(lists)))
     section = page("CONTRIBUTING.md").split("## Dependencies")[1]
-    table = dict(re.findall(r"^\| ([\w-]+) \| ([^|]+) \|", section, re.M))
+    table = dict(re.findall(r"^\| ([\w\[\]-]+) \| ([^|]+) \|", section, re.M))
     assert table.pop("package").strip() == "range"
     assert {n: r or "any" for n, r in wanted.items()} == {n: r.strip() for n, r in table.items()}
 
@@ -178,9 +184,51 @@ def test_tables_of_the_pages_are_those_of_the_measurements():
     assert named == {*pages.TABLES, *pages.FREE_TABLES}
 
 
-def test_the_picture_is_what_its_script_draws():
-    picture = script("docs/picture.py")
-    assert picture.draw() == picture.PICTURE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", draw.PICTURES)
+def test_a_picture_is_what_its_script_draws(name):
+    text = (draw.HERE / name).read_text(encoding="utf-8")
+    assert draw.PICTURES[name]() == text, "run `python -m docs.pictures.draw`"
+    assert ElementTree.fromstring(text).find("{*}title").text
+
+
+def test_the_recorded_run_is_what_the_model_says():
+    recorded = json.loads(record.FILE.read_text(encoding="utf-8"))
+    assert record.record() == recorded, "run `python -m docs.pictures.record`, then draw"
+
+
+def test_pages_that_come_from_the_code_are_fresh():
+    for name, text in generate.pages().items():
+        assert page(f"docs/{name}") == text, "run `python -m docs.generate`"
+
+
+def test_every_help_text_is_shown_whole():
+    """Brackets are markup where they are not escaped: such words would vanish from --help."""
+    for command in typer.main.get_command(app).commands.values():
+        for help_text in [command.help, *(parameter.help for parameter in command.params)]:
+            whole = " ".join((help_text or "").replace("\\[", "[").split())
+            assert generate.plain(help_text) == whole
+
+
+def test_a_piece_of_a_file_that_is_not_there_is_refused():
+    for first, last in (("no such line", "}"), ("struct RmsNormArgs", "no such line")):
+        with pytest.raises(ValueError, match="must have a line"):
+            generate.piece("csrc/ops/rms_norm/rms_norm.h", first, last)
+
+
+def test_the_api_page_has_every_public_name():
+    named = re.findall(r"^::: elastic_infer\.(\w+)$", page("docs/api.md"), re.M)
+    assert sorted(named) == sorted(set(elastic_infer.__all__) - {"__version__"})
+
+
+def test_the_site_has_every_page():
+    listed = re.findall(r"- ([\w/-]+\.md)$", page("mkdocs.yml"), re.M)
+    assert sorted(f"docs/{name}" for name in listed) == SITE
+
+
+def test_make_docs_installs_the_ranges_of_pyproject():
+    wanted = re.search(r"^docs = \[(.*)\]$", page("pyproject.toml"), re.M)[1].replace('"', "")
+    made = re.search(r"^SITE = (.*)$", page("Makefile"), re.M)[1].replace("'", "")
+    assert wanted.split(", ") == made.split(" ")
 
 
 SCORE = {"accuracy": 0.955, "low": 0.917, "high": 0.976, "solved": 191, "count": 200}

@@ -1,4 +1,4 @@
-"""Fills the tables of README.md, docs/elastify.md and the model card from committed measurements.
+"""Fills the tables of the documentation and of the model card from committed measurements.
 
     python -m bench.tables.pages            # writes them
     python -m bench.tables.pages --check    # fails if a page holds other ones
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "bench/results"
 CARD = "elastic_infer/models/reasoner"
 REASONER = f"{CARD}/evaluation.json"
-PAGES = ("README.md", f"{CARD}/README.md", "docs/elastify.md")
+PAGES = ("docs/measured.md", "docs/gpu.md", "docs/elastify.md", f"{CARD}/README.md")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 Figures = dict[str, Any]
 

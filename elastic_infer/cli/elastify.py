@@ -133,7 +133,7 @@ def make_elastic(
     bits: Annotated[float, typer.Option(help="Bits per weight, for memory.")] = 16.0,
     context: Annotated[int, typer.Option(help="Tokens of KV cache, for memory.")] = 131072,
     choices: Annotated[
-        Path | None, typer.Option(help="JSON file {axis: [allowed sizes]}; default: six an axis.")
+        Path | None, typer.Option(help="JSON file {axis: \\[allowed sizes]}; default: six an axis.")
     ] = None,
     per_layer: Annotated[bool, typer.Option(help="Every layer gets sizes of its own.")] = False,
     sequence_length: Annotated[str, typer.Option(help="Tokens; or one per stage.")] = "1024",

@@ -1,0 +1,1 @@
+"""The pictures of the documentation, drawn from data by `python -m docs.pictures.draw`."""
