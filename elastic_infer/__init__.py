@@ -19,6 +19,7 @@ from .errors import (
     NonFiniteLogits,
     OutOfCapacity,
     RequestCancelled,
+    RequestFailed,
     WidthError,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "Policy",
     "Request",
     "RequestCancelled",
+    "RequestFailed",
     "SamplingParams",
     "Token",
     "Width",

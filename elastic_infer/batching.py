@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, shown
 
 GRID = 64
 
@@ -48,7 +48,7 @@ Cost = Callable[[int, int], float]  # (width index, rows) -> seconds of a pass o
 def check_mixing(mixing: str) -> None:
     """Raises InvalidRequest unless it is one of the three."""
     if mixing not in ("auto", "always", "never"):
-        raise InvalidRequest(f"engine: mixing must be auto, always or never, got {mixing!r}")
+        raise InvalidRequest(f"engine: mixing must be auto, always or never, got {shown(mixing)}")
 
 
 def chunk_length(position: int, tokens: int, room: int) -> int:

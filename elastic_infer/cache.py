@@ -282,7 +282,7 @@ class Cache:
         used = sequence.pages[: -(-sequence.length // PAGE)] if self.k else []
         unique = list(dict.fromkeys([*used, *(p for s in kept for p in s.pages)]))
         place = {page: i for i, page in enumerate(unique)}
-        index = torch.tensor(unique, dtype=torch.long)
+        index = torch.tensor(unique, dtype=torch.long, device="cpu")
         return Saved(
             kv=[(k[index].cpu(), v[index].cpu()) for k, v in zip(self.k, self.v)],
             pages=[place[p] for p in used],
@@ -319,7 +319,7 @@ class Cache:
                 f"{saved.slot_count} state slots, free {self.pages.free} and {self.slots.free}"
             )
         pages = self.pages.take(saved.page_count)
-        index = torch.tensor(pages, dtype=torch.long)
+        index = torch.tensor(pages, dtype=torch.long, device="cpu")
         for k, v, (saved_k, saved_v) in zip(self.k, self.v, saved.kv):
             k[index], v[index] = self.device.to(saved_k), self.device.to(saved_v)
         sequence.pages = [pages[p] for p in saved.pages]

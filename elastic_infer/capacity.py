@@ -10,7 +10,7 @@ import torch
 from .cache import PAGE
 from .cache_dtypes import CacheDtypes, item_size
 from .config import ModelConfig, Width, kv_bytes_per_token
-from .errors import InvalidRequest, OutOfCapacity
+from .errors import InvalidRequest, OutOfCapacity, shown
 
 MAX_ROWS = 256  # sequences of one pass
 
@@ -112,4 +112,6 @@ def plan_capacity(
 
 def _check(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"engine: {name} must be an int in [{low}, {high}], got {value!r}")
+        raise InvalidRequest(
+            f"engine: {name} must be an int in [{low}, {high}], got {shown(value)}"
+        )

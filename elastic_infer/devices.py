@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from . import _C
-from .errors import InvalidRequest
+from .errors import InvalidRequest, shown
 from .memory import lazy_zeros
 
 
@@ -47,7 +47,8 @@ class Device:
 
     def host_zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Zeros in host memory that copies to the device need not wait for."""
-        return torch.zeros(shape, dtype=dtype, pin_memory=self.stream is not None)
+        pinned = self.stream is not None
+        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=pinned)
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device; itself where it is there."""
@@ -106,9 +107,9 @@ def choose_device(name: object) -> Device:
         return Device("cpu") if why_not_cuda() else Device("cuda:0")
     if name == "cpu":
         return Device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d+))?", name) if isinstance(name, str) else None
+    match = re.fullmatch(r"cuda(?::(\d{1,9}))?", name) if isinstance(name, str) else None
     if match is None:
-        raise InvalidRequest(f"engine: device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        raise InvalidRequest(f"engine: device must be auto, cpu, cuda or cuda:N, got {shown(name)}")
     index = int(match[1] or 0)
     if why := why_not_cuda(index):
         raise InvalidRequest(f"engine: device {name!r} must be usable, got {why}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ from .batching import Limits, StepCosts, check_mixing
 from .cache import Sequence
 from .capacity import Capacity
 from .config import Width, count_parameters
-from .errors import InvalidRequest
+from .errors import EngineFull, InvalidRequest, shown
 from .intake import Intake, Prompt, is_one_prompt, one_per_prompt
 from .loading import Loaded, Options, load
-from .outputs import Output, Token
+from .outputs import Output
 from .plan import Plan
 from .reading import Reader
-from .request import Request
+from .request import Request, Stream
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .sequence_file import read_sequence
 from .session import EngineSequence
 from .switching import Read
 from .tokenizer import Tokenizer
+from .torch_modes import plain_torch
 from .worker import Worker
 
 
@@ -57,9 +58,12 @@ class Engine:
         active = [float(count_parameters(self.config, w).active) for w in self.widths.values()]
         most = self._capacity.max_num_seqs
         limits = Limits(self._capacity.max_num_batched_tokens, most)
-        self._scheduler = Scheduler(
-            self._model, loaded.eos_ids, limits, StepCosts(active), mixing, most, async_scheduling
-        )
+        with plain_torch():
+            self._scheduler = Scheduler(
+                self._model, loaded.eos_ids, limits, StepCosts(active), mixing, most,
+                async_scheduling,
+            )  # fmt: skip
+        self._max_waiting = max_waiting
         self._worker = Worker(self._scheduler, max_waiting)
         # An engine that is dropped, or still open when Python ends, stops its thread.
         weakref.finalize(self, self._worker.close)
@@ -214,6 +218,12 @@ class Engine:
         if is_one_prompt(prompt):
             return _wait(self.submit(prompt, params, plan, width=width))
         prompts = list(prompt)
+        waiting = self._max_waiting
+        if waiting is not None and len(prompts) > waiting + self._capacity.max_num_seqs:
+            raise EngineFull(
+                f"engine: at most max_waiting = {waiting} requests may wait, got {len(prompts)} "
+                "prompts; give fewer at a time"
+            )
         columns = [one_per_prompt(n, v, len(prompts)) for n, v in
                    (("params", params), ("plan", plan), ("width", width))]  # fmt: skip
         requests = [
@@ -234,19 +244,11 @@ class Engine:
         *,
         width: str | None = None,
         plan: Plan | Callable | None = None,
-    ) -> Iterator[Token]:
+    ) -> Stream:
         """Generates and yields tokens as they come; the joined texts equal `generate`'s. Leaving
-        the loop early cancels the request."""
-        request = self.submit(prompt, params, plan, width=width)
-
-        def tokens() -> Iterator[Token]:
-            try:
-                yield from request
-            finally:
-                if not request.done:
-                    request.cancel()
-
-        return tokens()
+        the loop early, closing or dropping the stream, also before its first token, cancels the
+        request."""
+        return Stream(self.submit(prompt, params, plan, width=width))
 
     def chat(
         self,
@@ -278,7 +280,7 @@ class Engine:
         text = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tools=tools, **dict(chat_template_kwargs or {})
         )
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._intake.encode("chat", text, add_special_tokens=False)
 
     def submit(
         self,
@@ -345,7 +347,8 @@ class Engine:
         Raises: CheckpointError for a file of other weights or a damaged one; OutOfCapacity.
         """
         self._worker.check_caller()
-        sequence, saved, width, unread, logits = read_sequence(path, self)
+        with plain_torch():
+            sequence, saved, width, unread, logits = read_sequence(path, self)
         self._intake.check_fits("load", sequence.length + len(unread), 0, 1)
 
         def job() -> None:
@@ -394,4 +397,4 @@ def _wait(request: Request) -> Output:
 
 def _check_limit(name: str, value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise InvalidRequest(f"engine: {name} must be None or an int >= 0, got {value!r}")
+        raise InvalidRequest(f"engine: {name} must be None or an int >= 0, got {shown(value)}")

@@ -89,6 +89,10 @@ class RequestCancelled(ElasticError, RuntimeError):
     """The request was cancelled before it was finished."""
 
 
+class RequestFailed(ElasticError, RuntimeError):
+    """The request ended by an error that is none of the above; that one is its cause."""
+
+
 class NonFiniteLogits(ElasticError, RuntimeError):
     """The model returned NaN or infinite logits for this request."""
 

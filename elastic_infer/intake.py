@@ -9,7 +9,7 @@ from typing import Any
 from .cache import PAGE
 from .capacity import Capacity
 from .config import ModelConfig, Width
-from .errors import InvalidRequest, OutOfCapacity, WidthError
+from .errors import InvalidRequest, OutOfCapacity, WidthError, shown
 from .plan import Plan, PlanRun, as_plan
 from .request import Branch, Request
 from .sampling import RowProcessors, SamplingParams
@@ -60,50 +60,77 @@ class Intake:
 
         Raises: InvalidRequest, WidthError; OutOfCapacity for what can never fit.
         """
-        ids = self.prompt_ids(prompt)
-        if params is None:
-            params = self.default_params
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequest(f"params: must be SamplingParams, got {type(params).__name__}")
-        if params.stop and self._tokenizer is None:
-            raise InvalidRequest(
-                f"stop: must be empty because the checkpoint has no tokenizer.json, got "
-                f"{list(params.stop)}; use stop_token_ids"
-            )
-        if width is not None:
-            self.check_width(width)
+        params = self._checked(params, width)
         chosen = as_plan(plan, width, self._default_width)
+        slots = params.n * (1 + snapshot_slots(chosen.policy))
+        self.check_fits("generate", 1, None, slots)
+        ids = self.prompt_ids(prompt)
+        self.check_fits("generate", len(ids), params.max_tokens, slots)
+        self._check_tags(chosen)
         begun = chosen.begin(ids, self._tokenizer, self._widths)
+        for token in begun.may_force:
+            self._check_token("plan: closing_text", token)
         track = chosen.policy.kind != "exact" and chosen.can_widen(self._heads)
         text = prompt if isinstance(prompt, str) else None
         request = Request(text, ids, params, chosen, _seed(params), track)
-        request.branches = [self._branch(request, i, begun.fork()) for i in range(params.n)]
+        processors = self._processors(request)
+        request.branches = [
+            self._branch(request, i, begun.fork(), processors.fork()) for i in range(params.n)
+        ]
+        return request
+
+    def _checked(self, params: SamplingParams | None, width: str | None) -> SamplingParams:
+        """The parameters, after the checks of all that costs nothing."""
+        params = _as_params(self.default_params if params is None else params)
         if params.n > self._capacity.max_num_seqs:
             raise OutOfCapacity(
                 f"generate: n must be at most max_num_seqs {self._capacity.max_num_seqs}, "
-                f"got {params.n}"
+                f"got {shown(params.n)}"
             )
-        slots = params.n * (1 + snapshot_slots(chosen.policy))
-        self.check_fits("generate", len(ids), params.max_tokens, slots)
-        return request
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest(
+                f"stop: must be empty because the checkpoint has no tokenizer.json, got "
+                f"{shown(list(params.stop))}; use stop_token_ids"
+            )
+        if width is not None:
+            self.check_width(width)
+        return params
 
-    def _branch(self, request: Request, index: int, run: PlanRun) -> Branch:
+    def _processors(self, request: Request) -> RowProcessors:
+        return RowProcessors(
+            request.params, request.prompt_ids, self._config.vocab_size, self._tokenizer,
+            self._eos_ids,
+        )  # fmt: skip
+
+    def _branch(
+        self, request: Request, index: int, run: PlanRun, processors: RowProcessors
+    ) -> Branch:
         tags: tuple[int, ...] = ()
         if self._tokenizer is not None:
             pair = (run.plan.start_tag, run.plan.end_tag)
             ids = [self._tokenizer.token_id(t) if isinstance(t, str) else t for t in pair]
             tags = tuple(i for i in ids if i is not None)
-        processors = RowProcessors(
-            request.params, request.prompt_ids, self._config.vocab_size, self._tokenizer,
-            self._eos_ids,
-        )  # fmt: skip
         return Branch(request, index, run, processors, self._tokenizer, tags)
+
+    def _check_tags(self, plan: Plan) -> None:
+        """Refuses think tags that a plan needs and the model cannot read: a tokenizer may have
+        tokens for which there are no embeddings."""
+        for name, token in plan.needed_ids(self._tokenizer):
+            self._check_token(f"plan: {name}", token)
+
+    def _check_token(self, name: str, token: int) -> None:
+        size = self._config.vocab_size
+        if not 0 <= token < size:
+            raise InvalidRequest(
+                f"{name} must be a token of the model's vocabulary of {size}, got id {shown(token)}"
+            )
 
     def lone_branch(self, token_ids: list[int], params: SamplingParams, width: str) -> Branch:
         """A branch outside the scheduler, to sample one token with."""
-        plan = Plan.fixed(width)
+        params, plan = _as_params(params), Plan.fixed(width)
         request = Request(None, [], params, plan, _seed(params), False)
-        return self._branch(request, 0, plan.begin(token_ids, self._tokenizer, self._widths))
+        begun = plan.begin(token_ids, self._tokenizer, self._widths)
+        return self._branch(request, 0, begun, self._processors(request))
 
     # -- checks ------------------------------------------------------------------------------
 
@@ -113,14 +140,30 @@ class Intake:
         Raises: InvalidRequest for anything else, no tokens, or ids outside the vocabulary.
         """
         if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise InvalidRequest(
-                    "prompt: must be token ids because the checkpoint has no tokenizer.json, got "
-                    "text"
-                )
-            prompt = self._tokenizer.encode(prompt)
+            return self.encode("prompt", prompt)
         self.check_tokens("prompt", prompt)
         return list(prompt)
+
+    def encode(self, name: str, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, which is refused before it is tokenised where it cannot fit.
+
+        Raises: InvalidRequest, also without a tokenizer.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequest(
+                f"{name}: must be token ids because the checkpoint has no tokenizer.json, got text"
+            )
+        most = self._capacity.max_model_len
+        if len(text) > most:  # below, no need to know
+            longest = self._tokenizer.most_characters(most)
+            if len(text) > longest:
+                raise InvalidRequest(
+                    f"{name}: must have at most {longest} characters to fit within max_model_len "
+                    f"{most}, got {len(text)}"
+                )
+        ids = self._tokenizer.encode(text, add_special_tokens)
+        self.check_tokens(name, ids)
+        return ids
 
     def check_tokens(self, name: str, ids: Sequence[int]) -> None:
         """Raises InvalidRequest unless `ids` are token ids of the model, at least one."""
@@ -130,17 +173,23 @@ class Intake:
             )
         if not ids:
             raise InvalidRequest(f"{name}: must hold at least one token, got none")
+        most = self._capacity.max_model_len
+        if len(ids) > most:
+            raise InvalidRequest(
+                f"{name}: must fit within max_model_len {most}, got {len(ids)} tokens"
+            )
         size = self._config.vocab_size
         for i, t in enumerate(ids):
             if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size:
                 raise InvalidRequest(
-                    f"{name}: token ids must be ints in [0, {size}), got {t!r} at position {i}"
+                    f"{name}: token ids must be ints in [0, {size}), got {shown(t)} at "
+                    f"position {i}"
                 )
 
     def check_width(self, name: str) -> None:
         """Raises WidthError for a width that is not served."""
-        if name not in self._widths:
-            raise WidthError(f"width: must be one of {', '.join(self._widths)}, got {name!r}")
+        if not isinstance(name, str) or name not in self._widths:
+            raise WidthError(f"width: must be one of {', '.join(self._widths)}, got {shown(name)}")
 
     def check_fits(self, what: str, prompt: int, max_tokens: int | None, slots: int) -> None:
         """Refuses what can never run, with the numbers.
@@ -164,6 +213,12 @@ class Intake:
                 f"has {c.num_pages} and {c.num_slots}; lower max_tokens or n, or give it more "
                 "kv_cache_memory_bytes"
             )
+
+
+def _as_params(params: object) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params: must be SamplingParams, got {type(params).__name__}")
+    return params
 
 
 def _seed(params: SamplingParams) -> int:

@@ -20,10 +20,11 @@ from .capacity import Capacity, plan_capacity
 from .checkpoint import Checkpoint
 from .config import Width, widest
 from .devices import Device, choose_device
-from .errors import CheckpointError, InvalidRequest, WidthError
+from .errors import CheckpointError, InvalidRequest, WidthError, shown
 from .model import Model
 from .placement import cache_budget
 from .tokenizer import Tokenizer, eos_ids_from_folder
+from .torch_modes import plain_torch
 from .weights import Progress, WeightLoader, activation_dtype
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,16 @@ def load(
 
     Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
     """
+    with plain_torch():
+        return _load(path, revision, widths, options)
+
+
+def _load(
+    path: str | Path,
+    revision: str | None,
+    widths: str | Path | Mapping[str, Any] | None,
+    options: Options,
+) -> Loaded:
     device = choose_device(options.device)
     _check_share(options.gpu_memory_utilization)
     checkpoint = Checkpoint.open(path, revision, widths)
@@ -130,7 +141,7 @@ def check_activations(wish: object, device: Device, formats: Mapping[str, str]) 
     """
     name = "engine: activation_quantization"
     if wish not in ("none", "int8", "nvfp4"):
-        raise InvalidRequest(f"{name} must be none, int8 or nvfp4, got {wish!r}")
+        raise InvalidRequest(f"{name} must be none, int8 or nvfp4, got {shown(wish)}")
     if wish == "none":
         return
     if wish == "int8":
@@ -141,7 +152,7 @@ def check_activations(wish: object, device: Device, formats: Mapping[str, str]) 
     if not why and "nvfp4" not in formats.values():
         why = "the checkpoint has no NVFP4 matrix"
     if why:
-        raise InvalidRequest(f"{name} must be none: {why}, got {wish!r}")
+        raise InvalidRequest(f"{name} must be none: {why}, got {shown(wish)}")
     if wish == "nvfp4":
         logger.warning(
             "activation_quantization: NVFP4 weights multiply activations in 4 bits, with kernels "
@@ -158,8 +169,8 @@ def served_widths(
     """
     if max_width is None:
         return dict(widths), widest(widths)
-    if max_width not in widths:
-        raise WidthError(f"max_width: must be one of {', '.join(widths)}, got {max_width!r}")
+    if not isinstance(max_width, str) or max_width not in widths:
+        raise WidthError(f"max_width: must be one of {', '.join(widths)}, got {shown(max_width)}")
     top = widths[max_width]
     return {name: w for name, w in widths.items() if w.fits_in(top)}, top
 
@@ -221,7 +232,7 @@ def _where(device: Device, pool: _C.Pool) -> str:
 def _check_share(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise InvalidRequest(
-            f"engine: gpu_memory_utilization must be a number in (0, 1], got {value!r}"
+            f"engine: gpu_memory_utilization must be a number in (0, 1], got {shown(value)}"
         )
 
 
@@ -230,5 +241,5 @@ def _threads(threads: int | None) -> int:
         known = hasattr(os, "sched_getaffinity")
         return len(os.sched_getaffinity(0)) if known else (os.cpu_count() or 1)
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-        raise InvalidRequest(f"engine: threads must be an int in [1, 1024], got {threads!r}")
+        raise InvalidRequest(f"engine: threads must be an int in [1, 1024], got {shown(threads)}")
     return threads

@@ -6,14 +6,14 @@ which is asked before every sampling and answers with a `Decision`.
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from elastic_infer.errors import InvalidRequest, WidthError
+from elastic_infer.errors import InvalidRequest, WidthError, shown
 from elastic_infer.plan_run import PlanRun
 from elastic_infer.plan_values import (
     CARRY,
@@ -34,13 +34,13 @@ __all__ = ["Decision", "Plan", "PlanRun", "PlanView", "Policy", "as_plan", "pars
 
 def _integer(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidRequest(f"plan: {name} must be an int >= {least}, got {value!r}")
+        raise InvalidRequest(f"plan: {name} must be an int >= {least}, got {shown(value)}")
     return value
 
 
 def _width_name(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise InvalidRequest(f"plan: {name} must be the name of a width, got {value!r}")
+        raise InvalidRequest(f"plan: {name} must be the name of a width, got {shown(value)}")
     return value
 
 
@@ -77,16 +77,16 @@ class Plan(ABC):
             pairs = ()
         if not pairs:
             raise InvalidRequest(
-                f"plan: steps must be a list like [(0, 'S'), (12, 'L')], got {steps!r}"
+                f"plan: steps must be a list like [(0, 'S'), (12, 'L')], got {shown(steps)}"
             )
         for start, width in pairs:
             _integer("steps: a start", start, 0)
             _width_name("steps: a width", width)
         starts = [start for start, _ in pairs]
         if starts[0] != 0:
-            raise InvalidRequest(f"plan: steps must start at token 0, got {starts[0]}")
+            raise InvalidRequest(f"plan: steps must start at token 0, got {shown(starts[0])}")
         if any(a >= b for a, b in pairwise(starts)):
-            raise InvalidRequest(f"plan: the starts of steps must ascend, got {starts}")
+            raise InvalidRequest(f"plan: the starts of steps must ascend, got {shown(starts)}")
         return plan_kinds.Schedule(policy=Policy.parse(policy), steps=pairs)
 
     @staticmethod
@@ -122,7 +122,7 @@ class Plan(ABC):
         tags = (start_tag, end_tag)
         for name, tag in zip(("start_tag", "end_tag"), tags, strict=True):
             if isinstance(tag, bool) or not isinstance(tag, (str, int)) or tag in ("",):
-                raise InvalidRequest(f"plan: {name} must be text or a token id, got {tag!r}")
+                raise InvalidRequest(f"plan: {name} must be text or a token id, got {shown(tag)}")
         if start_tag == end_tag:
             raise InvalidRequest(f"plan: end_tag must differ from start_tag, got {end_tag!r} twice")
         if think_tokens is not None:
@@ -160,9 +160,11 @@ class Plan(ABC):
         policy: "carry", "exact" or "window(n)".
         """
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise InvalidRequest(f"plan: threshold must be a number of nats, got {threshold!r}")
-        if not math.isfinite(threshold) or threshold < 0:
-            raise InvalidRequest(f"plan: threshold must be finite and >= 0, got {threshold!r}")
+            raise InvalidRequest(
+                f"plan: threshold must be a number of nats, got {shown(threshold)}"
+            )
+        if not 0 <= threshold < sys.float_info.max:
+            raise InvalidRequest(f"plan: threshold must be finite and >= 0, got {shown(threshold)}")
         return plan_kinds.ByUncertainty(
             policy=Policy.parse(policy),
             narrow=_width_name("narrow", narrow),
@@ -185,11 +187,11 @@ class Plan(ABC):
         policy: "carry", "exact" or "window(n)".
         """
         if not callable(function):
-            raise InvalidRequest(f"plan: a custom plan must be callable, got {function!r}")
+            raise InvalidRequest(f"plan: a custom plan must be callable, got {shown(function)}")
         names = None
         if widths is not None:
             if isinstance(widths, str) or not widths:
-                raise InvalidRequest(f"plan: widths must be a list of names, got {widths!r}")
+                raise InvalidRequest(f"plan: widths must be a list of names, got {shown(widths)}")
             names = tuple(_width_name("widths: an entry", width) for width in widths)
         return plan_kinds.Custom(policy=Policy.parse(policy), function=function, widths=names)
 
@@ -219,6 +221,10 @@ class Plan(ABC):
         self._check_known(names, size)
         return any(_wider(size[later], size[first]) for first, later in self._switches(names))
 
+    def needed_ids(self, tokenizer: Tokenizer | None) -> list[tuple[str, int]]:
+        """(argument, token id) of the tags without which the plan cannot do its work."""
+        return []
+
     def begin(
         self,
         prompt_ids: Sequence[int],
@@ -240,7 +246,9 @@ class Plan(ABC):
     def _check_known(self, names: Sequence[str], known: Collection[str]) -> None:
         for name in names:
             if name not in known:
-                raise WidthError(f"plan: width must be one of {', '.join(known)}, got {name!r}")
+                raise WidthError(
+                    f"plan: width must be one of {', '.join(known)}, got {shown(name)}"
+                )
 
     def _switches(self, names: Sequence[str]) -> list[tuple[str, str]]:
         """Pairs (earlier width, later width) that can come in one sequence."""
@@ -273,12 +281,14 @@ def _closing(value: str | Sequence[int] | None, end_tag: Tag) -> str | tuple[int
     if isinstance(value, str):
         if isinstance(end_tag, str) and value.count(end_tag) != 1:
             raise InvalidRequest(
-                f"plan: closing_text must hold the end tag {end_tag!r} once, got {value!r}"
+                f"plan: closing_text must hold the end tag {end_tag!r} once, got {shown(value)}"
             )
         return value
     ids = tuple(_integer("closing_text: an id", i, 0) for i in value)
     if isinstance(end_tag, int) and ids.count(end_tag) != 1:
-        raise InvalidRequest(f"plan: closing_text must hold the end tag {end_tag} once, got {ids}")
+        raise InvalidRequest(
+            f"plan: closing_text must hold the end tag {end_tag} once, got {shown(ids)}"
+        )
     return ids
 
 
@@ -296,7 +306,8 @@ def as_plan(
     """
     if plan is not None and width is not None:
         raise InvalidRequest(
-            f"width: must not be given together with plan, got width={width!r} and plan={plan!r};"
+            f"width: must not be given together with plan, got width={shown(width)} and "
+            f"plan={shown(plan)};"
             " leave one out"
         )
     if plan is None:
@@ -304,8 +315,8 @@ def as_plan(
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, type) or not callable(plan):
-        hint = f"; use width={plan!r} or parse_plan" if isinstance(plan, str) else ""
-        raise InvalidRequest(f"plan: must be a Plan or a function, got {plan!r}{hint}")
+        hint = f"; use width={shown(plan)} or parse_plan" if isinstance(plan, str) else ""
+        raise InvalidRequest(f"plan: must be a Plan or a function, got {shown(plan)}{hint}")
     return Plan.custom(plan)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
 from elastic_infer.plan import Plan
 from elastic_infer.plan_run import (
     CustomRun,
@@ -78,6 +78,11 @@ class ThinkAnswer(Plan):
     def _switches(self, names: Sequence[str]) -> list[tuple[str, str]]:
         return [(self.think, self.answer)]  # never back: there is one block per answer
 
+    def needed_ids(self, tokenizer: Tokenizer | None) -> list[tuple[str, int]]:
+        tags = (("start_tag", self.start_tag), ("end_tag", self.end_tag))
+        ids = [(name, tag_id(tag, tokenizer)) for name, tag in tags]
+        return [(name, found) for name, found in ids if found is not None]
+
     def _start(
         self, prompt_ids: Sequence[int], tokenizer: Tokenizer | None, known: tuple[str, ...]
     ) -> PlanRun:
@@ -125,7 +130,7 @@ class ThinkAnswer(Plan):
             ids = self.closing
         if ids.count(end) != 1:
             raise InvalidRequest(
-                f"plan: closing_text must hold the end tag's id {end} once, got {ids}"
+                f"plan: closing_text must hold the end tag's id {end} once, got {shown(ids)}"
             )
         return ids
 

@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from elastic_infer.errors import InvalidRequest, WidthError
+from elastic_infer.errors import InvalidRequest, WidthError, shown
 from elastic_infer.outputs import Phase
 from elastic_infer.plan_values import Decision, PhaseTracker, PlanView, ReadOnly
+from elastic_infer.user_calls import call_user
 
 if TYPE_CHECKING:
     from elastic_infer.plan import Plan
@@ -57,6 +58,11 @@ class PlanRun(ABC):
             self._observe(token_id)
         self._seen = count
         return self._decide(token_ids, entropy, len(fresh))
+
+    @property
+    def may_force(self) -> tuple[int, ...]:
+        """The tokens that it may force."""
+        return ()
 
     def settled(self, count: int) -> str | None:
         """The width that reads on once there are `count` tokens, whatever the ones are that were
@@ -121,6 +127,10 @@ class ThinkRun(PlanRun):
         self._thought = 0
         self._due = plan.think_tokens == 0
 
+    @property
+    def may_force(self) -> tuple[int, ...]:
+        return self._closing
+
     def _observe(self, token_id: int) -> None:
         was = self.phase
         super()._observe(token_id)
@@ -174,11 +184,14 @@ class CustomRun(PlanRun):
 
     def _decide(self, token_ids: Sequence[int], entropy: float | None, fresh: int) -> Decision:
         view = PlanView(self._prompt, ReadOnly(token_ids), self.phase, entropy)
-        width = self.plan.function(view)
+        width = call_user(self.plan.function, view)
         if not isinstance(width, str):
-            raise InvalidRequest(f"plan: a custom plan must return a width's name, got {width!r}")
+            raise InvalidRequest(
+                f"plan: a custom plan must return a width's name, got {shown(width)}"
+            )
         if width not in self._allowed:
             raise WidthError(
-                f"plan: a custom plan must return one of {', '.join(self._allowed)}, got {width!r}"
+                f"plan: a custom plan must return one of {', '.join(self._allowed)}, got "
+                f"{shown(width)}"
             )
         return Decision(width, self.phase)

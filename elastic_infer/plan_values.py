@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Union, overload
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, WidthError, shown
 from elastic_infer.outputs import Phase
 
 if TYPE_CHECKING:
@@ -46,15 +46,17 @@ class Policy:
     def __post_init__(self) -> None:
         if self.kind not in ("carry", "exact", "window"):
             raise InvalidRequest(
-                f"policy: must be 'carry', 'exact' or 'window(n)', got {self.kind!r}"
+                f"policy: must be 'carry', 'exact' or 'window(n)', got {shown(self.kind)}"
             )
         if self.kind == "window":
             n = DEFAULT_WINDOW if self.n is None else self.n
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise InvalidRequest(f"policy: n of 'window(n)' must be an int >= 1, got {n!r}")
+                raise InvalidRequest(
+                    f"policy: n of 'window(n)' must be an int >= 1, got {shown(n)}"
+                )
             object.__setattr__(self, "n", n)
         elif self.n is not None:
-            raise InvalidRequest(f"policy: {self.kind!r} must have no n, got {self.n!r}")
+            raise InvalidRequest(f"policy: {self.kind!r} must have no n, got {shown(self.n)}")
 
     @classmethod
     def parse(cls, value: str | Policy) -> Policy:
@@ -63,11 +65,13 @@ class Policy:
             return value
         if not isinstance(value, str):
             raise InvalidRequest(
-                f"policy: must be 'carry', 'exact', 'window(n)' or a Policy, got {value!r}"
+                f"policy: must be 'carry', 'exact', 'window(n)' or a Policy, got {shown(value)}"
             )
-        match = re.fullmatch(r"(\w+)(?:\((-?\d+)\)|:(-?\d+))?", value.strip())
+        match = re.fullmatch(r"(\w+)(?:\((-?\d{1,18})\)|:(-?\d{1,18}))?", value.strip())
         if match is None:
-            raise InvalidRequest(f"policy: must be 'carry', 'exact' or 'window(n)', got {value!r}")
+            raise InvalidRequest(
+                f"policy: must be 'carry', 'exact' or 'window(n)', got {shown(value)}"
+            )
         n = match.group(2) or match.group(3)
         return cls(match.group(1), None if n is None else int(n))
 
@@ -90,6 +94,18 @@ class Decision:
     width: str
     phase: Phase | None
     forced: tuple[int, ...] = ()
+
+    def check(self, widths: Collection[str], vocabulary: int) -> None:
+        """Raises WidthError for a width that is none of `widths`, InvalidRequest for forced tokens
+        beyond the vocabulary."""
+        if self.width not in widths:
+            known = ", ".join(widths)
+            raise WidthError(f"plan: width must be one of {known}, got {shown(self.width)}")
+        for token in self.forced:
+            if not 0 <= token < vocabulary:
+                raise InvalidRequest(
+                    f"plan: forced tokens must be ids in [0, {vocabulary}), got {shown(token)}"
+                )
 
 
 class ReadOnly(Sequence[int]):

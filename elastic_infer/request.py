@@ -17,6 +17,7 @@ from .sampling import RowProcessors, SamplingParams
 from .switching import Read
 from .text import Detokenizer, StopStrings, split_reasoning
 from .tokenizer import Tokenizer
+from .user_calls import text_of
 
 _numbers = itertools.count(1)
 
@@ -146,6 +147,7 @@ class Request:
     ended: float | None = None
 
     def __post_init__(self) -> None:
+        self.stop_ids = frozenset(self.params.stop_token_ids)
         self.request_id = self.request_id or f"request-{next(_numbers)}"
         self._done = threading.Event()
         self._wake: Callable[[], None] | None = None
@@ -193,8 +195,9 @@ class Request:
         Raises:
             TimeoutError: after `timeout`.
             RequestCancelled: if the engine was closed first.
-            Exception: the error of a request that failed: NonFiniteLogits, OutOfCapacity, or what a
-                callback raised.
+            Exception: the error of a request that failed: an ElasticError, or the Exception that a
+                plan or a logits processor raised. An exit, an interrupt, or what else went wrong is
+                the cause of a RequestFailed.
         """
         output = self.wait(timeout)
         if self.error is not None:
@@ -223,7 +226,7 @@ class Request:
     def abandon(self, error: Exception) -> None:
         """Ends a request that was never started."""
         for branch in self.branches:
-            branch.finish_reason, branch.stop_reason = "error", str(error)
+            branch.finish_reason, branch.stop_reason = "error", text_of(error)
         self.finish(error)
 
     def output(self) -> Output:
@@ -252,6 +255,36 @@ class Request:
             preemptions=self.preemptions,
             rebuilt_tokens=self.rebuilt_tokens,
         )
+
+
+class Stream(Iterator[Token]):
+    """The tokens of a request as they come. To leave it before its end, in whatever way, cancels
+    the request: by `close`, by dropping it, or when waiting for a token is interrupted."""
+
+    def __init__(self, request: Request):
+        self._request, self._tokens = request, iter(request)
+
+    def __next__(self) -> Token:
+        try:
+            return next(self._tokens)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Cancels the request if it has not ended; there are no more tokens then."""
+        self._tokens = iter(())
+        if not self._request.done:
+            self._request.cancel()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def closed_error(request: Request) -> RequestCancelled:

@@ -14,11 +14,15 @@ from .ops.sample import sample
 from .outputs import TopLogprobs
 from .request import Branch
 from .sampling import SamplingParams, top_logprobs
+from .user_calls import as_failure
 
 
 def branch_seed(seed: int, index: int) -> int:
     """Seed of one choice of a request, so that choices differ and repeat."""
     return (seed + index * 0x9E3779B97F4A7C15) % 2**63
+
+
+MOST_TOP_K = 2**31 - 1  # what the tables can hold; more than there are keeps all
 
 
 class Drawn:
@@ -32,7 +36,7 @@ class Drawn:
 
 def _truncation(params: SamplingParams) -> tuple[float, int, float, float]:
     temperature = 0.0 if params.greedy else params.temperature
-    return temperature, params.top_k, params.top_p, params.min_p
+    return temperature, min(params.top_k, MOST_TOP_K), params.top_p, params.min_p
 
 
 def entropy_of(row: torch.Tensor, temperature: float) -> float:
@@ -119,11 +123,12 @@ class Sampler:
         processed, failures = {}, {}
         for i, branch in enumerate(branches):
             if branch.processors.active:
-                processed[i] = raw[i].clone()
+                row = raw[i].clone()
                 try:
-                    branch.processors.apply(processed[i], branch.token_ids, branch.phase)
-                except Exception as error:  # a user's function: its request ends, not the batch
-                    failures[i] = error
+                    branch.processors.apply(row, branch.token_ids, branch.phase)
+                    processed[i] = row
+                except BaseException as error:  # its request ends, not the batch
+                    failures[i] = as_failure(branch.request.request_id, error)
         return processed, failures
 
     def _ids(self, rows: torch.Tensor, branches: Seq[Branch]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
 from elastic_infer.outputs import Phase, TopLogprobs
+from elastic_infer.param_checks import (
+    MOST_BAD_WORDS,
+    MOST_LOGPROBS,
+    MOST_STOPS,
+    biases_of,
+    check_int,
+    check_number,
+    fail,
+    functions_of,
+    ids_of,
+    is_int,
+    texts_of,
+)
+from elastic_infer.user_calls import call_user
 
 if TYPE_CHECKING:
     from elastic_infer.tokenizer import Tokenizer
@@ -20,54 +35,18 @@ __all__ = ["LogitsProcessor", "RowProcessors", "SamplingParams", "top_logprobs"]
 # (generated token ids, row [V] float32, phase) -> None after a change in place, or a new row.
 LogitsProcessor = Callable[[Sequence[int], torch.Tensor, Phase | None], torch.Tensor | None]
 
+# What is taken from a generation_config.json, and as which parameter.
+_GENERATION_CONFIG = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens",
+}  # fmt: skip
 GREEDY_BELOW = 1e-5  # dividing logits by less than this overflows; such a temperature is greedy
 
 
 # ---------------------------------------------------------------------------------------------
 # Parameters
 # ---------------------------------------------------------------------------------------------
-
-
-def _fail(name: str, rule: str, value: Any) -> InvalidRequest:
-    return InvalidRequest(f"SamplingParams: {name} must {rule}, got {value!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_int(name: str, value: Any, least: int, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if not _is_int(value) or value < least:
-        none = "None or " if optional else ""
-        raise _fail(name, f"be {none}an int >= {least}", value)
-
-
-def _ids(name: str, value: Any) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise _fail(name, "be a list of token ids", value)
-    ids = tuple(value)
-    for token_id in ids:
-        if not _is_int(token_id) or token_id < 0:
-            raise _fail(name, "hold token ids (ints >= 0) only", token_id)
-    return tuple(dict.fromkeys(ids))
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)):
-        raise _fail(name, "be a str or a list of str", value)
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise _fail(name, "hold non-empty str only", text)
-    return tuple(texts)
 
 
 @dataclass(frozen=True)
@@ -79,25 +58,29 @@ class SamplingParams:
     min_tokens: no end-of-sequence or stop token, and no stop string, before this many.
     temperature: logits are divided by it; 0 always takes the largest.
     top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
-    top_k: keep this many of the likeliest; 0 or -1 keeps all.
+    top_k: keep this many of the likeliest; 0, -1, or more than there are, keeps all.
     min_p: keep tokens at least this fraction of the likeliest one's probability, in [0, 1].
     seed: for repeatable sampling; None (or -1) draws one.
-    stop: strings that end generation; they are not part of the text.
+    stop: strings that end generation, at most 64; they are not part of the text.
     stop_token_ids: tokens that end generation.
     ignore_eos: go on after an end-of-sequence token.
-    logprobs: per token, its log-probability and this many of the likeliest; None for none.
+    logprobs: per token, its log-probability and this many of the likeliest, at most 128; None for
+        none.
     logit_bias: {token id: added to its logit, within -100 … 100}.
     allowed_token_ids: only these can be sampled; None for all.
-    bad_words: texts that are never completed.
+    bad_words: texts that are never completed, at most 1024.
     repetition_penalty: > 1 divides positive and multiplies negative logits of every token of
         prompt and output.
     presence_penalty: subtracted once from the logits of tokens in the output, in [-2, 2].
     frequency_penalty: subtracted from them as often as they occurred, in [-2, 2].
     skip_special_tokens: leave special tokens out of the text (think tags stay).
     logits_processors: functions (token_ids, row, phase): the generated ids (to be read only),
-        the float32 row [V] to change in place or to replace by returning one, and the phase.
+        the float32 row [V] to change in place or to replace by returning one, and the phase. What
+        one raises, or leaves the row as, ends its request alone.
 
-    Raises InvalidRequest naming field, rule and value. Change one with dataclasses.replace.
+    Numbers must be such that float32 holds them; stop strings and bad words have at most 512
+    characters. Raises InvalidRequest naming field, rule and value. Change one with
+    dataclasses.replace.
     """
 
     n: int = 1
@@ -127,59 +110,46 @@ class SamplingParams:
         self._check_lists()
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise _fail(name, "be True or False", getattr(self, name))
+                raise fail(name, "be True or False", getattr(self, name))
         if self.n > 1 and self.greedy:
-            raise _fail("n", "be 1 at temperature 0, where all would be equal", self.n)
+            raise fail("n", "be 1 at temperature 0, where all would be equal", self.n)
 
     def _check_counts(self) -> None:
-        _check_int("n", self.n, 1)
-        _check_int("max_tokens", self.max_tokens, 1, optional=True)
-        _check_int("min_tokens", self.min_tokens, 0)
-        _check_int("top_k", self.top_k, -1)
-        _check_int("logprobs", self.logprobs, 0, optional=True)
+        check_int("n", self.n, 1)
+        check_int("max_tokens", self.max_tokens, 1, optional=True)
+        check_int("min_tokens", self.min_tokens, 0)
+        check_int("top_k", self.top_k, -1)
+        check_int("logprobs", self.logprobs, 0, MOST_LOGPROBS, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _fail("min_tokens", f"be <= max_tokens ({self.max_tokens})", self.min_tokens)
-        if _is_int(self.seed) and self.seed == -1:
+            most = shown(self.max_tokens)
+            raise fail("min_tokens", f"be <= max_tokens ({most})", self.min_tokens)
+        if is_int(self.seed) and self.seed == -1:
             self._set("seed", None)
-        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**64):
-            raise _fail("seed", "be None or an int in [0, 2**64)", self.seed)
+        if self.seed is not None and (not is_int(self.seed) or not 0 <= self.seed < 2**64):
+            raise fail("seed", "be None or an int in [0, 2**64)", self.seed)
 
     def _check_numbers(self) -> None:
-        rules: dict[str, tuple[str, Callable[[float], bool]]] = {
-            "temperature": (">= 0", lambda x: x >= 0),
-            "top_p": ("in (0, 1]", lambda x: 0 < x <= 1),
-            "min_p": ("in [0, 1]", lambda x: 0 <= x <= 1),
-            "repetition_penalty": ("> 0", lambda x: x > 0),
-            "presence_penalty": ("in [-2, 2]", lambda x: -2 <= x <= 2),
-            "frequency_penalty": ("in [-2, 2]", lambda x: -2 <= x <= 2),
-        }
-        for name, (rule, holds) in rules.items():
-            value = getattr(self, name)
-            if not _is_number(value) or not holds(value):
-                raise _fail(name, f"be a finite number {rule}", value)
+        check_number("temperature", self.temperature, ">= 0", lambda x: x >= 0)
+        check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1, positive=True)
+        check_number("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
+        check_number(
+            "repetition_penalty", self.repetition_penalty, "> 0", lambda x: x > 0, positive=True
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            check_number(name, getattr(self, name), "in [-2, 2]", lambda x: -2 <= x <= 2)
 
     def _check_lists(self) -> None:
-        self._set("stop", _texts("stop", self.stop))
-        self._set("bad_words", _texts("bad_words", self.bad_words))
-        self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids or ()))
+        self._set("stop", texts_of("stop", self.stop, MOST_STOPS))
+        self._set("bad_words", texts_of("bad_words", self.bad_words, MOST_BAD_WORDS))
+        stops = () if self.stop_token_ids is None else self.stop_token_ids
+        self._set("stop_token_ids", ids_of("stop_token_ids", stops))
         if self.allowed_token_ids is not None:
-            allowed = _ids("allowed_token_ids", self.allowed_token_ids)
+            allowed = ids_of("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
-                raise _fail("allowed_token_ids", "be None or hold at least one id", [])
+                raise fail("allowed_token_ids", "be None or hold at least one id", [])
             self._set("allowed_token_ids", allowed)
-        bias = {} if self.logit_bias is None else self.logit_bias
-        if not isinstance(bias, Mapping):
-            raise _fail("logit_bias", "be {token id: number}", bias)
-        for token_id, value in bias.items():
-            if not _is_int(token_id) or token_id < 0:
-                raise _fail("logit_bias", "have token ids (ints >= 0) as keys", token_id)
-            if not _is_number(value) or not -100 <= value <= 100:
-                raise _fail(f"logit_bias[{token_id}]", "be a number in [-100, 100]", value)
-        self._set("logit_bias", dict(bias))
-        processors = self.logits_processors or ()
-        if not isinstance(processors, (list, tuple)) or not all(map(callable, processors)):
-            raise _fail("logits_processors", "be a list of functions", processors)
-        self._set("logits_processors", tuple(processors))
+        self._set("logit_bias", biases_of("logit_bias", self.logit_bias))
+        self._set("logits_processors", functions_of("logits_processors", self.logits_processors))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -196,14 +166,25 @@ class SamplingParams:
         config: the file's object. temperature, top_p, top_k, min_p and repetition_penalty are
             taken as they are, max_new_tokens and min_new_tokens as max_tokens and min_tokens;
             do_sample false means temperature 0.
+
+        Raises InvalidRequest naming the file, its key, rule and value.
         """
-        names = {key: key for key in ("temperature", "top_p", "top_k", "min_p")}
-        names |= {"repetition_penalty": "repetition_penalty"}
-        names |= {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-        values = {name: config[key] for key, name in names.items() if config.get(key) is not None}
+        values = {
+            name: config[key]
+            for key, name in _GENERATION_CONFIG.items()
+            if config.get(key) is not None
+        }
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
-        return cls(**values)
+        try:
+            return cls(**values)
+        except InvalidRequest as error:
+            text = str(error).removeprefix("SamplingParams: ")
+            for key, name in _GENERATION_CONFIG.items():
+                text = text.replace(f"{name} ", f"{key} ") if name != key else text
+            raise InvalidRequest(
+                f"generation_config.json: {text}; give params, or mend the file"
+            ) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,23 +216,18 @@ class RowProcessors:
         tokenizer: needed for bad_words only.
         eos_ids: end-of-sequence tokens.
         Raises InvalidRequest for ids outside the vocabulary, bad words without a tokenizer, and
-        allowed ids of which none may be sampled before min_tokens.
+        parameters that together leave no token to be sampled.
         """
         self.params = params
         self.vocab_size = vocab_size
         for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):
             for token_id in getattr(params, name) or ():
                 if token_id >= vocab_size:
-                    raise _fail(name, f"hold ids below the vocabulary size {vocab_size}", token_id)
+                    raise fail(name, f"hold ids below the vocabulary size {vocab_size}", token_id)
         stops = {*params.stop_token_ids, *(i for i in eos_ids if i < vocab_size)}
         self._stops = sorted(stops) if params.min_tokens > 0 else []
-        if self._stops and params.allowed_token_ids and stops >= set(params.allowed_token_ids):
-            raise _fail(
-                "allowed_token_ids",
-                f"hold an id that does not stop, for min_tokens={params.min_tokens}",
-                list(params.allowed_token_ids),
-            )
         self._bad = _bad_sequences(params.bad_words, tokenizer, vocab_size)
+        self._check_choice()
         self._penalised = (
             params.repetition_penalty != 1.0
             or params.presence_penalty != 0.0
@@ -268,6 +244,32 @@ class RowProcessors:
             or self._penalised
             or params.logits_processors
         )
+
+    def fork(self) -> RowProcessors:
+        """The same for another sequence that continues the same prompt."""
+        twin = copy.copy(self)
+        twin._cache, twin._counted = {}, 0
+        return twin
+
+    def _check_choice(self) -> None:
+        """Raises InvalidRequest if no token is left to begin with."""
+        params = self.params
+        barred = {*self._stops, *(ids[0] for ids in self._bad if len(ids) == 1)}
+        if params.allowed_token_ids:
+            if barred.issuperset(params.allowed_token_ids):
+                raise fail(
+                    "allowed_token_ids",
+                    "hold an id that does not stop and is no bad word, for "
+                    f"min_tokens={shown(params.min_tokens)}",
+                    list(params.allowed_token_ids),
+                )
+        elif len(barred) >= self.vocab_size:
+            raise fail(
+                "min_tokens" if self._stops else "bad_words",
+                f"leave a token to sample: all {self.vocab_size} of the vocabulary stop or are bad "
+                "words",
+                params.min_tokens if self._stops else list(params.bad_words),
+            )
 
     def apply(self, row: torch.Tensor, token_ids: Sequence[int], phase: Phase | None) -> None:
         """Changes a row in place.
@@ -291,25 +293,61 @@ class RowProcessors:
             if len(token_ids) >= count and tail == before:
                 row[last] = -math.inf
         if self._stops and len(token_ids) < params.min_tokens:
-            row[self._made(row, "stops", lambda: torch.tensor(self._stops))] = -math.inf
+            row[self._made(row, "stops", lambda: _int_tensor(self._stops))] = -math.inf
         if params.logit_bias:
-            ids = self._made(row, "bias_ids", lambda: torch.tensor(list(params.logit_bias)))
+            ids = self._made(row, "bias_ids", lambda: _int_tensor(params.logit_bias))
             row[ids] += self._made(
-                row, "bias", lambda: torch.tensor(list(params.logit_bias.values())).float()
-            )
+                row, "bias",
+                lambda: torch.tensor(
+                    list(params.logit_bias.values()), dtype=torch.float32, device="cpu"
+                ),
+            )  # fmt: skip
         if self._penalised:
             self._penalise(row, token_ids)
-        for function in params.logits_processors:
-            result = function(token_ids, row, phase)
-            if result is None or result is row:
+        if params.logits_processors:
+            self._call_functions(row, token_ids, phase)
+
+    def _call_functions(
+        self, row: torch.Tensor, token_ids: Sequence[int], phase: Phase | None
+    ) -> None:
+        """The user's functions. They get another tensor of the row's memory, so that they can
+        change the values and not what the row is."""
+        handed, count = row.detach(), len(token_ids)
+        for function in self.params.logits_processors:
+            result = call_user(function, token_ids, handed, phase)
+            self._check_kept(handed, row)
+            if len(token_ids) != count:
+                raise InvalidRequest(
+                    "logits_processors: a function must not change token_ids, got "
+                    f"{len(token_ids)} in place of {count}"
+                )
+            if result is None or result is handed:
                 continue
             if not isinstance(result, torch.Tensor) or result.shape != row.shape:
-                got = list(result.shape) if isinstance(result, torch.Tensor) else repr(result)
+                got = list(result.shape) if isinstance(result, torch.Tensor) else shown(result)
                 raise InvalidRequest(
                     "logits_processors: a function must return None or a row"
                     f" [{self.vocab_size}], got {got}"
                 )
-            row.copy_(result)
+            row.copy_(result.detach())
+
+    def _check_kept(self, handed: torch.Tensor, row: torch.Tensor) -> None:
+        """Raises InvalidRequest if a function made something else of the tensor it was given."""
+        same = (
+            handed.shape == row.shape
+            and handed.dtype == row.dtype
+            and handed.device == row.device
+            and handed.layout == row.layout
+            and handed.stride() == row.stride()
+            and row.untyped_storage().nbytes() >= 4 * self.vocab_size
+            and handed.data_ptr() == row.data_ptr()
+        )
+        if not same:
+            raise InvalidRequest(
+                "logits_processors: a function must leave its row float32"
+                f"[{self.vocab_size}] in its own memory, or return another, got "
+                f"{str(handed.dtype)[6:]}{list(handed.shape)}"
+            )
 
     def _made(self, row: torch.Tensor, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A constant of this sequence on the row's device, made once."""
@@ -319,12 +357,12 @@ class RowProcessors:
         return found
 
     def _barred(self) -> torch.Tensor:
-        mask = torch.ones(self.vocab_size, dtype=torch.bool)
+        mask = torch.ones(self.vocab_size, dtype=torch.bool, device="cpu")
         mask[list(self.params.allowed_token_ids)] = False
         return mask
 
     def _prompt_mask(self) -> torch.Tensor:
-        mask = torch.zeros(self.vocab_size, dtype=torch.bool)
+        mask = torch.zeros(self.vocab_size, dtype=torch.bool, device="cpu")
         if self._prompt:
             mask[self._prompt] = True
         return mask
@@ -332,13 +370,13 @@ class RowProcessors:
     def _penalise(self, row: torch.Tensor, token_ids: Sequence[int]) -> None:
         counts = self._cache.get("counts")
         if counts is None or counts.device != row.device or len(token_ids) < self._counted:
-            counts = torch.zeros(self.vocab_size, device=row.device)
+            counts = torch.zeros(self.vocab_size, dtype=torch.float32, device=row.device)
             self._cache["counts"] = counts
             self._counted = 0
         fresh = list(token_ids[self._counted :])
         if fresh:
             ids = torch.tensor(fresh, device=row.device)
-            counts.index_add_(0, ids, torch.ones(len(fresh), device=row.device))
+            counts.index_add_(0, ids, counts.new_ones(len(fresh)))
             self._counted = len(token_ids)
         params = self.params
         if params.repetition_penalty != 1.0:
@@ -351,6 +389,10 @@ class RowProcessors:
             row.sub_((counts > 0).float(), alpha=params.presence_penalty)
 
 
+def _int_tensor(ids: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64, device="cpu")
+
+
 def _bad_sequences(
     words: Sequence[str], tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[list[int]]:
@@ -358,20 +400,20 @@ def _bad_sequences(
     if not words:
         return []
     if tokenizer is None:
-        raise _fail("bad_words", "be empty without a tokenizer", list(words))
+        raise fail("bad_words", "be empty without a tokenizer", list(words))
     found: list[list[int]] = []
     for word in words:
         plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
         spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         if not plain:
-            raise _fail("bad_words", "hold texts that have tokens", word)
+            raise fail("bad_words", "hold texts that have tokens", word)
         found.append(plain)
         # A space that is a token of its own changes nothing about the word's own tokens.
         if len(spaced) == len(plain) and spaced[0] != plain[0]:
             found.append(spaced)
     for ids in found:
         if max(ids) >= vocab_size:
-            raise _fail("bad_words", f"have ids below the vocabulary size {vocab_size}", max(ids))
+            raise fail("bad_words", f"have ids below the vocabulary size {vocab_size}", max(ids))
     return found
 
 

@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .ahead import following
 from .batching import Candidate, Limits, StepCosts, form_batch
 from .cache import PAGE, Sequence
-from .errors import NonFiniteLogits, OutOfCapacity, WidthError
+from .errors import NonFiniteLogits, OutOfCapacity
 from .model import Model
 from .outputs import Token
 from .passes import Flight, Part, Passes
@@ -28,6 +29,7 @@ from .switching import (
     split_for_snapshots,
     switch,
 )
+from .user_calls import as_failure, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +255,7 @@ class Scheduler:
                     self.readers.remove(row)
                     row.finish()
             elif part.samples and row.finish_reason is None:
-                branches_of = self._fork(row)
+                branches_of = self._fork(row) or []
                 rows += [flight.result.spans[i][0]] * len(branches_of)
                 branches += branches_of
         if branches:
@@ -350,24 +352,29 @@ class Scheduler:
         victim.request.preemptions += 1
         self.stats.preemptions += 1
 
-    def _fork(self, branch: Branch) -> list[Branch]:
+    def _fork(self, branch: Branch) -> list[Branch] | None:
         """After the prompt: gives the other branches of the request their own sequences."""
         request = branch.request
         if request.first_token is not None:
             return [branch]
         request.first_token = time.perf_counter()
-        self._share_start(branch)
-        for other in request.branches[1:]:
-            other.sequence = self.cache.fork(branch.sequence)
-        return list(request.branches)
+
+        def fork() -> list[Branch]:
+            self._share_start(branch)
+            for other in request.branches[1:]:
+                other.sequence = self.cache.fork(branch.sequence)
+            return list(request.branches)
+
+        return self._guard(branch, fork)
 
     # -- tokens ------------------------------------------------------------------------------
 
-    def _guard(self, branch: Branch, action) -> None:
-        """Runs what may call a user's code; its failure ends this branch alone."""
+    def _guard(self, branch: Branch, action: Callable[[], Any]) -> Any:
+        """Runs what one branch contributes to a pass: its plan, its text. Its failure, an exit or
+        an interrupt that a user's function raises included, ends this request alone."""
         try:
-            action()
-        except Exception as error:
+            return action()
+        except BaseException as error:
             self._fail(branch, error)
 
     def _take(self, branch: Branch, drawn: Drawn) -> None:
@@ -384,9 +391,7 @@ class Scheduler:
     def _decide(self, branch: Branch, unread: list[int]) -> None:
         """Asks the plan for the next width, appends what it forces, prepares the reads."""
         decision: Decision = branch.plan.next(branch.token_ids, branch.entropy)
-        if decision.width not in self._width_index:
-            known = ", ".join(self._width_index)
-            raise WidthError(f"plan: width must be one of {known}, got {decision.width!r}")
+        decision.check(self._width_index, self.model.config.vocab_size)
         before, branch.phase = branch.phase, decision.phase
         changed = branch.width not in ("", decision.width)
         branch.width = decision.width
@@ -418,10 +423,11 @@ class Scheduler:
         hidden = False
         if not forced and may_stop:
             is_eos = token in self.eos_ids and not params.ignore_eos
-            if is_eos or token in params.stop_token_ids:
+            is_stop = token in branch.request.stop_ids
+            if is_eos or is_stop:
                 hidden = True
                 branch.finish_reason = "stop"
-                branch.stop_reason = token if token in params.stop_token_ids else None
+                branch.stop_reason = token if is_stop else None
         if branch.finish_reason is None and branch.is_full(count, self.model.max_length):
             branch.finish_reason = "length"
         ended = branch.finish_reason is not None
@@ -446,14 +452,16 @@ class Scheduler:
         if all(b.finish_reason is not None for b in request.branches):
             request.finish(request.error)
 
-    def _fail(self, branch: Branch, error: Exception) -> None:
+    def _fail(self, branch: Branch, raised: BaseException) -> None:
         """Ends a branch with an error, and with it its request."""
         request = branch.request
-        logger.warning("%s ended with an error: %s", request.request_id, error)
+        error = as_failure(request.request_id, raised)
+        text = text_of(error)
+        logger.warning("%s ended with an error: %s", request.request_id, text)
         request.error = error
         for other in request.branches:
             if other.finish_reason is None:
-                other.finish_reason, other.stop_reason = "error", str(error)
+                other.finish_reason, other.stop_reason = "error", text
                 self._end(other)
 
     def _end_request(self, request: Request, reason: str) -> None:

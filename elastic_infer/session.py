@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache import Cache, Run, Sequence
-from .errors import InvalidRequest, NonFiniteLogits, RequestCancelled
+from .errors import InvalidRequest, NonFiniteLogits, RequestCancelled, shown
 from .outputs import Token
 from .plan import Policy
 from .reading import Reader, state_is_lost
 from .sampling import SamplingParams
 from .switching import Read, replay_reads, switch
+from .torch_modes import plain_torch
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -127,7 +128,7 @@ class EngineSequence:
         if width is not None and width != self._width:
             self.switch(width)
         self._check_room(1)
-        params = params or SamplingParams(temperature=0.0)
+        params = SamplingParams(temperature=0.0) if params is None else params
 
         row, tokens = self._read_all(), self.token_ids
         branch = self._engine._intake.lone_branch(tokens, params, self._width)
@@ -163,10 +164,10 @@ class EngineSequence:
         the rest as it was read, so that the cache is bit-equal to what it was. The width that
         reads on stays what it is."""
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise InvalidRequest(f"rollback: length must be an int >= 1, got {length!r}")
+            raise InvalidRequest(f"rollback: length must be an int >= 1, got {shown(length)}")
         if length > len(self.token_ids):
             raise InvalidRequest(
-                f"rollback: length must be at most {len(self.token_ids)}, got {length}"
+                f"rollback: length must be at most {len(self.token_ids)}, got {shown(length)}"
             )
         self._settle()
 
@@ -210,9 +211,10 @@ class EngineSequence:
 
         def job() -> None:
             self._check_settled()
-            save_sequence(
-                path, self._engine, self._sequence, self._width, self._unread, self._logits
-            )
+            with plain_torch():  # a user's function may have left the worker in some mode
+                save_sequence(
+                    path, self._engine, self._sequence, self._width, self._unread, self._logits
+                )
 
         self._engine._call(job)
 

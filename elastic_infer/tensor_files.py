@@ -268,7 +268,8 @@ class TensorFiles:
             tail = [sum(b - a for a, b in col_runs), *shape[2:]]
         if not shape:
             return entry[...].clone()
-        out = torch.empty([sum(b - a for a, b in row_runs), *tail], dtype=dtype)
+        rows_read = sum(b - a for a, b in row_runs)
+        out = torch.empty([rows_read, *tail], dtype=dtype, device="cpu")
         row, col, previous = 0, 0, None
         for (r0, r1), c in parts:
             if previous is not None and previous != (r0, r1):

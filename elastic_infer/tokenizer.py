@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 from elastic_infer.chat import ChatTemplates
-from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.errors import CheckpointError, InvalidRequest, shown
+from elastic_infer.param_checks import encodable
 from elastic_infer.text import StreamRule
 
 __all__ = ["Tokenizer", "eos_ids_from_folder"]
@@ -96,6 +98,16 @@ class Tokenizer:
         )
         self._templates = ChatTemplates(chat_template)
 
+    def most_characters(self, tokens: int) -> int:
+        """How many characters of text so many tokens can hold."""
+        return tokens * self._longest
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token; what a normalizer may compose is counted apart."""
+        longest = max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+        return longest * (1 if self.backend.normalizer is None else 4)
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
         """The tokenizer of a checkpoint folder, None if it has no tokenizer.json.
@@ -140,7 +152,7 @@ class Tokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that is exactly this text, None if there is none."""
-        return self.backend.token_to_id(text)
+        return self.backend.token_to_id(text) if encodable(text) else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text. Special tokens written out in it become their ids.
@@ -151,7 +163,12 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise InvalidRequest(f"encode: text must be a str, got {type(text).__name__}")
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if not encodable(text):
+            raise InvalidRequest(
+                f"encode: text must be what UTF-8 can hold, got {shown(text)} with a lone surrogate"
+            )
+        with _tokenizer_errors("encode"):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(
         self,
@@ -168,7 +185,8 @@ class Tokenizer:
         if skip_special_tokens:
             skip = self.special_ids - set(keep)
             token_ids = [index for index in token_ids if index not in skip]
-        return self.backend.decode(list(token_ids), skip_special_tokens=False)
+        with _tokenizer_errors("decode"):
+            return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def apply_chat_template(
         self,
@@ -200,6 +218,19 @@ class Tokenizer:
                 "add_generation_prompt": add_generation_prompt,
             },
         )
+
+
+@contextmanager
+def _tokenizer_errors(what: str) -> Iterator[None]:
+    """Makes what the tokenizer raises an error of this library; its panics are no Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise InvalidRequest(
+            f"{what}: the tokenizer must take what it is given, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _add_tokens(

@@ -74,7 +74,7 @@ def applied(
         ("stop_token_ids", 7, "be a list of token ids"),
         ("ignore_eos", 1, "be True or False"),
         ("skip_special_tokens", None, "be True or False"),
-        ("logprobs", -1, "be None or an int >= 0"),
+        ("logprobs", -1, r"be None or an int in \[0, 128\]"),
         ("logit_bias", [1], "be {token id: number}"),
         ("logit_bias", {"a": 1}, "have token ids"),
         ("logit_bias", {3: 101}, "be a number in"),
