@@ -3,7 +3,6 @@ request beside it gives what it gives alone."""
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import math
@@ -438,64 +437,6 @@ def test_bad_values_of_a_generation_config_name_the_file(tmp_path, values, messa
         with pytest.raises(InvalidRequest, match=rf"^generation_config\.json: {message}"):
             engine.generate("a")
         assert engine.generate("a", SamplingParams(max_tokens=1)).finish_reason
-
-
-# -- streams ------------------------------------------------------------------------------------
-
-
-def _closed(stream):
-    stream.close()
-    assert next(stream, None) is None
-
-
-def _left(stream):
-    with stream:
-        pass
-
-
-def _raised(stream):
-    try:
-        raise ValueError("before the first token")
-    except ValueError:
-        pass
-
-
-@pytest.mark.parametrize("leave", [_closed, _left, _raised])
-def test_a_stream_left_before_its_first_token_is_cancelled(engine, leave):
-    """Stands for all ways to leave a stream that was never asked for a token: it is closed,
-    dropped, or its user fails first."""
-    go = hold(engine)
-    stream = engine.stream("a", SamplingParams(max_tokens=40, ignore_eos=True))
-    request = stream._request
-    leave(stream)
-    del stream
-    gc.collect()
-    assert request.cancelled
-    go.set()
-    output = request.wait(60)
-    assert output.finish_reason == "cancelled" and output.token_ids == []
-
-
-def test_a_stream_that_has_ended_is_not_cancelled(engine):
-    stream = engine.stream("a", SamplingParams(max_tokens=4, ignore_eos=True))
-    assert len(list(stream)) == 4 and next(stream, None) is None
-    stream.close()
-    assert not stream._request.cancelled
-
-
-def test_a_stream_interrupted_while_it_waits_is_cancelled(engine):
-    """Stands for exceptions out of `next`: of the request, or of a signal."""
-    stream = engine.stream("a", SamplingParams(max_tokens=40))
-
-    class Events:
-        def get(self):
-            raise KeyboardInterrupt
-
-    events, stream._request.events = stream._request.events, Events()
-    with pytest.raises(KeyboardInterrupt):
-        next(stream)
-    stream._request.events = events
-    assert stream._request.cancelled
 
 
 def test_one_refused_prompt_of_a_list_starts_none(engine):
