@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY = $(shell cat build/env/python)
 FORMATTERS = 'ruff==0.17.*' 'clang-format==23.*'
-SITE = 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0,<2'
+SITE = 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1.0,<2' 'ruff>=0.6'
 PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help

@@ -221,7 +221,7 @@ def test_the_api_page_has_every_public_name():
 
 
 def test_the_site_has_every_page():
-    listed = re.findall(r"- ([\w/-]+\.md)$", page("mkdocs.yml"), re.M)
+    listed = re.findall(r"^ *- (?:\w+: )?([\w/-]+\.md)$", page("mkdocs.yml"), re.M)
     assert sorted(f"docs/{name}" for name in listed) == SITE
 
 
