@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from elastic_infer.slicing import (
     tensor_selections,
 )
 from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, Axis, TensorFiles, read_json
+from elastic_infer.writing import make_folder, write_json
 
 __all__ = ["derive_widths", "write_widths"]
 
@@ -254,9 +253,7 @@ def write_widths(
         path = folder / WIDTHS_NAME
         if is_download_cache(folder):
             path = config_folder(config_home) / f"{checkpoint.fingerprint}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+            make_folder(path.parent, "write_widths")
+    write_json(path, table, "write_widths")
     logger.info("write_widths: wrote %s", path)
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import torch
 from .cache import PAGE, Run, Saved, SavedState, Sequence
 from .config import width_to_dict
 from .errors import CheckpointError, WidthError
+from .tensor_files import save_tensors
 from .weights import rank_major
 
 if TYPE_CHECKING:
@@ -36,16 +36,23 @@ def _conv_order(engine: Engine, heads: list[int], channels: int) -> list[int]:
     return x + list(range(len(x), channels))
 
 
-def save_sequence(
-    path, engine: Engine, sequence: Sequence, width: str, unread: list[int], logits
-) -> None:
-    """Writes a sequence. Heads are in checkpoint order, KV without the unused end of its last page.
-
-    path: file to write; one that is there is replaced when the new one is whole. width: what reads
-    on. unread: tokens that are not in the cache yet. logits: float32 [V] after the last read token,
-    or None.
+def write_sequence(path, content: tuple[dict[str, torch.Tensor], dict[str, str]]) -> None:
+    """Writes what `sequence_content` gave; a file that is there is replaced when the new one is
+    whole. Needs no engine.
 
     Raises: CheckpointError if it cannot be written.
+    """
+    save_tensors(path, *content, what="sequence file")
+
+
+def sequence_content(
+    engine: Engine, sequence: Sequence, width: str, unread: list[int], logits
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A copy of a sequence as tensors and metadata. Heads are in checkpoint order, KV without the
+    unused end of its last page.
+
+    width: what reads on. unread: tokens that are not in the cache yet. logits: float32 [V] after
+    the last read token, or None.
     """
     saved = engine._model.cache.export(sequence)
     tensors = {}
@@ -57,7 +64,7 @@ def save_sequence(
         tensors[f"mamba.{i}.ssm"] = ssm[order].contiguous()
         tensors[f"mamba.{i}.conv"] = conv[_conv_order(engine, order, conv.shape[0])].contiguous()
     if logits is not None:
-        tensors["logits"] = logits.contiguous()
+        tensors["logits"] = logits.clone()
     tensors["tokens"] = torch.tensor(sequence.tokens, dtype=torch.int32)
     tensors["unread"] = torch.tensor(unread, dtype=torch.int32)
     runs = [[r.width, r.kind, r.count, r.tracked] for r in sequence.runs]
@@ -71,7 +78,7 @@ def save_sequence(
         "runs": json.dumps(runs),
         "widths": json.dumps(_sizes(engine, [width, *(r.width for r in sequence.runs)])),
     }
-    _write(Path(path), tensors, metadata)
+    return tensors, metadata
 
 
 def _dtypes(engine: Engine) -> dict[str, str]:
@@ -85,21 +92,8 @@ def _sizes(engine: Engine, names: list[str]) -> dict:
     return {n: width_to_dict(engine.config, engine.widths[n]) for n in sorted(set(names))}
 
 
-def _write(path: Path, tensors: dict, metadata: dict) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, str(partial), metadata=metadata)
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"sequence file: {path} must be writable, got: {error}") from error
-
-
 def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int], object]:
-    """Reads what `save_sequence` wrote: (sequence without a place, its content, width, unread
+    """Reads what `write_sequence` wrote: (sequence without a place, its content, width, unread
     tokens, logits or None).
 
     Raises: CheckpointError for a file that is no sequence, is damaged, belongs to other weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -206,17 +206,19 @@ class EngineSequence:
     def save(self, path) -> None:
         """Writes tokens, width runs, state and KV to a safetensors file, with the weights'
         fingerprint; `Engine.load` continues bit-equal. A file there is replaced at the end."""
-        from .sequence_file import save_sequence
+        from .sequence_file import sequence_content, write_sequence
         self._settle()
 
-        def job() -> None:
+        def job() -> Any:
             self._check_settled()
             with plain_torch():  # a user's function may have left the worker in some mode
-                save_sequence(
-                    path, self._engine, self._sequence, self._width, self._unread, self._logits
+                return sequence_content(
+                    self._engine, self._sequence, self._width, self._unread, self._logits
                 )
 
-        self._engine._call(job)
+        content = self._engine._call(job)
+        with plain_torch():
+            write_sequence(path, content)  # here: the disk keeps only its caller waiting
 
     def close(self) -> None:
         """Gives its place in the cache back; closing twice does nothing."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from elastic_infer.errors import CheckpointError, WidthError
 from elastic_infer.quantization.published import SIDECAR
 from elastic_infer.quantization.stored import stored_selections
 from elastic_infer.tensor_files import Selection, take, write_safetensors
+from elastic_infer.writing import new_folder, require_new, write_json, write_whole
 
 if TYPE_CHECKING:
     from elastic_infer.checkpoint import Checkpoint
@@ -272,7 +271,8 @@ def slice_checkpoint(
     A width with one size per axis gives an ordinary ``nemotron_h`` checkpoint. One with per-layer
     sizes has no ordinary config: it gives an elastic checkpoint cut at the maximum over the
     layers, whose table holds this one width with its per-layer lists. Tensors are streamed, one
-    in memory at a time; config.json is written last, so an interrupted export does not open.
+    in memory at a time. The folder appears whole (`writing.new_folder`): an export that fails
+    leaves nothing.
 
     Args:
         checkpoint: the open elastic checkpoint.
@@ -286,20 +286,14 @@ def slice_checkpoint(
 
     Raises:
         WidthError: unknown width.
-        CheckpointError: the folder exists and is not empty, or is a file.
+        CheckpointError: the folder exists and is not empty, is a file, or cannot be written.
     """
     config = checkpoint.config
     if width_name not in checkpoint.widths:
         known = ", ".join(checkpoint.widths)
         raise WidthError(f"slice: width must be one of {known}, got {width_name!r}")
     width = checkpoint.widths[width_name]
-    out = Path(out_folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(
-            f"slice: out_folder must be a new or empty folder, got {out} with something in it; "
-            "name another one"
-        )
-    out.mkdir(parents=True, exist_ok=True)
+    out = require_new(out_folder, "slice")
     cut = hull(config, width)
     sources = {name: (name, kept) for name, kept in tensor_selections(config, cut).items()}
     raw = slice_config(config, width)
@@ -318,12 +312,12 @@ def slice_checkpoint(
         source, (rows, cols) = parts[name]
         return checkpoint.part(source, rows, cols)
 
-    write_safetensors(out, specs, cut_part, shard_bytes, progress)
-    copy_side_files(checkpoint.folder, out, (SIDECAR,))
+    with new_folder(out, "slice") as fresh:
+        write_safetensors(fresh, specs, cut_part, shard_bytes, progress)
+        copy_side_files(checkpoint.folder, fresh, (SIDECAR,))
+        write_json(fresh / "config.json", raw, "slice")
     if "elastic" in raw:
         logger.info("slice: %s has per-layer sizes: %s is an elastic checkpoint", width_name, out)
-    text = json.dumps(raw, indent=2) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
     logger.info(
         "slice: wrote width %s to %s; its config.json keeps time_step_min = %s: transformers "
         "clamps dt to it in prefill (not in a step), this library never does",
@@ -351,8 +345,14 @@ def part_sources(
 
 def copy_side_files(source: Path, target: Path, more: tuple[str, ...] = ()) -> list[str]:
     """Copies the tokenizer and generation files, and those of ``more``, that ``source`` has;
-    returns their names."""
+    returns their names. Raises: CheckpointError for one that cannot be read or written."""
     copied = [name for name in (*SIDE_FILES, *more) if (source / name).is_file()]
     for name in copied:
-        shutil.copyfile(source / name, target / name)
+        try:
+            content = (source / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint: {source / name} must be readable, got: {error}"
+            ) from error
+        write_whole(target / name, content, "checkpoint")
     return copied

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from elastic_infer.errors import CheckpointError
+from elastic_infer.writing import Stream, write_json, write_whole
 
 __all__ = [
     "Axis",
@@ -24,6 +26,7 @@ __all__ = [
     "axis_ranges",
     "fingerprint",
     "read_json",
+    "save_tensors",
     "take",
     "write_safetensors",
 ]
@@ -357,6 +360,9 @@ def write_safetensors(
 
     Returns:
         The files written.
+
+    Raises:
+        CheckpointError: a file cannot be written.
     """
     sizes = {name: _nbytes(*spec) for name, spec in specs.items()}
     shards: list[list[str]] = [[]]
@@ -369,30 +375,59 @@ def write_safetensors(
         filled += size
     total, done = sum(sizes.values()), 0
     paths, weight_map = [], {}
+
+    def write_shard(stream: Stream, names: list[str]) -> None:
+        nonlocal done
+        stream.write(_header(names, specs, sizes, {"format": "pt"}))
+        for name in names:
+            data = tensor(name)
+            shape, dtype = specs[name]
+            if tuple(data.shape) != shape or data.dtype != dtype:
+                raise AssertionError(f"{name}: {data.dtype}{list(data.shape)} for {specs[name]}")
+            stream.write(raw_bytes(data.contiguous()))
+            done += sizes[name]
+            if progress is not None:
+                progress(done, total)
+
     for number, names in enumerate(shards, 1):
         file = SINGLE_NAME
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map.update(dict.fromkeys(names, file))
         paths.append(folder / file)
-        with open(folder / file, "wb") as stream:
-            stream.write(_header(names, specs, sizes))
-            for name in names:
-                data = tensor(name)
-                shape, dtype = specs[name]
-                if tuple(data.shape) != shape or data.dtype != dtype:
-                    raise AssertionError(
-                        f"{name}: {data.dtype}{list(data.shape)} for {specs[name]}"
-                    )
-                stream.write(raw_bytes(data.contiguous()))
-                done += sizes[name]
-                if progress is not None:
-                    progress(done, total)
+        write_whole(paths[-1], partial(write_shard, names=names), "checkpoint")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        paths.append(folder / INDEX_NAME)
+        paths.append(write_json(folder / INDEX_NAME, index, "checkpoint"))
     return paths
+
+
+def save_tensors(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    what: str,
+) -> None:
+    """Writes one safetensors file, whole (`writing.write_whole`).
+
+    Args:
+        path: the file. tensors: by name. metadata: text by key.
+        what: begins the message of an error.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    # The largest elements first, so that all are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    specs = {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in names}
+    sizes = {name: _nbytes(*spec) for name, spec in specs.items()}
+
+    def fill(stream: Stream) -> None:
+        stream.write(_header(names, specs, sizes, metadata))
+        for name in names:
+            stream.write(raw_bytes(tensors[name].detach().cpu().contiguous()))
+
+    write_whole(path, fill, what)
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -406,8 +441,9 @@ def _header(
     names: list[str],
     specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     sizes: Mapping[str, int],
+    metadata: Mapping[str, str],
 ) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in names:
         shape, dtype = specs[name]

@@ -131,10 +131,10 @@ def test_the_full_width_starts_as_the_parent_in_another_order(folder, monkeypatc
 
 def test_a_finished_folder_or_a_foreign_one_is_refused(folder, tmp_path):
     settings = Settings(stages=(Stage(1, 12, 4),))
-    with pytest.raises(CheckpointError, match="out must be a new or empty folder"):
+    with pytest.raises(CheckpointError, match=r"out must be a new or empty folder.*another run"):
         elastify(folder / "parent", folder / "data.jsonl", folder / "out", settings)
     (tmp_path / "letter.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"with letter\.txt"):
+    with pytest.raises(CheckpointError, match=r"with .letter\.txt. in it"):
         elastify(folder / "parent", folder / "data.jsonl", tmp_path, settings)
     with pytest.raises(CheckpointError, match="parent must have one width, got S, "):
         elastify(folder / "out", folder / "data.jsonl", tmp_path / "new", settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -389,13 +390,11 @@ def test_saving_is_whole_or_not_at_all(engine, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="must be writable"):
             sequence.save(tmp_path / "nowhere" / "s.safetensors")
 
-        def fails(tensors, name, metadata):
-            with open(name, "w") as f:
-                f.write("half")
-            raise OSError("disk full")
+        def fails(descriptor, data):
+            raise OSError(errno.ENOSPC, "disk full")
 
-        monkeypatch.setattr("safetensors.torch.save_file", fails)
-        with pytest.raises(CheckpointError, match="must be writable, got: disk full"):
+        monkeypatch.setattr("os.write", fails)
+        with pytest.raises(CheckpointError, match="must be writable, got: disk full; free space"):
             sequence.save(path)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import json
 import operator
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from elastic_infer.errors import InvalidRequest
+from elastic_infer.writing import write_json
 
 from . import common as c
 
@@ -74,7 +74,7 @@ def demo(
                 screen.print(table(figures))
             screen.print(notes(figures), soft_wrap=not screen.is_terminal)
             if out is not None:
-                out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                write_json(out, figures, "--out", indent=1)
 
 
 def read_question(text: str) -> str:

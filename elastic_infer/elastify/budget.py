@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from elastic_infer.elastify.costs import Cost, parse_bytes, parse_parameters
 from elastic_infer.elastify.router import Router
 from elastic_infer.errors import CheckpointError, InvalidRequest, WidthError
 from elastic_infer.tensor_files import read_json
+from elastic_infer.writing import write_json
 
 __all__ = ["Answer", "LearnedSizes", "add_width", "width_for_budget", "width_for_text"]
 
@@ -87,11 +87,7 @@ class LearnedSizes:
                 name: tensor.detach().cpu().tolist() for name, tensor in router.state_dict().items()
             },
         }
-        path = Path(folder) / ROUTER_NAME
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(data) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return path
+        return write_json(Path(folder) / ROUTER_NAME, data, "budget", indent=None)
 
     @classmethod
     def load(cls, folder: str | Path, config: ModelConfig) -> LearnedSizes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from elastic_infer.errors import InvalidRequest
+from elastic_infer.writing import Stream, write_whole
 
 __all__ = ["Batch", "Corpus", "IteratorData", "as_data"]
 
@@ -177,14 +177,15 @@ class Corpus:
         if cache is None:
             parts = [np.asarray([*ids, *_end(end_token)], np.int32) for ids in pieces]
             return cls(np.concatenate(parts) if parts else np.empty(0, np.int32), longest)
-        partial = Path(cache).with_suffix(f".{os.getpid()}")
-        with open(partial, "wb") as stream:
+
+        def fill(stream: Stream) -> None:
+            written = 0
             for ids in pieces:
-                stream.write(np.asarray([*ids, *_end(end_token)], np.int32).tobytes())
-        if not partial.stat().st_size:
-            partial.unlink()
-            raise InvalidRequest(f"data: {folder} must hold at least one token, got none")
-        partial.replace(cache)
+                written += stream.write(np.asarray([*ids, *_end(end_token)], np.int32))
+            if not written:
+                raise InvalidRequest(f"data: {folder} must hold at least one token, got none")
+
+        write_whole(cache, fill, "data")
         return cls(np.memmap(cache, np.int32, "r"), longest)
 
     def batches(

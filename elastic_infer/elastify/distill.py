@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import math
-import os
 import random
 import time
 from collections import defaultdict
@@ -38,6 +37,7 @@ from elastic_infer.elastify.router import (
 from elastic_infer.elastify.settings import Settings, Stage
 from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
+from elastic_infer.writing import append_line, make_folder, write_whole
 
 __all__ = ["Distiller", "Result", "Settings", "Stage", "evaluate"]
 
@@ -98,6 +98,39 @@ class Result:
     losses: dict[str, float]
     held_out: bool
     weights: dict[str, Tensor]
+
+
+def is_finished(out: Path, settings: Settings, choices: Mapping[str, Any] | None) -> bool:
+    """Whether the folder holds a run of these settings, with a router of these choices, at its end.
+
+    Raises: CheckpointError for a state.pt that is damaged.
+    """
+    if not (out / STATE).is_file():
+        return False
+    state = _load_state(out / STATE)
+    same = state["identity"] == _identity(settings, None, choices)
+    return same and state["step"] == settings.steps
+
+
+def _identity(
+    settings: Settings, picked: Mapping[str, Width] | None, choices: Mapping[str, Any] | None
+) -> str:
+    """What a run must have in common with the one that it continues."""
+    sizes = None if picked is None else {name: vars(width) for name, width in picked.items()}
+    return json.dumps([settings.identity(), sizes, choices], sort_keys=True, default=str)
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"identity", "step"} <= state.keys():
+            raise KeyError("identity")
+    except Exception as error:  # torch has no common error for files that are no archives
+        raise CheckpointError(
+            f"distill: {path} must be the state of a run, got {type(error).__name__}: {error}; "
+            "delete it to begin again"
+        ) from error
+    return state
 
 
 class Distiller:
@@ -164,9 +197,7 @@ class Distiller:
         self.saved: int | None = None
         self.recent: dict[str, list[float]] = defaultdict(list)
         if self.group.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for partial in self.out.glob(f"{STATE}.*"):  # of a run that was killed while it saved
-                partial.unlink()
+            make_folder(self.out, "distill")
         self.group.barrier()
         self._resume()
 
@@ -192,18 +223,16 @@ class Distiller:
     # The run's state on disk --------------------------------------------------------------------
 
     def _identity(self) -> str:
-        picked = None
-        if self.picked is not None:
-            picked = {name: vars(width) for name, width in self.picked.items()}
         choices = None if self.router is None else self.router.choices
-        data = [self.settings.identity(), picked, choices]
-        return json.dumps(data, sort_keys=True, default=str)
+        return _identity(self.settings, self.picked, choices)
 
     def _resume(self) -> None:
         path = self.out / STATE
         if not path.is_file():
+            if self.group.first:
+                _drop_lines(self.out / METRICS, 0)
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _load_state(path)
         if state["identity"] != self._identity():
             raise CheckpointError(
                 f"distill: {self.out} must hold a run with the same settings, got another one; "
@@ -228,9 +257,7 @@ class Distiller:
             if self.router is not None:
                 state["router"] = self.router.state_dict()
                 state["router_optimiser"] = self.router_optimiser.state_dict()
-            partial = self.out / f"{STATE}.{os.getpid()}"
-            torch.save(state, partial)
-            partial.replace(self.out / STATE)
+            write_whole(self.out / STATE, lambda stream: torch.save(state, stream), "distill")
         self.saved = self.step
         self.group.barrier()
 
@@ -393,8 +420,7 @@ class Distiller:
                 name: _mean_sizes(self.model.config, width) for name, width in self.widths().items()
             }
         if self.group.first:
-            with open(self.out / METRICS, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            append_line(self.out / METRICS, json.dumps(line), "distill")
 
     def _result(self) -> Result:
         settings, last = self.settings, self.settings.stages[-1]
@@ -454,6 +480,4 @@ def _drop_lines(path: Path, step: int) -> None:
                 kept.append(text)
         except ValueError:  # a line that was cut off when the run was killed
             continue
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(f"{text}\n" for text in kept), "distill")

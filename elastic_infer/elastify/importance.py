@@ -21,6 +21,7 @@ from torch import Tensor
 from elastic_infer.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
 from elastic_infer.elastify.torch_model import Attention, ElasticNemotronH, Mamba, Mlp, Moe
 from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.tensor_files import save_tensors
 
 __all__ = ["Importance", "layer_errors", "layer_order", "measure_importance"]
 
@@ -81,13 +82,11 @@ class Importance:
                 raise CheckpointError(f"importance: {name} must be finite, got NaN or infinity")
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file."""
-        from safetensors.torch import save_file
-
+        """Writes one safetensors file. Raises: CheckpointError if it cannot."""
         tensors = {name: scores.contiguous() for name, scores in self.scores.items()}
         if self.layer_errors is not None:
             tensors[LAYER_ERROR] = self.layer_errors
-        save_file(tensors, path, metadata={"tokens": str(self.tokens), **self.meta})
+        save_tensors(path, tensors, {"tokens": str(self.tokens), **self.meta}, "importance")
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:

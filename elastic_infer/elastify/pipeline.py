@@ -5,8 +5,9 @@ Every stage can be called by itself; `elastify` runs them all and continues wher
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ from elastic_infer.checkpoint import Checkpoint
 from elastic_infer.config import width_to_dict
 from elastic_infer.elastify.budget import LearnedSizes
 from elastic_infer.elastify.corpus import Corpus, as_data
-from elastic_infer.elastify.distill import METRICS, Distiller, Result, Settings
+from elastic_infer.elastify.distill import METRICS, Distiller, Result, Settings, is_finished
 from elastic_infer.elastify.distributed import Group
 from elastic_infer.elastify.importance import Importance, measure_importance
 from elastic_infer.elastify.plot import plot_metrics
-from elastic_infer.elastify.router import check_choices
+from elastic_infer.elastify.router import check_choices, default_choices
 from elastic_infer.elastify.sorting import importance_order, sort_model
 from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
 from elastic_infer.errors import CheckpointError, InvalidRequest
 from elastic_infer.slicing import SHARD_BYTES, copy_side_files, expected_shapes
 from elastic_infer.tensor_files import write_safetensors
+from elastic_infer.writing import make_folder, only_writer, require_new, withdraw, write_json
 
 __all__ = ["calibration_batches", "elastify", "export_elastic", "open_data", "parent_importance"]
 
@@ -89,9 +91,7 @@ def parent_importance(
     """Importance of the parent, kept in a file; measured by the first process if it is missing."""
     if group.first and not file.is_file():
         found = measure_importance(parent.to(group.device), batches, progress=progress)
-        partial = file.with_suffix(".tmp")
-        found.save(partial)
-        partial.replace(file)
+        found.save(file)
     group.barrier()
     return Importance.load(file)
 
@@ -105,11 +105,15 @@ def export_elastic(
 ) -> Path:
     """Writes the elastic checkpoint: weights in the parent's dtypes, its widths in config.json.
 
-    config.json comes last, so an interrupted export does not open.
+    config.json is removed first and comes last, so an interrupted export does not open.
 
     Args:
-        checkpoint: the parent. result: of the distillation. out: existing folder.
+        checkpoint: the parent. result: of the distillation. out: existing folder; files of these
+            names are replaced.
         shard_bytes: size at which the next safetensors file is begun.
+
+    Raises:
+        CheckpointError: a file cannot be written.
     """
     out, config = Path(out), checkpoint.config
     student = ElasticNemotronH(config)
@@ -117,14 +121,14 @@ def export_elastic(
     state = student.checkpoint_state()
     shapes = expected_shapes(config)
     specs = {name: (shapes[name], checkpoint.dtype_of(name)) for name in checkpoint.names}
+    withdraw(out, "elastify")
     write_safetensors(out, specs, lambda name: state[name].to(specs[name][1]), shard_bytes)
     copy_side_files(checkpoint.folder, out)
     entries = {name: width_to_dict(config, width) for name, width in result.widths.items()}
     raw = dict(config.raw)
     largest = max(result.budgets, key=result.budgets.__getitem__)
     raw["elastic"] = {"version": 1, "default_width": largest, "widths": entries}
-    text = json.dumps(encode_floats(raw), indent=2) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    write_json(out / "config.json", encode_floats(raw), "elastify")
     return out
 
 
@@ -140,8 +144,9 @@ def elastify(
 ) -> Path:
     """Makes a checkpoint elastic: ranks, sorts, and distils all widths at once.
 
-    Called again with the same arguments after it was stopped, it continues. Launched by torchrun
-    on several processes, they train together.
+    Called again with the same arguments after it was stopped, it continues; when it is finished,
+    nothing is done. A second run in the same folder at the same time is refused. Launched by
+    torchrun on several processes, they train together.
 
     Args:
         parent: a trained `nemotron_h` checkpoint: folder, Hub id, or open Checkpoint.
@@ -158,7 +163,7 @@ def elastify(
 
     Raises:
         CheckpointError: the parent is no model that this library runs, or `out` holds other
-            things.
+            things, is being written to, or cannot be.
         InvalidRequest, WidthError: settings or data that cannot be used.
         NonFiniteLoss: training diverged; the run keeps its last checkpoint.
     """
@@ -169,15 +174,35 @@ def elastify(
             f"elastify: parent must have one width, got {', '.join(checkpoint.widths)}; slice out "
             "the one to start from"
         )
-    if settings.choices is not None:
-        check_choices(checkpoint.config, settings.choices)
-    out = Path(out)
-    _check_out(out)
+    config = checkpoint.config
+    given = default_choices(config) if settings.choices is None else settings.choices
+    choices = check_choices(config, given)
+    out = Path(out).expanduser()
+    if _is_complete(out, settings, choices):
+        logger.info("elastify: %s is finished", out)
+        return out
     group = Group.current(device)
+    make_folder(out, "elastify")
+    with contextlib.ExitStack() as held:
+        if group.first:  # the lock of the processes that train together
+            held.enter_context(only_writer(out / RUN, "elastify", keep=True))
+        group.barrier()
+        _train(checkpoint, data, out, settings, calibration, group, progress)
+        group.barrier()
+    return out
+
+
+def _train(
+    checkpoint: Checkpoint,
+    data: Any,
+    out: Path,
+    settings: Settings,
+    calibration: int,
+    group: Group,
+    progress: Progress | None,
+) -> None:
+    """All stages of `elastify` that are not done yet."""
     run = out / RUN
-    if group.first:
-        run.mkdir(parents=True, exist_ok=True)
-    group.barrier()
     data = open_data(data, checkpoint, settings.longest, run, group)
     model = ElasticNemotronH.load(checkpoint.folder)
 
@@ -203,8 +228,6 @@ def elastify(
         learned.save(out)
         _draw(run)
         export_elastic(checkpoint, result, out)
-    group.barrier()
-    return out
 
 
 def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
@@ -219,15 +242,23 @@ def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None
     return tell
 
 
-def _check_out(out: Path) -> None:
-    if not out.exists():
-        return
-    others = [p.name for p in out.iterdir()] if out.is_dir() else [out.name]
-    if (out / "config.json").is_file() or (others and RUN not in others):
+def _is_complete(out: Path, settings: Settings, choices: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint of this very run is there already; a run that was killed after its
+    last file must not fail when it is called again.
+
+    Raises: CheckpointError for a folder with other things in it.
+    """
+    if out.is_dir() and RUN in os.listdir(out):
+        if not (out / "config.json").is_file():
+            return False
+        if is_finished(out / RUN, settings, choices):
+            return True
         raise CheckpointError(
             f"elastify: out must be a new or empty folder, or that of a stopped run, got {out} "
-            f"with {sorted(others)[0]}"
+            "with the checkpoint of another run; name another one"
         )
+    require_new(out, "elastify")
+    return False
 
 
 def _draw(run: Path) -> None:

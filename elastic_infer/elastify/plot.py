@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from elastic_infer.errors import InvalidRequest
+from elastic_infer.writing import write_whole
 
 __all__ = ["plot_metrics"]
 
@@ -48,6 +50,7 @@ def plot_metrics(metrics: str | Path, picture: str | Path) -> Path:
 
     Raises:
         InvalidRequest: no metrics there, or matplotlib is not installed.
+        CheckpointError: the picture cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -90,5 +93,6 @@ def plot_metrics(metrics: str | Path, picture: str | Path) -> Path:
         if i == 0:
             below.set_ylabel("size, share of the largest")
             below.legend(fontsize="small")
-    figure.savefig(picture, dpi=120)
-    return Path(picture)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    return write_whole(picture, drawn.getvalue(), "plot")

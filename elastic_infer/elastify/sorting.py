@@ -5,7 +5,6 @@ The sorted model computes the same function: all that reads or writes an axis is
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
 from elastic_infer.errors import CheckpointError
 from elastic_infer.slicing import EMBEDDING, SHARD_BYTES, copy_side_files, expected_shapes
 from elastic_infer.tensor_files import write_safetensors
+from elastic_infer.writing import new_folder, require_new, write_json
 
 __all__ = [
     "Order",
@@ -258,31 +258,25 @@ def sort_checkpoint(
         The folder.
 
     Raises:
-        CheckpointError: the folder is not empty, or is a file.
+        CheckpointError: the folder is not empty, is a file, or cannot be written.
     """
-    out = Path(out_folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(
-            f"sort: out_folder must be a new or empty folder, got {out} with something in it; "
-            "name another one"
-        )
-    out.mkdir(parents=True, exist_ok=True)
+    out = require_new(out_folder, "sort")
     checkpoint.require_plain("sort")
     config = checkpoint.config
     sources = sorted_sources(config, order)
     shapes = expected_shapes(config)
     specs = {name: (shapes[name], checkpoint.dtype_of(s.name)) for name, s in sources.items()}
-    write_safetensors(
-        out,
-        specs,
-        lambda name: _permuted(checkpoint.tensor(sources[name].name), sources[name]),
-        shard_bytes,
-        progress,
-    )
-    copy_side_files(checkpoint.folder, out)
     raw = {key: value for key, value in config.raw.items() if key != "elastic"}
     if "elastic" in config.raw:
         logger.warning("sort: the parent's width table is left out: its widths are others now")
-    text = json.dumps(encode_floats(raw), indent=2) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    with new_folder(out, "sort") as fresh:
+        write_safetensors(
+            fresh,
+            specs,
+            lambda name: _permuted(checkpoint.tensor(sources[name].name), sources[name]),
+            shard_bytes,
+            progress,
+        )
+        copy_side_files(checkpoint.folder, fresh)
+        write_json(fresh / "config.json", encode_floats(raw), "sort")
     return out

@@ -6,7 +6,6 @@ by prefix, so gradients reach exactly what the exported slice would hold.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,8 @@ from elastic_infer.elastify.torch_ops import (
     ssd_scan,
 )
 from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.tensor_files import save_tensors
+from elastic_infer.writing import make_folder, withdraw, write_json
 
 # What is learnt through in place of a prefix: width key -> mask over its units (channels, heads,
 # experts) in checkpoint order, of one layer.
@@ -410,21 +411,21 @@ class ElasticNemotronH(nn.Module):
             raise CheckpointError(f"torch_model: tensors must be known, got {sorted(extra)[0]}")
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes config.json and model.safetensors; correction biases stay float32."""
-        from safetensors.torch import save_file
+        """Writes model.safetensors and then config.json; correction biases stay float32.
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        Raises: CheckpointError if they cannot be written; the folder does not open then.
+        """
+        folder = make_folder(folder, "torch_model")
+        withdraw(folder, "torch_model")
         state = {}
         for name, tensor in self.checkpoint_state().items():
             fixed = name.endswith("e_score_correction_bias")
             kept = torch.float32 if fixed else (dtype or tensor.dtype)
-            state[name] = tensor.to(kept).contiguous().clone()
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+            state[name] = tensor.to(kept)
+        save_tensors(folder / "model.safetensors", state, {"format": "pt"}, "torch_model")
         raw = dict(self.config.raw)
         raw["dtype"] = str(dtype or self.lm_head.weight.dtype).removeprefix("torch.")
-        text = json.dumps(encode_floats(raw), indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "config.json", encode_floats(raw), "torch_model")
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> ElasticNemotronH:

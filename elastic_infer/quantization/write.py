@@ -6,7 +6,6 @@ scales are cut like weights and the scale of a matrix is that of its every prefi
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from elastic_infer.quantization.search import (
 from elastic_infer.quantization.stored import PLAIN_NAMES, check_fused
 from elastic_infer.slicing import EMBEDDING, SHARD_BYTES, copy_side_files, tensor_selections
 from elastic_infer.tensor_files import Selection, write_safetensors
+from elastic_infer.writing import new_folder, require_new, write_json
 
 __all__ = ["DEFAULT_GROUPS", "GROUPS", "Quantizer", "choose_formats", "quantize_checkpoint"]
 
@@ -205,10 +205,7 @@ def _part_specs(module: str, shape: tuple[int, ...], kind: str) -> dict[str, tup
 def check_source(checkpoint: Checkpoint, out: Path) -> None:
     """Refuses a checkpoint that is quantised already, and a folder that holds something."""
     checkpoint.require_plain("quantize")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(
-            f"quantize: out must be a new or empty folder, got {out} with something in it"
-        )
+    require_new(out, "quantize")
 
 
 def quantize_checkpoint(
@@ -226,8 +223,8 @@ def quantize_checkpoint(
 ) -> ErrorReport:
     """Writes a checkpoint whose matrices are quantised, and the errors per width beside it.
 
-    config.json comes last, so an interrupted run does not open. Without `packed` no more than
-    `threads` + 2 matrices are in memory.
+    The folder appears whole (`writing.new_folder`). Without `packed` no more than `threads` + 2
+    matrices are in memory.
 
     Args:
         checkpoint: what to quantise. out: new or empty folder. formats: of `choose_formats`.
@@ -242,7 +239,8 @@ def quantize_checkpoint(
     Returns: the report, also written to out/quantization.json.
 
     Raises:
-        CheckpointError: quantised already, weights that are not finite, or a folder in use.
+        CheckpointError: quantised already, weights that are not finite, or a folder that is in use
+            or cannot be written.
         InvalidRequest: `weights` that do not fit.
     """
     out = Path(out)
@@ -275,12 +273,14 @@ def quantize_checkpoint(
             ready.update(packed_parts(name.removesuffix(".weight"), made))
         return ready[part]
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out, specs, tensor, shard_bytes, progress)
-    searched.close()
-    report = quantizer.report if report is None else report
-    (out / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    _write_configs(checkpoint, out, formats, names)
+    with new_folder(out, "quantize") as fresh:
+        try:
+            write_safetensors(fresh, specs, tensor, shard_bytes, progress)
+        finally:
+            searched.close()
+        report = quantizer.report if report is None else report
+        write_json(fresh / REPORT, report.to_dict(), "quantize", indent=1)
+        _write_configs(checkpoint, fresh, formats, names)
     return report
 
 
@@ -303,6 +303,5 @@ def _write_configs(
         table = {name: width_to_dict(config, width) for name, width in checkpoint.widths.items()}
         raw["elastic"] = {"version": 1, "default_width": checkpoint.default_width, "widths": table}
     copy_side_files(checkpoint.folder, out, (_ROUTER,))
-    (out / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
-    text = json.dumps(raw, indent=2) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    write_json(out / SIDECAR, sidecar, "quantize")
+    write_json(out / "config.json", raw, "quantize")

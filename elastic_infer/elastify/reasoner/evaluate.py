@@ -7,7 +7,6 @@ plans that think narrow and answer wide, and thinking budgets, on problems that 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_infer.host import machine, today
+from elastic_infer.writing import write_json
 
 from .task import MAX_OPERATIONS, Problem, held_out_problems, read_answer
 
@@ -234,8 +234,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         )
         about |= {"model": Path(given.model).name, "fingerprint": engine.fingerprint, "seed": SEED}
     if given.out is not None:
-        text = json.dumps({**about, **figures}, indent=1) + "\n"
-        given.out.write_text(text, encoding="utf-8")
+        write_json(given.out, {**about, **figures}, "--out", indent=1)
 
 
 if __name__ == "__main__":

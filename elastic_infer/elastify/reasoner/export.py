@@ -14,6 +14,7 @@ import torch
 
 from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import CheckpointError
+from elastic_infer.writing import make_folder, withdraw, write_json
 
 from .design import reasoner_config
 from .vocabulary import write_tokenizer
@@ -30,7 +31,8 @@ def export(run: Path, out: Path) -> dict[str, float]:
         What was spent on training: steps, minutes, tokens. Also written to training.json.
 
     Raises:
-        CheckpointError: the run has no state.pt.
+        CheckpointError: the run has no state.pt, or a file cannot be written; the folder does not
+            open then.
     """
     path = run / "state.pt"
     if not path.is_file():
@@ -38,7 +40,8 @@ def export(run: Path, out: Path) -> dict[str, float]:
     state = torch.load(path, weights_only=True)
     model = ElasticNemotronH(reasoner_config())
     model.load_state_dict(state["model"])
-    model.save(out, torch.bfloat16)
+    make_folder(out, "export")
+    withdraw(out, "export")
     write_tokenizer(out)
     spent = {
         "steps": state["step"],
@@ -46,7 +49,8 @@ def export(run: Path, out: Path) -> dict[str, float]:
         "tokens": state["tokens_seen"],
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    (out / "training.json").write_text(json.dumps(spent, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "training.json", spent, "export")
+    model.save(out, torch.bfloat16)
     return spent
 
 

@@ -8,7 +8,6 @@ writes accuracy, bytes and the errors of the weights after each.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from elastic_infer.quantization.write import (
     choose_formats,
     quantize_checkpoint,
 )
+from elastic_infer.writing import write_json
 
 from .data import batches, held_out_batches
 from .evaluate import AT_ONCE, SEED, evaluate, machine, today
@@ -121,7 +121,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             shown = {width: row["widths"][width]["accuracy"] for width in row["widths"]}
             print(name, shown, flush=True)
             if given.out is not None:  # what is measured stays, also if the run is ended
-                given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                write_json(given.out, figures, "--out", indent=1)
 
 
 if __name__ == "__main__":

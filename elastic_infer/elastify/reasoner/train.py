@@ -24,6 +24,7 @@ from torch import Tensor
 from elastic_infer.config import Width, parse_widths
 from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialise
 from elastic_infer.errors import ElasticError
+from elastic_infer.writing import append_line, make_folder, write_whole
 
 from .data import Batch, batches, held_out_batches
 from .design import reasoner_config
@@ -65,7 +66,7 @@ class Trainer:
     def __init__(self, out: Path, settings: Settings, seed: int = 0) -> None:
         from elastic_infer.elastify.optimiser import MuonAdam
 
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out, "train")
         self.out, self.settings = out, settings
         config = reasoner_config()
         self.widths: dict[str, Width] = parse_widths(config, config.elastic)
@@ -100,8 +101,7 @@ class Trainer:
         }
         for name in ("step", "spent", "pool", "level", "tokens_seen", "learnt"):
             state[name] = getattr(self, name)
-        torch.save(state, self.out / "state.tmp")
-        os.replace(self.out / "state.tmp", self.out / "state.pt")
+        write_whole(self.out / "state.pt", lambda stream: torch.save(state, stream), "train")
 
     def read_control(self) -> None:
         """Takes settings from control.json; a wrong name is an error."""
@@ -116,8 +116,7 @@ class Trainer:
     def report(self, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
         line = {"step": self.step, "minutes": round(self.spent / 60, 2)} | values
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        append_line(self.out / "metrics.jsonl", json.dumps(line), "train")
 
     # Training -----------------------------------------------------------------------------------
 
@@ -270,8 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     torch.set_flush_denormal(True)
     settings = Settings(minutes=given.minutes, muon_lr=given.muon_lr)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "pid").write_text(f"{os.getpid()}\n", encoding="utf-8")
+    make_folder(given.out, "train")
+    write_whole(given.out / "pid", f"{os.getpid()}\n", "train")
     Trainer(given.out, settings, given.seed).run()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from elastic_infer.writing import write_json, write_whole
 
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -49,7 +50,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TAGS])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True), "tokenizer")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": SPECIALS[PAD],
@@ -69,5 +70,4 @@ def write_tokenizer(folder: Path) -> None:
         "max_new_tokens": 128,
     }
     for name, data in (("tokenizer_config", settings), ("generation_config", generation)):
-        text = json.dumps(data, indent=2) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        write_json(folder / f"{name}.json", data, "tokenizer")
