@@ -19,6 +19,7 @@ from .intake import Intake, Prompt, is_one_prompt, one_per_prompt
 from .loading import Loaded, Options, load
 from .outputs import Output
 from .plan import Plan
+from .plan_values import ChatPrompt
 from .reading import Reader
 from .request import Request, Stream
 from .sampling import SamplingParams
@@ -26,6 +27,7 @@ from .scheduler import Scheduler
 from .sequence_file import read_sequence
 from .session import EngineSequence
 from .switching import Read
+from .text_stream import StepText
 from .tokenizer import Tokenizer
 from .torch_modes import plain_torch
 from .worker import Worker
@@ -263,7 +265,9 @@ class Engine:
         """Applies the checkpoint's chat template to `messages` ({"role", "content"}) and generates
         the assistant's turn.
 
-        chat_template_kwargs: variables for the template, such as {"enable_thinking": True}.
+        chat_template_kwargs: arguments and variables of `Tokenizer.apply_chat_template`, such as
+            {"enable_thinking": True}, or {"continue_final_message": True} to go on with the last
+            message.
         """
         prompt = self.chat_prompt(messages, tools, chat_template_kwargs)
         return _wait(self.submit(prompt, params, plan, width=width))
@@ -274,13 +278,13 @@ class Engine:
         tools: list | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of the prompt that `chat` uses."""
+        """Token ids of the prompt that `chat` uses. `generate` knows of these where the messages
+        end: think tags that a message quotes say nothing about the phase."""
         if self._tokenizer is None:
             raise InvalidRequest("chat: the checkpoint must have a tokenizer.json, got none")
-        text = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tools=tools, **dict(chat_template_kwargs or {})
-        )
-        return self._intake.encode("chat", text, add_special_tokens=False)
+        text, start = self._tokenizer.chat_text(messages, tools, chat_template_kwargs)
+        ids = self._intake.encode("chat", text, add_special_tokens=False)
+        return ChatPrompt(ids, self._tokenizer.encode(text[start:], add_special_tokens=False))
 
     def submit(
         self,
@@ -356,7 +360,8 @@ class Engine:
             self._model.cache.place(sequence, saved)
 
         self._call(job, wait_for_room=True)
-        session = EngineSequence(self, sequence, width, unread)
+        text = StepText(self._tokenizer, sequence.tokens + unread)
+        session = EngineSequence(self, sequence, width, unread, text)
         session._logits = logits
         return session
 

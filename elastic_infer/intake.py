@@ -11,6 +11,7 @@ from .capacity import Capacity
 from .config import ModelConfig, Width
 from .errors import InvalidRequest, OutOfCapacity, WidthError, shown
 from .plan import Plan, PlanRun, as_plan
+from .plan_values import ChatPrompt, tag_id
 from .request import Branch, Request
 from .sampling import RowProcessors, SamplingParams
 from .switching import snapshot_slots
@@ -99,17 +100,20 @@ class Intake:
     def _processors(self, request: Request) -> RowProcessors:
         return RowProcessors(
             request.params, request.prompt_ids, self._config.vocab_size, self._tokenizer,
-            self._eos_ids,
+            self._eos_ids, self._tags(request.plan),
         )  # fmt: skip
+
+    def _tags(self, plan: Plan) -> tuple[int, ...]:
+        """The ids of a plan's think tags, where the vocabulary has them and there is text."""
+        if self._tokenizer is None:
+            return ()
+        ids = (tag_id(tag, self._tokenizer) for tag in (plan.start_tag, plan.end_tag))
+        return tuple(i for i in ids if i is not None)
 
     def _branch(
         self, request: Request, index: int, run: PlanRun, processors: RowProcessors
     ) -> Branch:
-        tags: tuple[int, ...] = ()
-        if self._tokenizer is not None:
-            pair = (run.plan.start_tag, run.plan.end_tag)
-            ids = [self._tokenizer.token_id(t) if isinstance(t, str) else t for t in pair]
-            tags = tuple(i for i in ids if i is not None)
+        tags = self._tags(run.plan)
         return Branch(request, index, run, processors, self._tokenizer, tags)
 
     def _check_tags(self, plan: Plan) -> None:
@@ -142,6 +146,8 @@ class Intake:
         if isinstance(prompt, str):
             return self.encode("prompt", prompt)
         self.check_tokens("prompt", prompt)
+        if isinstance(prompt, ChatPrompt):
+            return ChatPrompt(prompt, prompt.tail)
         return list(prompt)
 
     def encode(self, name: str, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -23,12 +23,16 @@ class Token:
     """One token of a stream.
 
     id: the token.
-    text: the text that became final with it ("" while held back), None without a tokenizer.
+    text: the text that became final with it ("" while held back, as half a character is, or what
+        may begin a stop string; that comes with a later token), None without a tokenizer.
     width: the width whose logits it was sampled from; for a forced token, the width that reads it.
-    phase: "thinking", "answer", or None where that is unknown.
+    phase: what it is part of: "thinking" (with the end tag of the block) or "answer"; None for
+        the start tag, white space before that is decided, think tags in the answer, and
+        everything where the vocabulary has no tokens for the tags.
     forced: whether the plan put it there instead of sampling it.
-    logprob: its log-probability before any processing, None unless asked for.
-    top_logprobs: {token id: (log-probability, rank)}, None unless asked for.
+    logprob: its log-probability before any processing, None unless asked for; None for a forced
+        token, which was drawn from no distribution.
+    top_logprobs: {token id: (log-probability, rank)}, None where logprob is.
     """
 
     id: int
@@ -51,7 +55,7 @@ class Usage:
     prompt_tokens: tokens of the prompt.
     completion_tokens: generated tokens, forced ones included.
     cached_tokens: prompt tokens that were not computed again because a prefix was reused.
-    reasoning_tokens: generated tokens inside a thinking block.
+    reasoning_tokens: generated tokens whose phase is "thinking".
     forced_tokens: tokens that a plan put there.
     """
 
@@ -90,10 +94,13 @@ class Choice:
     """One generated continuation.
 
     text: the whole text, think tags included; None without a tokenizer.
-    reasoning: the thinking block, None where there is none.
-    answer: the text after it; None without a tokenizer.
+    reasoning: the text of the tokens whose phase is "thinking", without think tags and the white
+        space around it; None where there is no thinking block.
+    answer: the text of the tokens whose phase is "answer", without white space ahead of it after
+        a thinking block; no think tag is ever in it. None without a tokenizer.
     token_ids: the generated tokens, forced ones included.
-    logprobs: {token id: (log-probability, rank)} per token, None unless asked for.
+    logprobs: {token id: (log-probability, rank)} per token, None for a forced one; None as a
+        whole unless asked for.
     width_runs: [(width, number of tokens)] in order; the counts add up to the tokens.
     finish_reason: "stop", "length", "cancelled", "error"; None while it runs.
     stop_reason: the stop string or token id that ended it, or the error's message.
@@ -103,7 +110,7 @@ class Choice:
     reasoning: str | None
     answer: str | None
     token_ids: list[int]
-    logprobs: list[TopLogprobs] | None = None
+    logprobs: list[TopLogprobs | None] | None = None
     width_runs: list[tuple[str, int]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -156,7 +163,7 @@ class Output:
         return self.choices[0].token_ids
 
     @property
-    def logprobs(self) -> list[TopLogprobs] | None:
+    def logprobs(self) -> list[TopLogprobs | None] | None:
         """`choices[0].logprobs`."""
         return self.choices[0].logprobs
 

@@ -18,6 +18,7 @@ from elastic_infer.plan_run import PlanRun
 from elastic_infer.plan_values import (
     CARRY,
     DEFAULT_GRACE,
+    PROMPT_PHASES,
     Decision,
     PhaseTracker,
     PlanView,
@@ -50,11 +51,13 @@ class Plan(ABC):
 
     policy: what happens to the cache at a switch.
     start_tag, end_tag: the think tags, as text or token ids.
+    prompt_phase: where the prompt ends: None finds it in the prompt, see `think_answer`.
     """
 
     policy: Policy = CARRY
     start_tag: Tag = "<think>"
     end_tag: Tag = "</think>"
+    prompt_phase: str | None = None
 
     # -- making one ---------------------------------------------------------------------------
 
@@ -100,12 +103,15 @@ class Plan(ABC):
         end_tag: Tag = "</think>",
         policy: str | Policy = "carry",
         newline_ids: Collection[int] | None = None,
+        prompt_phase: str | None = None,
     ) -> Plan:
         """One width thinks, another answers; thinking can be limited.
 
         Thinking runs from the start tag (in the prompt, or generated with nothing but white
         space before it) to the end tag. There is one block per answer. The end tag is read by
         the answer width. Until it is known whether the model thinks, the think width runs.
+        A start tag anywhere in a prompt counts unless an end tag follows it; in a chat, only one
+        that the template puts after the last message.
 
         think, answer: widths.
         think_tokens: generated tokens allowed inside the block; None for no limit, 0 closes the
@@ -118,7 +124,14 @@ class Plan(ABC):
         policy: "carry", "exact" or "window(n)".
         newline_ids: the tokens that count as newlines; None asks the tokenizer. Without both
             the grace ends at once.
+        prompt_phase: overrides what the tags in the prompt say: "thinking" (it ends inside a
+            block), "answer" (the model will not think) or "undecided" (it may open a block).
         """
+        if prompt_phase not in PROMPT_PHASES:
+            raise InvalidRequest(
+                'plan: prompt_phase must be None, "thinking", "answer" or "undecided", got '
+                + shown(prompt_phase)
+            )
         tags = (start_tag, end_tag)
         for name, tag in zip(("start_tag", "end_tag"), tags, strict=True):
             if isinstance(tag, bool) or not isinstance(tag, (str, int)) or tag in ("",):
@@ -142,6 +155,7 @@ class Plan(ABC):
             grace=grace,
             closing=closing,
             newline_ids=newlines,
+            prompt_phase=prompt_phase,
         )
 
     @staticmethod
@@ -233,7 +247,8 @@ class Plan(ABC):
     ) -> PlanRun:
         """Starts the plan on one sequence.
 
-        prompt_ids: the prompt's tokens; a phase can begin there.
+        prompt_ids: the prompt's tokens; a phase can begin there. In a `ChatPrompt`, only what
+            follows the last message decides about it.
         tokenizer: for think tags and newlines, None without one.
         widths: the names that the engine knows.
         Raises WidthError for an unknown width; InvalidRequest if think tags that the plan needs

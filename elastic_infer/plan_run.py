@@ -31,13 +31,20 @@ class PlanRun(ABC):
         self._tracker = tracker
         self._seen = 0
         if tracker is not None:
-            tracker.read_prompt(prompt_ids)
+            if plan.prompt_phase is None:
+                tracker.read_prompt(prompt_ids)
+            elif plan.prompt_phase != "undecided":
+                tracker.phase = plan.prompt_phase
         self.prompt_is_thinking = self.phase == "thinking"
 
     @property
     def phase(self) -> Phase | None:
         """Where the tokens shown so far end: "thinking", "answer", or None if unknown."""
         return None if self._tracker is None else self._tracker.phase
+
+    def phases(self) -> PhaseTracker | None:
+        """A tracker of its own that goes on from here, None where think tags are unknown."""
+        return copy.copy(self._tracker)
 
     def next(self, token_ids: Sequence[int], entropy: float | None = None) -> Decision:
         """Decides about the next token. Asking again without new tokens changes nothing.

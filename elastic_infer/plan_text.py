@@ -14,7 +14,7 @@ __all__ = ["read_plan"]
 _KEYS: dict[str, tuple[str, ...]] = {
     "width": (),
     "schedule": ("policy",),
-    "think": ("answer", "budget", "grace", "policy", "start_tag", "end_tag"),
+    "think": ("answer", "budget", "grace", "policy", "start_tag", "end_tag", "prompt_phase"),
     "narrow": ("wide", "threshold", "hold", "policy"),
 }
 _FORMS = "width=S | schedule=0:S+12:L | think=M,answer=L,budget=64 | narrow=S,wide=L,threshold=1.5"
@@ -74,7 +74,9 @@ def _read_schedule(words: Mapping[str, str]) -> Plan:
 
 def _read_think(words: Mapping[str, str]) -> Plan:
     extra: dict[str, Any] = {
-        key: words[key] for key in ("policy", "start_tag", "end_tag") if key in words
+        key: words[key]
+        for key in ("policy", "start_tag", "end_tag", "prompt_phase")
+        if key in words
     }
     if "budget" in words:
         extra["think_tokens"] = _number(words, "budget", int)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CARRY",
     "DEFAULT_GRACE",
+    "PROMPT_PHASES",
+    "ChatPrompt",
     "Decision",
     "PhaseTracker",
     "PlanView",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 Tag = Union[str, int]  # noqa: UP007 (evaluated at run time)
+PROMPT_PHASES = (None, "thinking", "answer", "undecided")
 DEFAULT_GRACE = 16
 DEFAULT_WINDOW = 256
 
@@ -146,20 +149,36 @@ class PlanView:
     entropy: float | None
 
 
+class ChatPrompt(list[int]):
+    """Token ids of a chat's prompt; a list that knows what comes after the messages.
+
+    tail: tokens of what follows the last message, where the phase may begin.
+    """
+
+    def __init__(self, token_ids: Sequence[int], tail: Sequence[int]) -> None:
+        super().__init__(token_ids)
+        self.tail = tuple(tail)
+
+
 class PhaseTracker:
     """Finds the phase from token ids alone. One thinking block per answer.
 
-    phase is None while it is open whether the model will think: nothing but white space has
-    come since the prompt, or since an end tag of an earlier turn.
+    start, end: ids of the think tags.
+    phase: of the next token; None while it is open whether the model will think: nothing but
+        white space has come since the prompt, or since an end tag of an earlier turn.
+    opened: whether a token opened a block, rather than the prompt.
     """
 
     def __init__(self, start: int, end: int, blank: Callable[[int], bool]) -> None:
         self.start, self.end, self._blank = start, end, blank
         self.phase: Phase | None = None
+        self.opened = False
 
     def read_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Finds the phase at the end of a prompt; a chat's messages may quote tags."""
+        tail = prompt_ids.tail if isinstance(prompt_ids, ChatPrompt) else prompt_ids
         only_blank = True
-        for token_id in reversed(prompt_ids):
+        for token_id in reversed(tail):
             if token_id == self.start:
                 self.phase = "thinking"
                 return
@@ -169,14 +188,21 @@ class PhaseTracker:
                 return
             only_blank = only_blank and self._blank(token_id)
 
-    def push(self, token_id: int) -> None:
+    def push(self, token_id: int) -> Phase | None:
+        """Reads a token. Returns the phase that it belongs to itself: the end tag of a block to
+        its thinking; the start tag, white space before it, and tags in the answer to none."""
+        is_tag = token_id in (self.start, self.end)
         if self.phase is None:
             if token_id == self.start:
-                self.phase = "thinking"
-            elif not self._blank(token_id):
+                self.phase, self.opened = "thinking", True
+                return None
+            if not self._blank(token_id):
                 self.phase = "answer"
-        elif self.phase == "thinking" and token_id == self.end:
-            self.phase = "answer"
+        elif self.phase == "thinking":
+            if token_id == self.end:
+                self.phase = "answer"
+            return "thinking"
+        return None if is_tag else self.phase
 
 
 def tag_id(tag: Tag, tokenizer: Tokenizer | None) -> int | None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from .cache import Sequence
 from .errors import ElasticError, InvalidRequest, RequestCancelled
-from .outputs import Choice, FinishReason, Output, Times, Token, Usage
+from .outputs import Choice, FinishReason, Output, Phase, Times, Token, Usage
 from .plan import Plan, PlanRun
 from .sampling import RowProcessors, SamplingParams
 from .switching import Read
-from .text import Detokenizer, StopStrings, split_reasoning
+from .text import split_reasoning
+from .text_stream import TextStream
 from .tokenizer import Tokenizer
 from .user_calls import text_of
 
@@ -26,6 +27,7 @@ class Branch:
     """One continuation of a request's prompt: its sequence, plan, text and result.
 
     pending: reads still to be made before the next token can be sampled.
+    phase: in which the next token is sampled. tags: ids of the plan's think tags.
     """
 
     def __init__(
@@ -35,23 +37,25 @@ class Branch:
         plan: PlanRun,
         processors: RowProcessors,
         tokenizer: Tokenizer | None,
-        keep: tuple[int, ...],
+        tags: tuple[int, ...],
     ):
         params = request.params
         self.request, self.index, self.plan, self.processors = request, index, plan, processors
         self.sequence: Sequence | None = None
         self.pending: list[Read] = []
         self.width = ""
-        self.phase = None
+        self.phase: Phase | None = None
         self.entropy: float | None = None
         self.waited = 0
         self.token_ids: list[int] = []
         self.tokens: list[Token] = []
-        self.pieces: list[str] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
-        self.text = Detokenizer(tokenizer, params.skip_special_tokens, keep) if tokenizer else None
-        self.stops = StopStrings(params.stop)
+        self.text: TextStream | None = None
+        if tokenizer is not None:
+            skip = params.skip_special_tokens
+            self.text = TextStream(tokenizer, params.stop, tags, skip)
+        self._phases = plan.phases()
 
     @property
     def ready(self) -> bool:
@@ -75,25 +79,40 @@ class Branch:
     def emit(self, token: Token) -> None:
         """Adds a token to the result and, for the first branch, to the stream."""
         self.tokens.append(token)
-        if token.text:
-            self.pieces.append(token.text)
         if self.index == 0:
             self.request.events.put(token)
 
-    def push_text(self, token_id: int, last: bool, hidden: bool, search: bool) -> str | None:
+    def place(self, token_id: int) -> Phase | None:
+        """The phase that the next token of the output belongs to."""
+        return None if self._phases is None else self._phases.push(token_id)
+
+    def push_text(
+        self, token_id: int, phase: Phase | None, last: bool, hidden: bool, search: bool
+    ) -> str | None:
         """The text that becomes final with a token; sets the stop reason when a stop string is
         found. hidden: the token ends the text and is no part of it."""
         if self.text is None:
             return None
-        shown, hit = self.stops.push("" if hidden else self.text.push(token_id), search)
+        shown, hit = ("", None) if hidden else self.text.push(token_id, phase, search)
         if hit is None and (last or hidden):
-            more, hit = self.stops.push(self.text.finish(), search)
+            more, hit = self.text.finish(search)
             shown += more
-            if hit is None:
-                shown += self.stops.finish()
         if hit is not None:
             self.finish_reason, self.stop_reason = "stop", hit
         return shown
+
+    def _split(self) -> tuple[str | None, str | None]:
+        """(reasoning, answer): by the tokens' phases; by the tags' text where the vocabulary has
+        no tokens for them."""
+        if self.text is None:
+            return None, None
+        if self._phases is not None:
+            begun = self.plan.prompt_is_thinking or self._phases.opened
+            return self.text.split(begun)
+        start, end = self.plan.plan.start_tag, self.plan.plan.end_tag
+        if isinstance(start, str) and isinstance(end, str):
+            return split_reasoning(self.text.text, start, end, self.plan.prompt_is_thinking)
+        return None, self.text.text
 
     def choice(self) -> Choice:
         """The result so far."""
@@ -103,14 +122,10 @@ class Branch:
                 runs[-1] = (token.width, runs[-1][1] + 1)
             else:
                 runs.append((token.width, 1))
-        text = None if self.text is None else "".join(self.pieces)
-        reasoning, answer = None, text
-        start, end = self.plan.plan.start_tag, self.plan.plan.end_tag
-        if text is not None and isinstance(start, str) and isinstance(end, str):
-            reasoning, answer = split_reasoning(text, start, end, self.plan.prompt_is_thinking)
+        reasoning, answer = self._split()
         wanted = self.request.params.logprobs is not None
         return Choice(
-            text=text,
+            text=None if self.text is None else self.text.text,
             reasoning=reasoning,
             answer=answer,
             token_ids=list(self.token_ids),
@@ -147,7 +162,6 @@ class Request:
     ended: float | None = None
 
     def __post_init__(self) -> None:
-        self.stop_ids = frozenset(self.params.stop_token_ids)
         self.request_id = self.request_id or f"request-{next(_numbers)}"
         self._done = threading.Event()
         self._wake: Callable[[], None] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,10 @@ class SamplingParams:
     top_k: keep this many of the likeliest; 0, -1, or more than there are, keeps all.
     min_p: keep tokens at least this fraction of the likeliest one's probability, in [0, 1].
     seed: for repeatable sampling; None (or -1) draws one.
-    stop: strings that end generation, at most 64; they are not part of the text.
+    stop: strings that end generation, at most 64; they are not part of the text. Not looked for in
+        thinking. One that is a special token, or a think tag, ends generation as that token,
+        anywhere.
+    stop_in_thinking: look for stop strings in thinking too.
     stop_token_ids: tokens that end generation.
     ignore_eos: go on after an end-of-sequence token.
     logprobs: per token, its log-probability and this many of the likeliest, at most 128; None for
@@ -103,12 +106,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     skip_special_tokens: bool = True
     logits_processors: Sequence[LogitsProcessor] | None = ()
+    stop_in_thinking: bool = False
 
     def __post_init__(self) -> None:
         self._check_counts()
         self._check_numbers()
         self._check_lists()
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in ("ignore_eos", "skip_special_tokens", "stop_in_thinking"):
             if not isinstance(getattr(self, name), bool):
                 raise fail(name, "be True or False", getattr(self, name))
         if self.n > 1 and self.greedy:
@@ -195,6 +199,8 @@ class SamplingParams:
 class RowProcessors:
     """Everything that changes one sequence's logits before temperature and truncation.
 
+    stop_tokens: {token that ends generation: the reason to give}.
+
     In order: allowed ids, bad words, min_tokens, logit bias, repetition, frequency and presence
     penalty (vLLM's order), then the user's functions. `active` is False when there is nothing
     to do; the row can then stay where it is.
@@ -207,14 +213,16 @@ class RowProcessors:
         vocab_size: int,
         tokenizer: Tokenizer | None,
         eos_ids: Iterable[int],
+        tags: Collection[int] = (),
     ) -> None:
         """Prepare for one sequence.
 
         params: the request's parameters.
         prompt_ids: the prompt's tokens.
         vocab_size: V, the length of a row.
-        tokenizer: needed for bad_words only.
+        tokenizer: needed for bad_words, and for stop strings that are tokens.
         eos_ids: end-of-sequence tokens.
+        tags: ids of the think tags.
         Raises InvalidRequest for ids outside the vocabulary, bad words without a tokenizer, and
         parameters that together leave no token to be sampled.
         """
@@ -224,7 +232,9 @@ class RowProcessors:
             for token_id in getattr(params, name) or ():
                 if token_id >= vocab_size:
                     raise fail(name, f"hold ids below the vocabulary size {vocab_size}", token_id)
-        stops = {*params.stop_token_ids, *(i for i in eos_ids if i < vocab_size)}
+        self.stop_tokens = _stop_tokens(params, tokenizer, tags)
+        stops = {*self.stop_tokens, *(i for i in eos_ids if i < vocab_size)}
+        stops = {token_id for token_id in stops if token_id < vocab_size}
         self._stops = sorted(stops) if params.min_tokens > 0 else []
         self._bad = _bad_sequences(params.bad_words, tokenizer, vocab_size)
         self._check_choice()
@@ -393,6 +403,28 @@ def _int_tensor(ids: Iterable[int]) -> torch.Tensor:
     return torch.tensor(list(ids), dtype=torch.int64, device="cpu")
 
 
+def _stop_tokens(
+    params: SamplingParams, tokenizer: Tokenizer | None, tags: Collection[int]
+) -> dict[int, str | int]:
+    """{token that ends generation: stop reason}: the ids that were given, and stop strings that
+    are a special token or a think tag, whose text a stream need not show."""
+    found: dict[int, str | int] = {}
+    for text in params.stop if tokenizer is not None else ():
+        token_id = tokenizer.token_id(text)
+        if token_id is not None and (token_id in tokenizer.special_ids or token_id in tags):
+            found[token_id] = text
+            continue
+        hidden = [] if not params.skip_special_tokens else tokenizer.special_texts_in(text)
+        if hidden:
+            raise fail(
+                "stop",
+                "hold no special token beside other text, which the text of an output leaves out"
+                f" ({shown(hidden[0])}); give the token alone, or skip_special_tokens=False",
+                text,
+            )
+    return found | {token_id: token_id for token_id in params.stop_token_ids}
+
+
 def _bad_sequences(
     words: Sequence[str], tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[list[int]]:
@@ -404,17 +436,23 @@ def _bad_sequences(
     found: list[list[int]] = []
     for word in words:
         plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
-        spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
         if not plain:
             raise fail("bad_words", "hold texts that have tokens", word)
-        found.append(plain)
-        # A space that is a token of its own changes nothing about the word's own tokens.
-        if len(spaced) == len(plain) and spaced[0] != plain[0]:
-            found.append(spaced)
+        spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+        found += [plain, spaced]
     for ids in found:
         if max(ids) >= vocab_size:
             raise fail("bad_words", f"have ids below the vocabulary size {vocab_size}", max(ids))
-    return found
+    return _shortest(found)
+
+
+def _shortest(sequences: list[list[int]]) -> list[list[int]]:
+    """The sequences without those that end in another one, which bars them already."""
+    kept: list[list[int]] = []
+    for ids in sorted(sequences, key=len):
+        if not any(ids[-len(other) :] == other for other in kept):
+            kept.append(ids)
+    return kept
 
 
 def top_logprobs(row: torch.Tensor, token_id: int, k: int) -> TopLogprobs:

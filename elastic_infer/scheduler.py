@@ -191,7 +191,7 @@ class Scheduler:
             other.plan = first.plan.fork()
             for token in first.tokens:
                 other.width = token.width
-                if self._append(other, token.id, token.phase, True, None):
+                if self._append(other, token.id, True, None):
                     break
             other.width, other.phase = first.width, first.phase
 
@@ -385,19 +385,19 @@ class Scheduler:
                 f"nothing finite at token {len(branch.token_ids)} at width {branch.width}"
             )
         branch.entropy = drawn.entropy
-        if not self._append(branch, drawn.token, branch.phase, False, drawn):
+        if not self._append(branch, drawn.token, False, drawn):
             self._decide(branch, [drawn.token])
 
     def _decide(self, branch: Branch, unread: list[int]) -> None:
         """Asks the plan for the next width, appends what it forces, prepares the reads."""
         decision: Decision = branch.plan.next(branch.token_ids, branch.entropy)
         decision.check(self._width_index, self.model.config.vocab_size)
-        before, branch.phase = branch.phase, decision.phase
+        branch.phase = decision.phase
         changed = branch.width not in ("", decision.width)
         branch.width = decision.width
         for token in decision.forced:
             unread.append(token)
-            if self._append(branch, token, before, True, None):
+            if self._append(branch, token, True, None):
                 return
         policy = branch.request.plan.policy
         if changed:
@@ -412,26 +412,24 @@ class Scheduler:
         reads = split_for_snapshots(reads, branch.sequence.length, policy)
         branch.pending = [part for read in reads for part in single_steps(read)]
 
-    def _append(
-        self, branch: Branch, token: int, phase, forced: bool, drawn: Drawn | None
-    ) -> bool:
+    def _append(self, branch: Branch, token: int, forced: bool, drawn: Drawn | None) -> bool:
         """Adds one token to the output; True if the branch ended with it."""
-        params = branch.request.params
+        params, stops = branch.request.params, branch.processors.stop_tokens
+        phase = branch.place(token)
         branch.token_ids.append(token)
         count = len(branch.token_ids)
         may_stop = count >= params.min_tokens
         hidden = False
         if not forced and may_stop:
             is_eos = token in self.eos_ids and not params.ignore_eos
-            is_stop = token in branch.request.stop_ids
-            if is_eos or is_stop:
+            if is_eos or token in stops:
                 hidden = True
-                branch.finish_reason = "stop"
-                branch.stop_reason = token if is_stop else None
+                branch.finish_reason, branch.stop_reason = "stop", stops.get(token)
         if branch.finish_reason is None and branch.is_full(count, self.model.max_length):
             branch.finish_reason = "length"
         ended = branch.finish_reason is not None
-        text = branch.push_text(token, ended, hidden, may_stop)
+        search = may_stop and (phase != "thinking" or params.stop_in_thinking)
+        text = branch.push_text(token, phase, ended, hidden, search)
         top = drawn.logprobs if drawn else None
         logprob = top[token][0] if top else None
         branch.emit(Token(token, text, branch.width, phase, forced, logprob, top))

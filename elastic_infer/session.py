@@ -15,6 +15,7 @@ from .plan import Policy
 from .reading import Reader, state_is_lost
 from .sampling import SamplingParams
 from .switching import Read, replay_reads, switch
+from .text_stream import StepText
 from .torch_modes import plain_torch
 
 if TYPE_CHECKING:
@@ -33,8 +34,16 @@ class EngineSequence:
     called from any thread, but from one at a time.
     """
 
-    def __init__(self, engine: Engine, sequence: Sequence, width: str, unread: list[int]):
+    def __init__(
+        self,
+        engine: Engine,
+        sequence: Sequence,
+        width: str,
+        unread: list[int],
+        text: StepText | None = None,
+    ):
         self._engine, self._sequence = engine, sequence
+        self._text = text or StepText(engine.tokenizer)
         self._width, self._unread = width, unread
         self._queue: list[Read] = []  # reads whose width is settled; they come before `_unread`
         self._logits: torch.Tensor | None = None  # after the last token read
@@ -119,6 +128,9 @@ class EngineSequence:
     def step(self, width: str | None = None, params: SamplingParams | None = None) -> Token:
         """Samples the next token and adds it; it is read by the step that follows.
 
+        The joined texts of steps are their tokens decoded: half a character is held back until the
+        step that completes it, or until `close`. An `append` between them ends what is held back.
+
         Args:
             width: switches to it first, by policy "carry".
             params: sampling parameters; None = greedy. Penalties count all tokens as output.
@@ -141,7 +153,7 @@ class EngineSequence:
                 f"{len(tokens)} at width {self._width}"
             )
         self._unread = [drawn.token]
-        text = self._engine.decode([drawn.token])
+        text = self._text.push(drawn.token, len(tokens))
         logprob = drawn.logprobs[drawn.token][0] if drawn.logprobs else None
         return Token(drawn.token, text, self._width, None, False, logprob, drawn.logprobs)
 
@@ -187,6 +199,7 @@ class EngineSequence:
             self._logits = earlier[-1].logits if earlier else None
 
         self._engine._call(job)
+        self._text.cut(self.token_ids)
         self._settle()
 
     def fork(self) -> EngineSequence:
@@ -197,7 +210,8 @@ class EngineSequence:
             self._check_settled()
             self._engine._scheduler.claim_slots()
             place = self._engine._model.cache.fork(self._sequence)
-            twin = EngineSequence(self._engine, place, self._width, list(self._unread))
+            text = self._text.fork()
+            twin = EngineSequence(self._engine, place, self._width, list(self._unread), text)
             twin._logits = self._logits
             return twin
 
@@ -220,10 +234,14 @@ class EngineSequence:
         with plain_torch():
             write_sequence(path, content)  # here: the disk keeps only its caller waiting
 
-    def close(self) -> None:
-        """Gives its place in the cache back; closing twice does nothing."""
+    def close(self) -> str | None:
+        """Gives its place in the cache back; closing twice does nothing.
+
+        Returns: the text of steps that was held back, such as half a character; None without a
+            tokenizer.
+        """
         if self._closed:
-            return
+            return self._text.finish()
         self._closed = True
         self._dropped.detach()
         engine, sequence = self._engine, self._sequence
@@ -234,6 +252,7 @@ class EngineSequence:
 
         with suppress(RequestCancelled):  # the engine may be closed, and its cache with it
             engine._call(job)
+        return self._text.finish()
 
     def __enter__(self) -> EngineSequence:
         return self

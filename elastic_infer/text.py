@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import logging
 from collections.abc import Collection, Iterable, Sequence
@@ -124,6 +125,14 @@ class StreamRule:
         token = self.backend.id_to_token(token_id) or ""
         return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
+    def whole_characters(self, token_ids: list[int]) -> bool:
+        """Whether the byte tokens among these are whole UTF-8 characters."""
+        run = (self.backend.id_to_token(i)[3:5] for i in token_ids if self.is_byte(i))
+        try:
+            return bool(bytes.fromhex("".join(run)).decode())
+        except ValueError:
+            return False
+
     def piece(self, token_id: int) -> str:
         """The text of one token that is not the first."""
         found = self._pieces.get(token_id)
@@ -153,17 +162,27 @@ class Detokenizer:
     `tokenizer.decode(ids, skip_special_tokens, keep)` exactly. What a later token could still
     change (an incomplete UTF-8 character, a run of byte-fallback tokens) is held back.
     The cost of a token does not grow with the length of the sequence.
+
+    `eager` gives a run of byte-fallback tokens out as soon as it is whole characters, for streams
+    whose end nobody tells. A bad byte after it is then a character of its own, where decoding
+    all at once would take the run before it for bad too.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, keep: Collection[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        keep: Collection[int] = (),
+        eager: bool = False,
     ) -> None:
         """Start an empty sequence.
 
         tokenizer: whose vocabulary and decoder are used.
         skip_special_tokens: leave special tokens out of the text.
         keep: special token ids that stay in the text all the same (think tags, for example).
+        eager: do not wait for the end of a run of byte-fallback tokens.
         """
+        self._eager = eager
         self._rule = tokenizer.stream_rule
         self._backend = tokenizer.backend
         self._vocab = tokenizer
@@ -181,7 +200,7 @@ class Detokenizer:
             return self._utf8.decode(rule.token_bytes(token_id))
         if rule.kind == "whole" or rule.is_byte(token_id):
             self._held.append(token_id)
-            return ""
+            return self._give_held() if self._eager and rule.whole_characters(self._held) else ""
         if self._open:
             text = rule.unit(self._held) if self._held else ""
             self._held.clear()
@@ -197,10 +216,34 @@ class Detokenizer:
         """End the sequence. Returns the text that was held back."""
         if self._rule.kind == "bytes":
             return self._utf8.decode(b"", final=True)
-        held, text = self._held, ""
-        if held:
-            text = self._rule.unit(held) if self._open else self._decode_held()
-        self._held = []
+        text = self._give_held() if self._held else ""
+        self._held.clear()
+        return text
+
+    def interrupt(self) -> str:
+        """Lets tokens pass that are not of this stream. Returns the text that was held back; what
+        comes next is no start of a text any more."""
+        text = self.finish()
+        self._open = self._rule.kind == "pieces"
+        return text
+
+    def fork(self) -> Detokenizer:
+        """A twin that goes on by itself."""
+        twin = copy.copy(self)
+        twin._held = list(self._held)
+        twin._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        twin._utf8.setstate(self._utf8.getstate())
+        return twin
+
+    def _give_held(self) -> str:
+        if self._open:
+            text = self._rule.unit(self._held)
+        else:
+            text = self._decode_held()
+            if not text:  # it may be the space that a decoder strips: the start is still to come
+                return ""
+            self._open = self._rule.kind == "pieces"
+        self._held.clear()
         return text
 
     def _decode_held(self) -> str:
@@ -286,7 +329,7 @@ def split_reasoning(
 
     Thinking starts in the prompt or with a start tag that nothing but white space comes before;
     it ends at the first end tag. White space around the reasoning and before the answer is
-    dropped; a text without thinking is returned as it is.
+    dropped, and so are further tags; a text without thinking is returned as it is.
 
     text: the generated text, tags included.
     start_tag, end_tag: the tags, for example "<think>" and "</think>".
@@ -299,4 +342,5 @@ def split_reasoning(
     elif not prompt_is_thinking:
         return None, text
     reasoning, _, answer = body.partition(end_tag)
-    return reasoning.strip(), answer.lstrip()
+    answer = answer.replace(start_tag, "").replace(end_tag, "")
+    return reasoning.replace(start_tag, "").strip(), answer.lstrip()

@@ -93,9 +93,13 @@ class Tokenizer:
         named = self.token_id(self.special_tokens.get("eos_token", ""))
         ids = [*eos_ids] if named is None else [named, *eos_ids]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(ids))
-        self.special_ids: frozenset[int] = frozenset(
-            index for index, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        special = {
+            index: token.content
+            for index, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self.special_ids: frozenset[int] = frozenset(special)
+        self._special_texts = tuple(text for text in special.values() if text)
         self._templates = ChatTemplates(chat_template)
 
     def most_characters(self, tokens: int) -> int:
@@ -153,6 +157,10 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """The id of the token that is exactly this text, None if there is none."""
         return self.backend.token_to_id(text) if encodable(text) else None
+
+    def special_texts_in(self, text: str) -> list[str]:
+        """The special tokens that are written out in a text."""
+        return [token for token in self._special_texts if token in text]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text. Special tokens written out in it become their ids.
@@ -218,6 +226,58 @@ class Tokenizer:
                 "add_generation_prompt": add_generation_prompt,
             },
         )
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> tuple[str, int]:
+        """The prompt of a chat, and where in it begins what the template puts after the last
+        message, or the message that is continued.
+
+        messages, tools: as in `apply_chat_template`. arguments: further ones of it, by name.
+        """
+        given = _chat_arguments(tools, arguments)
+        text = self.apply_chat_template(messages, **given)
+        return text, self._tail(text, messages, given)
+
+    def _tail(self, text: str, messages: Any, given: dict[str, Any]) -> int:
+        before, shorter = messages, {**given, "add_generation_prompt": False}
+        if shorter.pop("continue_final_message", False):
+            before = messages[:-1]
+        elif given.get("add_generation_prompt") is False:
+            return len(text)
+        if not before:
+            return 0
+        try:
+            return _common(text, self.apply_chat_template(before, **shorter))
+        except InvalidRequest:  # a template that renders no such chat: tags count anywhere
+            return 0
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts begin with in common."""
+    if a.startswith(b):
+        return len(b)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+
+
+def _chat_arguments(tools: Any, arguments: Any) -> dict[str, Any]:
+    """The arguments of `apply_chat_template` beside the messages, checked for what must not be."""
+    if arguments is not None and not (
+        isinstance(arguments, Mapping) and all(isinstance(name, str) for name in arguments)
+    ):
+        raise InvalidRequest(
+            f"chat: chat_template_kwargs must be a dict of names, got {shown(arguments)}"
+        )
+    given = dict(arguments or {})
+    if "messages" in given or (tools is not None and given.get("tools") is not None):
+        twice = "messages" if "messages" in given else "tools"
+        raise InvalidRequest(
+            f"chat: {twice} must be given once, got {twice} in chat_template_kwargs as well"
+        )
+    return given if tools is None else {**given, "tools": tools}
 
 
 @contextmanager

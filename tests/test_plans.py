@@ -214,7 +214,7 @@ def test_closing_text_counts_and_may_end_the_request(engine):
     plan = Plan.think_answer("S", "L", think_tokens=2, grace=0, closing_text="enough</think>")
     short = told(engine, b"abcd", plan, prompt="<think>", max_tokens=5)
     assert short.token_ids == list(b"abeno") and short.finish_reason == "length"
-    stopped = told(engine, b"abcd", plan, prompt="<think>", stop="oug")
+    stopped = told(engine, b"abcd", plan, prompt="<think>", stop="oug", stop_in_thinking=True)
     assert stopped.text == "aben" and stopped.stop_reason == "oug"
     assert stopped.finish_reason == "stop"
 

@@ -241,6 +241,30 @@ def test_bad_words_lose_only_their_last_token() -> None:
         processors(params)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    merges=st.lists(st.sampled_from(["ab", "bc", "abc", "▁a", "▁ab", "▁abc"]), unique=True),
+    word=st.text("abc", min_size=1, max_size=4),
+    before=st.lists(st.integers(0, 3), max_size=2),
+)
+def test_bad_words_are_barred_with_and_without_a_space(
+    merges: list[str], word: str, before: list[int]
+) -> None:
+    """Vocabularies in which a word has any number of tokens, and another behind a space."""
+    pairs = {"ab": ("a", "b"), "bc": ("b", "c"), "abc": ("ab", "c"), "▁a": ("▁", "a"),
+             "▁ab": ("▁", "ab"), "▁abc": ("▁", "abc")}  # fmt: skip
+    vocab = {w: i for i, w in enumerate(["[U]", "a", "b", "c", "▁", *pairs])}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, [pairs[m] for m in merges], unk_token="[U]", fuse_unk=False)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer = Tokenizer(backend)
+    for spelled in (word, " " + word):
+        ids = tokenizer.encode(spelled)
+        row = applied(SamplingParams(bad_words=[word]), (), [*before, *ids[:-1]], tokenizer)
+        assert row[ids[-1]] == -math.inf, (spelled, ids)
+
+
 def test_users_functions_come_last_and_see_the_phase() -> None:
     seen = []
 

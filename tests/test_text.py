@@ -227,7 +227,7 @@ def test_stop_strings_after_a_hit_and_unsearched() -> None:
         ("<think>\na\n</think>b", True, ("a", "b")),
         ("still", True, ("still", "")),
         ("</think>b", True, ("", "b")),
-        ("a</think>b<think>c</think>d", True, ("a", "b<think>c</think>d")),
+        ("a</think>b<think>c</think>d", True, ("a", "bcd")),
         ("", True, ("", "")),
         ("", False, (None, "")),
     ],
