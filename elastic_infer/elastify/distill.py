@@ -127,8 +127,8 @@ def _load_state(path: Path) -> dict[str, Any]:
             raise KeyError("identity")
     except Exception as error:  # torch has no common error for files that are no archives
         raise CheckpointError(
-            f"distill: {path} must be the state of a run, got {type(error).__name__}: {error}; "
-            "delete it to begin again"
+            f"distill: {path} must be the state of a run, got a file that cannot be read "
+            f"({type(error).__name__}); delete it to begin again"
         ) from error
     return state
 
