@@ -15,7 +15,7 @@ import torch
 
 from . import _C
 from .cache import Cache
-from .cache_dtypes import cache_dtypes
+from .cache_dtypes import CacheDtypes, cache_dtypes
 from .capacity import Capacity, plan_capacity
 from .checkpoint import Checkpoint
 from .config import Width, widest
@@ -101,7 +101,7 @@ def _load(
     capacity = plan_capacity(
         config, served, dtypes, options.max_model_len, options.max_num_seqs,
         options.max_num_batched_tokens, options.kv_cache_memory_bytes,
-        _available(device, checkpoint, served, kind, options),
+        _available(device, checkpoint, served, kind, options, dtypes),
     )  # fmt: skip
     pool = _pool(device, options)
     start = time.perf_counter()
@@ -200,7 +200,8 @@ def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, 
 
 
 def _available(
-    device: Device, checkpoint: Checkpoint, served: Width, dtype: torch.dtype, options: Options
+    device: Device, checkpoint: Checkpoint, served: Width, dtype: torch.dtype, options: Options,
+    cache: CacheDtypes,
 ) -> int | None:
     """Bytes for the cache on an accelerator; None on a CPU."""
     if device.is_cpu:
@@ -208,7 +209,7 @@ def _available(
     return cache_budget(
         device, checkpoint.config, checkpoint.widths, served, dtype, options.max_model_len,
         options.max_num_batched_tokens, options.gpu_memory_utilization,
-        options.kv_cache_memory_bytes, checkpoint.formats,
+        options.kv_cache_memory_bytes, checkpoint.formats, cache,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 
 from .buffers import working_bytes
 from .cache import PAGE
+from .cache_dtypes import CacheDtypes, item_size
 from .capacity import MAX_ROWS, slot_bytes
 from .config import ModelConfig, Width, kv_bytes_per_token
 from .devices import Device
@@ -26,12 +27,13 @@ def cache_budget(
     gpu_memory_utilization: float,
     kv_cache_memory_bytes: int | None,
     formats: Mapping[str, str] | None = None,
+    dtypes: CacheDtypes | None = None,
 ) -> int:
     """Bytes of device memory for the cache: `gpu_memory_utilization` of all there is, less what is
     in use, the weights, and the buffers of a pass.
 
     widths: those of the checkpoint, by active parameters; served: the widest to be kept. formats:
-    of quantised matrices (`Checkpoint.formats`).
+    of quantised matrices (`Checkpoint.formats`). dtypes: of the cache; None = the model's defaults.
 
     Raises: OutOfCapacity with what is needed, what is free and which width would fit, when these
         leave no room for a cache (of `kv_cache_memory_bytes`, or of a page and a slot).
@@ -39,11 +41,12 @@ def cache_budget(
     free, total = device.memory()
     room = min(free, int(total * gpu_memory_utilization) - (total - free))
     length = max_model_len or config.max_position_embeddings
-    size = torch.empty(0, dtype=dtype).element_size()
+    dtypes = dtypes or CacheDtypes.of(dtype)
+    page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))
 
     def parts(width: Width) -> tuple[int, int, int]:
         """Bytes of weights, buffers and the least cache."""
-        least = slot_bytes(config, width, dtype) + PAGE * kv_bytes_per_token(config, size)
+        least = slot_bytes(config, width, dtypes) + page
         rows = max_num_batched_tokens
         working = working_bytes(config, width, dtype, rows, min(rows, MAX_ROWS), length)
         return weight_bytes(config, width, dtype, formats), working, kv_cache_memory_bytes or least

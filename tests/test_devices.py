@@ -74,14 +74,29 @@ class Small(Device):
         return self._memory
 
 
-def budget(tmp_path, free, total, share=0.9, kv=None):
+def budget(tmp_path, free, total, share=0.9, kv=None, **formats):
     write_text_model(tmp_path)
-    with open_engine(tmp_path, device="cpu") as engine:
-        served = engine._model.weights.served
+    with open_engine(tmp_path, device="cpu", **formats) as engine:
+        served, cache = engine._model.weights.served, engine._model.cache
         return placement.cache_budget(
             Small(free, total), engine.config, engine.widths, served, torch.float32, 512, 128,
-            share, kv,
+            share, kv, dtypes=cache.dtypes,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+@pytest.mark.parametrize("state", ["float32", "float16"])
+def test_the_least_cache_is_a_page_and_a_slot_as_they_are_kept(tmp_path, kv, state):
+    """In every format of the cache: a byte less than what its own tensors take is refused."""
+    formats = {"kv_cache_dtype": kv, "mamba_ssm_cache_dtype": state}
+    needed = (100 << 20) - budget(tmp_path, 100 << 20, 100 << 20, 1.0, **formats)
+    with open_engine(tmp_path, device="cpu", **formats) as engine:
+        cache = engine._model.cache
+        parts = (cache.k, cache.v, cache.ssm, cache.conv)
+        least = sum(tensor[0].nbytes for part in parts for tensor in part)
+    assert budget(tmp_path, needed + least, needed + least, 1.0, **formats) == least
+    with pytest.raises(OutOfCapacity, match=rf"cache {least}\), got {needed + least - 1} "):
+        budget(tmp_path, needed + least - 1, needed + least - 1, 1.0, **formats)
 
 
 def test_budget_is_what_the_share_leaves(tmp_path):

@@ -18,7 +18,7 @@ from engines import (
 )
 from quantized import write_quantised
 
-from elastic_infer import Engine, Plan, SamplingParams, demo_model
+from elastic_infer import Engine, Plan, SamplingParams, demo_model, loading
 from elastic_infer.devices import Shared
 from elastic_infer.model import Model, Segment
 from elastic_infer.sampler import Sampler
@@ -241,6 +241,19 @@ def test_quantised_weights_give_the_logits_of_the_cpu(tmp_path, kind):
     with installed(emu), open_engine(tmp_path, device="emulated") as engine:
         for width, logits in wanted.items():
             assert_near(engine.score(PROMPT, width=width), logits)
+
+
+def test_the_budget_counts_the_cache_as_it_is_kept(folder, monkeypatch):
+    seen, real = [], loading.cache_budget
+
+    def watched(*arguments):
+        seen.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(loading, "cache_budget", watched)
+    with emulated_engine(folder, kv_cache_dtype="fp8", mamba_ssm_cache_dtype="float16") as small:
+        assert seen == [small._model.cache.dtypes]
+        assert seen[0].names == ("fp8", "float16")
 
 
 def test_the_shipped_reasoner_answers_alike():
