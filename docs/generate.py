@@ -22,7 +22,7 @@ LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cpp"}
 CLI_HEAD = """# Command line
 
 `elastic-infer COMMAND --help` shows the same on your terminal. A mistake is one line on standard
-error and exit code 2. How a plan is written is told in [plans and switches](plans.md).
+error and exit code 2. [Plans and switches](plans.md) tells how a plan is written.
 
 <!-- This page is made by `python -m docs.generate` from the commands themselves. -->
 """
@@ -87,7 +87,7 @@ def cli_page() -> str:
         f"| [`{name}`](#{name}) | {cell(plain(command.help))} |"
         for name, command in group.commands.items()
     ]
-    head = "\n".join(["| command | what it does |", "| --- | --- |", *table])
+    head = "\n".join(["| command | use |", "| --- | --- |", *table])
     commands = [command_text(name, command) for name, command in group.commands.items()]
     return "\n\n".join([CLI_HEAD.rstrip(), head, *commands]) + "\n"
 

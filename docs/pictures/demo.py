@@ -133,6 +133,7 @@ def draw() -> str:
             f"average, {mean / most:.0%} of {made[-1]} alone.",
             "ink",
             13,
+            inner=appear(SECONDS),
         )
     )
     title = (

@@ -82,7 +82,7 @@ def draw() -> str:
         text(
             LEFT + 12,
             y + 2,
-            "what reading the weights and the cache alone would allow, measured in the same run",
+            "the ceiling: reading weights and cache alone, measured in the same run",
             "dim",
             12,
         ),

@@ -122,7 +122,7 @@ class Conversation:
 
     def answer(self, content: str, show: Callable[[Any], None]) -> Any:
         """Generates the reply to a message, handing each token to `show`; both are remembered.
-        An interrupt ends the reply; what was said of it stays."""
+        An interrupt ends the reply; its beginning stays in the history."""
         asked = [*self.messages, {"role": "user", "content": content}]
         prompt = self.engine.chat_prompt(asked, None, self.template)
         request = self.engine.submit(prompt, self.params, self.plan)

@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line, colours of widths, progress, opening an engine."""
+"""Shared by the commands: errors as one line, colours of widths, progress, opening an engine."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ COLOURS = ("cyan", "dark_orange", "magenta", "green", "blue")
 
 
 class Commands(TyperGroup):
-    """The command group: what the library refuses, and a wrong command line, become one line on
-    stderr and exit code 2."""
+    """The command group: an error of the library or of the command line becomes one line on stderr
+    and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -138,7 +138,7 @@ def open_engine(model: str, *, revision: str | None = None, **options: Any) -> E
     from elastic_infer.engine import Engine
 
     folder = Path(model).expanduser()
-    # What a narrower max_width will read is only known once it was read.
+    # The bytes that a narrower max_width reads are only known once they were read.
     whole = options.get("max_width") is None and folder.is_dir()
     files = folder.glob("*.safetensors") if whole else ()
     with byte_progress(f"loading {model}", sum(f.stat().st_size for f in files) or None) as advance:
@@ -156,7 +156,7 @@ def open_checkpoint(model: str, revision: str | None = None, widths: str | None 
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Warnings of the library always; what it tells (INFO) with --verbose."""
+    """Warnings of the library always, its notes (INFO) with --verbose."""
     logging.basicConfig(
         format="%(levelname)s %(name)s: %(message)s",
         level=logging.INFO if verbose else logging.WARNING,
@@ -179,7 +179,7 @@ OptionalModel = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 WidthTable = Annotated[str | None, typer.Option("--widths", help="JSON file with a width table.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Say what is loaded, on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Tell on stderr which files are loaded.")]
 KvCacheDtype = Annotated[
     str, typer.Option(help="Keys and values are kept in: auto (the model's dtype) or fp8.")
 ]
@@ -187,14 +187,14 @@ StateDtype = Annotated[
     str,
     typer.Option(
         "--mamba-ssm-cache-dtype",
-        help="The Mamba state is kept in: float32, float16, or auto (what config.json says).",
+        help="The Mamba state is kept in: float32, float16, or auto (as config.json says).",
     ),
 ]
 Activations = Annotated[
     str,
     typer.Option(
         "--activation-quantization",
-        help="What NVFP4 weights multiply: none (activations as they are), int8 (CPU) or nvfp4 "
+        help="Activations that meet NVFP4 weights: none (as they are), int8 (CPU) or nvfp4 "
         "(GPUs of compute capability 12.x).",
     ),
 ]

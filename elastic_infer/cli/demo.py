@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "Watch one checkpoint think at its narrowest width and answer at its widest, over one cache. "
-    "Then measure what every width and plan solves, how fast, on problems that training never saw."
+    "Then measure accuracy and speed of every width and plan, on problems that training never saw."
 )
 EXAMPLES = c.examples(
     "elastic-infer demo",

@@ -1,4 +1,4 @@
-"""The demo's table: what every width and plan solves, and what it costs.
+"""The demo's table: accuracy and cost of every width and plan.
 
 The shipped model is so small that it stays in the processor's cache, where a narrower width saves
 little time. What narrowing saves when weights come from memory is told by a second model of 620 M
@@ -214,7 +214,7 @@ def cells(row: Row) -> list[str]:
 
 
 def notes(figures: dict[str, Any]) -> Text:
-    """What one has to know to read the table."""
+    """Notes that a reader of the table needs."""
     bench, machine = figures["bench"], figures["machine"]
     again = [r for r in figures["rows"] if r["rebuilt_tokens_per_problem"]]
     lines = [

@@ -47,7 +47,7 @@ Bits = Annotated[
     typer.Option(help="Bits per weight, for --memory; default: 16, or those of quantised weights."),
 ]
 Context = Annotated[int, typer.Option(help="Tokens of KV cache, for --memory.")]
-Name = Annotated[str, typer.Option(help="Name of the new width; default: what it costs.")]
+Name = Annotated[str, typer.Option(help="Name of the new width; default: its cost.")]
 Write = Annotated[bool, typer.Option("--write/--dry-run", help="Add it to the table, or not.")]
 
 
@@ -129,7 +129,7 @@ def make_elastic(
     steps: Annotated[str, typer.Option(help="Updates; with commas: one number per stage.")],
     budgets: Annotated[str, typer.Option(help="Shares of the full cost.")] = "1.0,0.7,0.4",
     names: Annotated[str | None, typer.Option(help="Names of the widths, largest first.")] = None,
-    cost: Annotated[str, typer.Option(help="What is limited: total, active or memory.")] = "total",
+    cost: Annotated[str, typer.Option(help="The limited cost: total, active or memory.")] = "total",
     bits: Annotated[float, typer.Option(help="Bits per weight, for memory.")] = 16.0,
     context: Annotated[int, typer.Option(help="Tokens of KV cache, for memory.")] = 131072,
     choices: Annotated[

@@ -1,4 +1,4 @@
-"""`elastic-infer info`: a checkpoint's widths, their costs, and what a memory holds."""
+"""`elastic-infer info`: a checkpoint's widths, their costs, and how much of them a memory holds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from elastic_infer.config import ModelConfig, Width
 
 HELP = (
-    "Tell a checkpoint's widths, their parameters and bytes, what fits a given memory, and which "
-    "kernels would run. Reads sizes only: of a Hub repository nothing but config.json is fetched. "
-    "Without a checkpoint: what is installed."
+    "Tell a checkpoint's widths, their parameters and bytes, how much fits a given memory, and "
+    "which kernels would run. Reads sizes only: of a Hub repository nothing but config.json is "
+    "fetched. Without a checkpoint: the installation."
 )
 EXAMPLES = c.examples(
     "elastic-infer info",
@@ -66,7 +66,7 @@ def add_to(app: typer.Typer) -> None:
 def info(
     model: c.OptionalModel = None,
     memory: Annotated[
-        str | None, typer.Option(help="Such as 16GB or 24GiB; default: what is free now.")
+        str | None, typer.Option(help="Such as 16GB or 24GiB; default: all that is free now.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and output.")] = 4096,
     kv_cache_dtype: c.KvCacheDtype = "auto",
@@ -205,7 +205,7 @@ def describe(
 
 
 def has(config: ModelConfig, key: str) -> bool:
-    """Whether any layer is sized by this key."""
+    """True if any layer is sized by this key."""
     from elastic_infer.config import LAYER_KEYS
 
     return LAYER_KEYS[key] in config.layers
@@ -220,7 +220,7 @@ def sizes(config: ModelConfig, width: Width, key: str) -> int | list[int]:
 
 
 def cuda_state(kernels: dict[str, Any]) -> str:
-    """What the build and the machine have of CUDA."""
+    """CUDA support of this build and machine."""
     built, unusable = kernels["cuda"], kernels["cuda_unusable"]
     if not built:
         return f"no CUDA: {unusable}"

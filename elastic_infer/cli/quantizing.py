@@ -21,8 +21,8 @@ HELP = (
     "Write a checkpoint with NVFP4 or FP8 weights in ModelOpt's layout: one file for all widths. "
     "Scales minimise the squared error over all widths. Experts, shared experts, plain MLPs and "
     "the head are quantised unless --layers says otherwise; norms, embedding, router, convolution "
-    "and what --keep names stay as they are. With --distill the weights are then trained a little "
-    "for their codes, every width taught by the unquantised checkpoint."
+    "and tensors that --keep names stay as they are. With --distill the weights are then trained a "
+    "little for their codes, every width taught by the unquantised checkpoint."
 )
 EXAMPLES = c.examples(
     "elastic-infer quantize MODEL --format nvfp4 --out MODEL-nvfp4",
@@ -115,7 +115,7 @@ def weights_of(text: str | None) -> dict[str, float] | None:
 def distilled(
     checkpoint: Any, formats: dict[str, str], data: Path, settings: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Searches the scales, trains, and gives what `quantize_checkpoint` then writes."""
+    """Searches the scales, trains, and gives the weights that `quantize_checkpoint` then writes."""
     from elastic_infer.elastify.distributed import Group
     from elastic_infer.elastify.pipeline import open_data
     from elastic_infer.quantization.distill import distill_quantized
@@ -157,7 +157,7 @@ def step_progress() -> Iterator[Callable[..., None] | None]:
 
 
 def error_table(report: Any) -> Table:
-    """Relative errors of the layers by width, and what they would be without the search."""
+    """Relative errors of the layers by width, with the search and without."""
     table = Table(box=None, pad_edge=False)
     for title in ("matrix", "format"):
         table.add_column(title, no_wrap=True)
