@@ -22,6 +22,7 @@ __all__ = ["Tokenizer", "eos_ids_from_folder"]
 # The named special tokens, which chat templates can refer to.
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _NAMED += ("mask_token",)
+_SHORT = 2048  # characters that are tokenised in less time than a thread waits for its turn
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -176,7 +177,11 @@ class Tokenizer:
                 f"encode: text must be what UTF-8 can hold, got {shown(text)} with a lone surrogate"
             )
         with _tokenizer_errors("encode"):
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) <= _SHORT:
+                return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # The same, but other threads (the model's among them) run meanwhile.
+            batch = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            return batch[0].ids
 
     def decode(
         self,

@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,13 +69,16 @@ def test_fork_reads_the_prompt_once_and_agrees(monkeypatch, capsys):
 # embed.py ----------------------------------------------------------------------------------------
 
 
-def ask(app, **question):
-    """Posts a question and reads the whole answer: (status, one object per line)."""
+def ask(app, question):
+    """Posts a question (an object, or a body) and reads the whole answer: (status, one object per
+    line)."""
+    if isinstance(question, (dict, list, str)):
+        question = json.dumps(question).encode()
 
     async def post():
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/generate", json=question)
+            return await client.post("/generate", content=question)
 
     reply = asyncio.run(post())
     return reply.status_code, [json.loads(line) for line in reply.text.splitlines()]
@@ -84,7 +88,7 @@ def test_embed_streams_tokens_with_their_widths():
     with Engine.from_pretrained(demo_model()) as engine:
         app = load("embed").create_app(engine)
         prompt = "(48+17)*3-29="
-        status, lines = ask(app, prompt=prompt, think="S", answer="L")
+        status, lines = ask(app, {"prompt": prompt, "think": "S", "answer": "L"})
         assert status == 200
         *tokens, end = lines
         plan = load("embed").Plan.think_answer("S", "L")
@@ -95,23 +99,128 @@ def test_embed_streams_tokens_with_their_widths():
         assert (end["answer"], end["finish_reason"]) == (expected.answer, "stop")
 
 
+@pytest.fixture(scope="module")
+def reasoner():
+    with Engine.from_pretrained(demo_model()) as engine:
+        yield engine
+
+
 @pytest.mark.parametrize(
     "question, problem",
     [
         ({"prompt": "1+1=", "width": "XL"}, "width: must be one of S, M, L, got 'XL'"),
         ({"prompt": ""}, "prompt: must hold at least one token"),
         ({"prompt": "1+1=", "think": "S", "answer": "L", "width": "M"}, "width: must not be given"),
+        ({"prompt": "1", "think": "S"}, "think and answer: must be given together"),
+        ({"prompt": "1", "answer": "S", "budget": 3}, "think and answer: must be given together"),
+        ({"prompt": "1", "budget": 3}, "think and answer: must be given together"),
+        ({"prompt": "1", "max_tokens": 0}, "max_tokens must be None or an int >= 1, got 0"),
+        ({"prompt": "1", "temperature": -1}, "temperature must be a finite number >= 0, got -1"),
+        ({"prompt": "1", "temperature": 1e39}, "temperature must .* float32"),
+        ({"prompt": "1", "temperature": float("nan")}, "temperature must"),
+        ({"prompt": "\ud800"}, ""),
+        ({"prompt": "1", "width": "\ud800"}, ""),
+        ({"prompt": "1" * 100_000}, "prompt: must have at most"),
+        ({"prompt": ["1"]}, "prompt"),
+        ({}, "prompt"),
+        ([1] * 50_000, ""),
+        ("text", ""),
     ],
+    ids=lambda value: str(value)[:40],
 )
-def test_embed_refuses_by_name(question, problem):
-    with Engine.from_pretrained(demo_model()) as engine:
-        status, lines = ask(load("embed").create_app(engine), **question)
-        assert status == 400 and problem in lines[0]["detail"]
+def test_embed_refuses_by_name(reasoner, question, problem):
+    """Stands for all questions that cannot be served: each is a 400 that says why."""
+    status, lines = ask(load("embed").create_app(reasoner), question)
+    assert status == 400 and re.search(problem, lines[0]["detail"])
+    assert len(lines[0]["detail"]) < 2000
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"\xff", b"[" * 200_000, b'{"prompt": 1e999}'], ids=len
+)
+def test_embed_refuses_bodies_that_are_no_question(reasoner, body):
+    status, lines = ask(load("embed").create_app(reasoner), body)
+    assert status == 400 and lines[0]["detail"]
+
+
+def test_embed_reads_no_body_beyond_its_bound(reasoner):
+    """Stands for bodies of any length, also with no end: reading stops at the bound."""
+    embed, read = load("embed"), []
+
+    async def endless():
+        while True:
+            read.append(b"x" * 4096)
+            yield read[-1]
+
+    status, lines = ask(embed.create_app(reasoner), endless())
+    assert status == 413 and "must have at most" in lines[0]["detail"]
+    assert sum(map(len, read)) <= embed.MOST_BYTES + 4096
+
+
+def test_embed_tokenises_beside_the_event_loop(reasoner, monkeypatch):
+    """What takes time in a question is no work of the thread that serves all clients."""
+    threads = []
+    encode = reasoner.tokenizer.encode
+
+    def watched(*given, **options):
+        threads.append(threading.get_ident())
+        return encode(*given, **options)
+
+    monkeypatch.setattr(reasoner.tokenizer, "encode", watched)
+    app = load("embed").create_app(reasoner)
+    assert ask(app, {"prompt": "1+1=", "max_tokens": 1})[0] == 200
+    assert threads and threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("zero"), SystemExit(3), KeyError(), Exception()], ids=repr
+)
+def test_embed_ends_every_stream(reasoner, monkeypatch, error):
+    """Stands for errors of any kind while an answer is made: the last line says so."""
+    submit = reasoner.submit
+
+    def failing(prompt, params, plan, width=None):
+        def fail(token_ids, row, phase):
+            if len(token_ids) == 2:
+                raise error
+
+        return submit(prompt, replace(params, logits_processors=[fail]), plan, width=width)
+
+    monkeypatch.setattr(reasoner, "submit", failing)
+    status, lines = ask(load("embed").create_app(reasoner), {"prompt": "(48+17)*3-29="})
+    assert status == 200 and len(lines) == 3
+    assert list(lines[-1]) == ["error"] and lines[-1]["error"]
+
+
+def test_embed_cancels_when_the_client_is_gone_before_the_answer_begins(tmp_path, monkeypatch):
+    """Stands for clients that leave before the first line: nothing of it was asked for."""
+    with engines.text_engine(tmp_path) as engine:
+        submitted, submit = [], engine.submit
+
+        def watched(*given, **options):
+            submitted.append(submit(*given, **options))
+            return submitted[-1]
+
+        monkeypatch.setattr(engine, "submit", watched)
+        app, go = load("embed").create_app(engine), engines.hold(engine)
+
+        async def receive():
+            return {"type": "http.request", "body": b'{"prompt": "a"}', "more_body": False}
+
+        async def send(message):
+            raise OSError("connection lost")
+
+        with suppress(Exception):  # what the server gets back when it could not send
+            asyncio.run(app(scope_of("2.4"), receive, send))
+        assert submitted[0].cancelled
+        go.set()
+        assert submitted[0].wait(60).token_ids == []
 
 
 @pytest.mark.parametrize("version", ["2.3", "2.4"])
 def test_embed_cancels_when_the_client_goes_away(tmp_path, version):
     """Servers tell of it by a message (2.3) or by an error when the next piece is sent (2.4)."""
+    others = set(threading.enumerate())
     engine = engines.text_engine(tmp_path)
     submitted = []
     original = engine.submit
@@ -133,7 +242,19 @@ def test_embed_cancels_when_the_client_goes_away(tmp_path, version):
         engines.assert_all_free(engine)
     finally:
         engine.close()
-    assert not [t for t in threading.enumerate() if t.name == "elastic-infer-worker"]
+    left = set(threading.enumerate()) - others
+    assert not [t for t in left if t.name == "elastic-infer-worker"]
+
+
+def scope_of(version: str) -> dict:
+    """What a server says of a posted question; version: of its ASGI."""
+    return {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": version},
+        "http_version": "1.1", "method": "POST", "path": "/generate", "raw_path": b"/generate",
+        "query_string": b"", "root_path": "", "scheme": "http",
+        "headers": [(b"content-type", b"application/json")],
+        "server": ("test", 80), "client": ("test", 1),
+    }  # fmt: skip
 
 
 async def _leave_after_first_token(app, version: str) -> None:
@@ -155,14 +276,7 @@ async def _leave_after_first_token(app, version: str) -> None:
         if message["type"] == "http.response.body" and message.get("body"):
             gone.set()
 
-    scope = {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": version},
-        "http_version": "1.1", "method": "POST", "path": "/generate", "raw_path": b"/generate",
-        "query_string": b"", "root_path": "", "scheme": "http",
-        "headers": [(b"content-type", b"application/json")],
-        "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
     try:
-        await app(scope, receive, send)
+        await app(scope_of(version), receive, send)
     except Exception as error:
         assert version == "2.4", error  # what the server gets back when it could not send

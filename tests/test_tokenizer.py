@@ -411,3 +411,23 @@ def test_templates_know_the_date_and_change_no_message() -> None:
     assert messages == [{"role": "user", "content": "x", "reasoning": "r", "name": None}]
     with pytest.raises(InvalidRequest, match=r"tools must be a list of dicts"):
         ours.apply_chat_template(messages, tools=["weather"])
+
+
+@pytest.mark.parametrize("length", [2047, 2048, 2049, 9000])
+def test_long_texts_are_tokenised_as_short_ones_are(length: int) -> None:
+    """Beside other threads or not, the ids are the same: special tokens, bytes, a beginning."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(["the cat sat on the mat, é and ü"] * 20, trainer)
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    tokenizer = Tokenizer(backend)
+    text = ("the mat é <s> catü " * 600)[:length]
+    for special in (True, False):
+        expected = backend.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, add_special_tokens=special) == expected
