@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elastic_infer.errors import InvalidRequest
+from elastic_infer.user_calls import tokenizer_errors
 
 if TYPE_CHECKING:
     from elastic_infer.tokenizer import Tokenizer
@@ -142,9 +143,13 @@ class StreamRule:
 
     def unit(self, token_ids: list[int]) -> str:
         """The text of a run of tokens that does not start the sequence."""
-        decode = self.backend.decode
-        head = decode([self.anchor], skip_special_tokens=False)
-        return decode([self.anchor, *token_ids], skip_special_tokens=False)[len(head) :]
+        head = self.decode([self.anchor])
+        return self.decode([self.anchor, *token_ids])[len(head) :]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens by themselves. Raises InvalidRequest if the decoder fails on them."""
+        with tokenizer_errors("decode"):
+            return self.backend.decode(token_ids, skip_special_tokens=False)
 
 
 def _flatten(step: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -247,7 +252,11 @@ class Detokenizer:
         return text
 
     def _decode_held(self) -> str:
-        return self._backend.decode(self._held, skip_special_tokens=False)
+        try:
+            return self._rule.decode(self._held)
+        except InvalidRequest:
+            self._held.clear()  # what cannot be decoded is said once
+            raise
 
 
 # ---------------------------------------------------------------------------------------------

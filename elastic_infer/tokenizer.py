@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from elastic_infer.chat import ChatTemplates
 from elastic_infer.errors import CheckpointError, InvalidRequest, shown
 from elastic_infer.param_checks import encodable
 from elastic_infer.text import StreamRule
+from elastic_infer.user_calls import tokenizer_errors
 
 __all__ = ["Tokenizer", "eos_ids_from_folder"]
 
@@ -176,7 +176,7 @@ class Tokenizer:
             raise InvalidRequest(
                 f"encode: text must be what UTF-8 can hold, got {shown(text)} with a lone surrogate"
             )
-        with _tokenizer_errors("encode"):
+        with tokenizer_errors("encode"):
             if len(text) <= _SHORT:
                 return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
             # The same, but other threads (the model's among them) run meanwhile.
@@ -198,7 +198,7 @@ class Tokenizer:
         if skip_special_tokens:
             skip = self.special_ids - set(keep)
             token_ids = [index for index in token_ids if index not in skip]
-        with _tokenizer_errors("decode"):
+        with tokenizer_errors("decode"):
             return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def apply_chat_template(
@@ -283,19 +283,6 @@ def _chat_arguments(tools: Any, arguments: Any) -> dict[str, Any]:
             f"chat: {twice} must be given once, got {twice} in chat_template_kwargs as well"
         )
     return given if tools is None else {**given, "tools": tools}
-
-
-@contextmanager
-def _tokenizer_errors(what: str) -> Iterator[None]:
-    """Makes what the tokenizer raises an error of this library; its panics are no Exceptions."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise InvalidRequest(
-            f"{what}: the tokenizer must take what it is given, got {type(error).__name__}: {error}"
-        ) from error
 
 
 def _add_tokens(

@@ -1,12 +1,12 @@
-"""Calls of a user's functions, and the errors of a request that failed."""
+"""Calls of a user's functions and of a tokenizer, and the errors of a request that failed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from elastic_infer.errors import ElasticError, RequestFailed, printable
+from elastic_infer.errors import ElasticError, InvalidRequest, RequestFailed, printable
 
 _MARK = "_raised_by_a_user_of_elastic_infer"
 
@@ -42,3 +42,17 @@ def as_failure(name: str, error: BaseException) -> Exception:
     )
     failed.__cause__ = error
     return failed
+
+
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Makes what the tokenizer raises an error of this library; its panics are no Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise InvalidRequest(
+            f"{what}: the tokenizer must take what it is given, got {type(error).__name__}: "
+            f"{text_of(error)}"
+        ) from error

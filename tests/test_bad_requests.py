@@ -340,7 +340,7 @@ def test_a_tokenizer_that_panics_ends_its_request_alone(tmp_path):
     with open_engine(folder) as engine:
         good = engine.submit([5, 6], SamplingParams(max_tokens=20, logit_bias={97: -100}))
         params = SamplingParams(max_tokens=4, allowed_token_ids=[97])
-        with pytest.raises(RequestFailed, match="PanicException"):
+        with pytest.raises(ElasticError, match="PanicException"):
             engine.generate([5, 6], params)
         assert good.result(60).finish_reason in ("length", "stop")
         with engine.open([5, 6]) as sequence, pytest.raises(InvalidRequest, match="PanicException"):
