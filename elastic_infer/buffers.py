@@ -30,9 +30,11 @@ class Buffers:
         D, zeros = served.hidden_size, device.zeros
         widest = activation_columns(config, served)
         inner = config.mamba_head_dim * max(served.mamba_num_heads, default=0)
-        conv = inner + 2 * config.n_groups * config.ssm_state_size
+        # Sizes of a kind of layer that the model lacks count as absent.
+        has = {kind: kind in config.layers for kind in "ME"}
+        conv = inner + 2 * config.n_groups * config.ssm_state_size * has["M"]
         heads = config.head_dim * max(served.num_attention_heads, default=0)
-        J = config.num_experts_per_tok
+        J = config.num_experts_per_tok * has["E"]
 
         def activation(columns: int) -> torch.Tensor:
             return zeros(rows, columns, dtype=dtype)
@@ -42,7 +44,7 @@ class Buffers:
         self.inner = activation(max(inner, heads, 16))
         self.conv, self.scanned = activation(conv), activation(inner)
         # Counters that mamba_step leaves zero: the passes of a model come one after another.
-        self.arrivals = zeros(rows, config.n_groups, dtype=torch.int32)
+        self.arrivals = zeros(rows, config.n_groups * has["M"], dtype=torch.int32)
         self.expert_ids = zeros(rows, J, dtype=torch.int32)
         self.expert_weights = zeros(rows, J)
         self.workspace = zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)

@@ -82,10 +82,13 @@ def plan_capacity(
     dtypes = CacheDtypes.of(dtypes)
     slot = slot_bytes(config, served, dtypes)
     page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))
-    fitting = (budget - slot) // page * PAGE if page else length
+    # The table of pages is the only thing that a token takes without attention. With attention it
+    # takes less than a sixteenth of what the pages take.
+    table = 16 * 4 * wanted
+    fitting = (budget - slot) // (page or table) * PAGE
     least = length if max_model_len is not None else min(length, PAGE)
     if slot > budget or fitting < least:
-        need = slot + -(-least // PAGE) * page
+        need = slot + -(-least // PAGE) * (page or table)
         raise OutOfCapacity(
             f"engine: kv_cache_memory_bytes must hold one sequence of {least} tokens: {need} bytes "
             f"(state {slot}, KV page of {PAGE} tokens {page}), got {budget}, which holds "

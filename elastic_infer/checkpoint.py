@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +13,25 @@ from typing import Any
 import torch
 
 from elastic_infer.config import ModelConfig, Width, default_width_name, parse_widths
-from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.errors import CheckpointError, WidthError, shown
+from elastic_infer.files import (
+    TAKEN_ALONG,
+    TEXT_FILES,
+    is_file,
+    is_folder,
+    read_json,
+    user_path,
+)
 from elastic_infer.quantization.formats import Packed
-from elastic_infer.quantization.published import SIDECAR, read_published
-from elastic_infer.quantization.stored import StoredWeight, read_packed, stored_weights
-from elastic_infer.slicing import Selection, expected_shapes
-from elastic_infer.tensor_files import Axis, TensorFiles, fingerprint, read_json
+from elastic_infer.quantization.published import SIDECAR, Published, read_published
+from elastic_infer.quantization.stored import (
+    StoredWeight,
+    kv_factors,
+    read_packed,
+    stored_weights,
+)
+from elastic_infer.slicing import Selection, expected_shapes, iterate_shapes
+from elastic_infer.tensor_files import INDEX_NAME, Axis, TensorFiles, fingerprint
 
 __all__ = ["Checkpoint", "config_folder", "is_download_cache", "resolve_folder"]
 
@@ -25,20 +39,11 @@ logger = logging.getLogger(__name__)
 
 WIDTHS_NAME = "elastic_widths.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_HUB_FILES = (
-    "config.json",
-    SIDECAR,
-    "generation_config.json",
-    WIDTHS_NAME,
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-)
+# Whatever is read, the weights beside it, and what exports take along.
+_HUB_FILES = ("config.json", SIDECAR, WIDTHS_NAME, INDEX_NAME, *TEXT_FILES, "*.safetensors",
+              *TAKEN_ALONG)  # fmt: skip
+# A snapshot need not be complete without a network: these are not read, or missed when they are.
+_SPARED = ("*.safetensors", *TAKEN_ALONG)
 
 
 def resolve_folder(
@@ -60,8 +65,8 @@ def resolve_folder(
     Raises:
         CheckpointError: says everything that was tried.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    path = user_path(path_or_hub_id, "checkpoint: path")
+    if is_folder(path):
         if revision is not None:
             raise CheckpointError(
                 f"checkpoint: revision must be None for a folder, got {revision!r} for {path}"
@@ -69,10 +74,12 @@ def resolve_folder(
         return path
     text = str(path_or_hub_id)
     parts = text.split("/")
-    if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        kind = "a file" if path.exists() else "neither (no such folder)"
+    there = os.path.lexists(path)
+    if there or len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        kind = "a file" if there else "neither (no such folder)"
         raise CheckpointError(
-            f"checkpoint: path must be a checkpoint folder or a Hub id owner/name, got {text!r}, "
+            f"checkpoint: path must be a checkpoint folder or a Hub id owner/name, got "
+            f"{shown(text, 300)}, "
             f"which is {kind}"
         )
     return _from_hub(text, revision, files)
@@ -104,6 +111,7 @@ def _from_hub(repo: str, revision: str | None, files: Sequence[str]) -> Path:
     except Exception as error:  # the HTTP client's own errors have no common public base
         online = error
     try:
+        arguments["allow_patterns"] = [name for name in files if name not in _SPARED]
         folder = Path(snapshot_download(repo, local_files_only=True, **arguments))
     except Exception as offline:
         raise CheckpointError(
@@ -155,6 +163,7 @@ class Checkpoint:
         config: ModelConfig of the full checkpoint.
         names: of the model's tensors in checkpoint order, quantised ones under their plain name.
         quantized: {name: StoredWeight} of the quantised ones.
+        published: what the checkpoint says of its quantisation, None: nothing.
         widths: {name: Width} in ascending order of active parameters.
         default_width: name of the width used where none is named.
         widths_source: where the table came from, for messages.
@@ -167,6 +176,7 @@ class Checkpoint:
         config: ModelConfig,
         names: list[str],
         quantized: dict[str, StoredWeight],
+        published: Published | None,
         widths: str | Path | Mapping[str, Any] | None = None,
         config_home: str | Path | None = None,
     ):
@@ -175,7 +185,9 @@ class Checkpoint:
         self.config = config
         self.names = names
         self.quantized = quantized
+        self.published = published
         self._files = files
+        self._kv_factors = kv_factors(files, config)
         self._known = frozenset(names)
         table, self.widths_source = self._find_table(widths, config_home)
         try:
@@ -218,11 +230,11 @@ class Checkpoint:
         folder = resolve_folder(path_or_hub_id, revision)
         config = ModelConfig.from_folder(folder)
         files = TensorFiles(folder)
-        quantized = stored_weights(
-            files, expected_shapes(config), read_published(config.raw, folder)
-        )
+        published = read_published(config.raw, folder)
+        _check_names(files, config)
+        quantized = stored_weights(files, expected_shapes(config), published)
         names = _check_tensors(files, config, quantized)
-        return cls(folder, files, config, names, quantized, widths, config_home)
+        return cls(folder, files, config, names, quantized, published, widths, config_home)
 
     def _find_table(
         self, widths: str | Path | Mapping[str, Any] | None, config_home: str | Path | None
@@ -230,18 +242,18 @@ class Checkpoint:
         if isinstance(widths, Mapping):
             return widths, "widths="
         if widths is not None:
-            path = Path(widths).expanduser()
-            if not path.is_file():
+            path = user_path(widths, "checkpoint: widths")
+            if not is_file(path):
                 raise CheckpointError(f"checkpoint: widths must name a JSON file, got {path}")
             return read_json(path), str(path)
         beside = self.folder / WIDTHS_NAME
-        if beside.is_file():
+        if os.path.lexists(beside):
             return read_json(beside), str(beside)
         users = config_folder(config_home)
         # The fingerprint reads from every tensor: it is taken only if the user keeps any table.
         if users.is_dir() and any(users.glob("*.json")):
             path = users / f"{self.fingerprint}.json"
-            if path.is_file():
+            if os.path.lexists(path):
                 return read_json(path), str(path)
         table = self.config.elastic
         return table, "config.json" if table is not None else "no table"
@@ -255,7 +267,39 @@ class Checkpoint:
         """
         plain = [name for name in self.names if name not in self.quantized]
         parts = [part for stored in self.quantized.values() for part in stored.parts]
-        return fingerprint(self._files, [*plain, *parts])
+        return fingerprint(self._files, [*plain, *parts, *self.kv_factor_names])
+
+    @property
+    def kv_factor_names(self) -> list[str]:
+        """The tensors of `kv_factor` that are part of no quantised weight."""
+        parts = {part for stored in self.quantized.values() for part in stored.parts}
+        names = (name for found in self._kv_factors.values() for name in found)
+        return [name for name in names if name not in parts]
+
+    def kv_factor(self, layer: int, kind: str) -> float | None:
+        """What the codes of an attention layer's 8-bit keys or values are multiplied by.
+
+        Args:
+            layer: index of the layer.
+            kind: "k" or "v".
+
+        Returns:
+            The number; None where the checkpoint has none.
+
+        Raises: CheckpointError for no finite number above 0, or two that differ.
+        """
+        values = {name: self.scalar(name) for name in self._kv_factors[layer, kind]}
+        if len(set(values.values())) > 1:
+            raise CheckpointError(
+                f"checkpoint: {' and '.join(values)} must be equal, got "
+                f"{' and '.join(map(str, values.values()))}"
+            )
+        return next(iter(values.values()), None)
+
+    @property
+    def lacks_kv_factors(self) -> bool:
+        """True where an attention layer has no factor for its 8-bit keys or values."""
+        return not all(self._kv_factors.values())
 
     @property
     def formats(self) -> dict[str, str]:
@@ -296,11 +340,15 @@ class Checkpoint:
         """
         if name not in self._files:
             return None
-        tensor = self._files.tensor(name)
-        value = float(tensor) if tensor.numel() == 1 else math.nan
+        shape = self._files.shape_of(name)  # before any data is read
+        if math.prod(shape) != 1:
+            raise CheckpointError(
+                f"checkpoint: {name} must be one finite number above 0, got shape {list(shape)}"
+            )
+        value = float(self._files.tensor(name).float())
         if not math.isfinite(value) or value <= 0:
             raise CheckpointError(
-                f"checkpoint: {name} must be one finite number above 0, got {tensor.tolist()}"
+                f"checkpoint: {name} must be one finite number above 0, got {value}"
             )
         return value
 
@@ -355,6 +403,17 @@ class Checkpoint:
         return self.tensor(name, *selection)
 
 
+def _check_names(files: TensorFiles, config: ModelConfig) -> None:
+    """Refuses a checkpoint without one of its tensors. It ends at the first that is missing, so
+    the files bound the time, however many tensors config.json speaks of."""
+    for name, shape in iterate_shapes(config):
+        if name not in files and f"{name.removesuffix('.weight')}.weight_packed" not in files:
+            raise CheckpointError(
+                f"checkpoint: {files.folder} must hold {name} of shape {list(shape)}, got none; "
+                "config.json and the weights must belong together"
+            )
+
+
 def _check_tensors(
     files: TensorFiles, config: ModelConfig, quantized: Mapping[str, StoredWeight]
 ) -> list[str]:
@@ -363,11 +422,6 @@ def _check_tensors(
     for name, shape in expected.items():
         if name in quantized:
             continue
-        if name not in files:
-            raise CheckpointError(
-                f"checkpoint: {files.folder} must hold {name} of shape {list(shape)}, got none; "
-                "config.json and the weights must belong together"
-            )
         found, dtype = files.shape_of(name), files.dtype_of(name)
         if found != shape:
             raise CheckpointError(
@@ -386,12 +440,13 @@ def _check_tensors(
             "config.json if the head has weights of its own"
         )
     parts = {part for stored in quantized.values() for part in stored.parts}
+    parts |= {part for found in kv_factors(files, config).values() for part in found}
     extra = [name for name in files.names if name not in expected and name not in parts]
     mtp = [name for name in extra if name.startswith("mtp.")]
     if mtp:
         logger.info("checkpoint: %d mtp.* tensors (token look-ahead) are skipped", len(mtp))
     other = [name for name in extra if not name.startswith("mtp.")]
     if other:
-        shown = ", ".join(other[:8]) + (", …" if len(other) > 8 else "")
-        logger.warning("checkpoint: %d tensors are no part of the model: %s", len(other), shown)
+        some = ", ".join(other[:8]) + (", …" if len(other) > 8 else "")
+        logger.warning("checkpoint: %d tensors are no part of the model: %s", len(other), some)
     return list(expected)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
+from .files import read_json
 from .widths import (
     ATTENTION,
     CHANNEL_STEP,
@@ -81,6 +82,9 @@ _SIZES = {
     "moe_shared_expert_intermediate_size": 7688,
     "max_position_embeddings": 4096,
 }
+_LARGEST = 2**31 - 1  # of a size: kernels and tables hold 32-bit integers
+_MOST_LAYERS = 1024
+_FLOAT32_MAX = 3.4028234663852886e38
 _ALIASES = {
     "mamba_n_groups": "n_groups",
     "mamba_d_conv": "conv_kernel",
@@ -180,15 +184,11 @@ class ModelConfig:
         library does not run.
         """
         file = Path(path) / "config.json"
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        if not os.path.lexists(file):
             raise CheckpointError(
                 f"config: folder must hold config.json, got {Path(path)} without it"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"config: {file} must be readable JSON, got: {error}") from error
-        return cls.from_dict(data)
+            )
+        return cls.from_dict(read_json(file, f"config: {file}"))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
@@ -205,13 +205,13 @@ class ModelConfig:
         model_type = data.get("model_type", "nemotron_h")
         if model_type != "nemotron_h":
             _refuse("model_type", "be 'nemotron_h'", model_type)
-        raw = _decode_floats(dict(data))
+        raw = {key: _decode_floats(value) for key, value in data.items()}
         values = dict(raw)
         for old, new in _ALIASES.items():
             if values.get(old) is None:
                 continue
             if values.get(new) not in (None, values[old]):
-                _refuse(old, f"agree with {new} = {values[new]!r}", values[old])
+                _refuse(old, f"agree with {new} = {shown(values[new])}", values[old])
             values[new] = values[old]
         layers = _read_layers(values)
         _check_required_values(values, layers)
@@ -219,8 +219,8 @@ class ModelConfig:
         config = cls(
             layers=layers,
             routed_scaling_factor=_real(values, "routed_scaling_factor", 1.0),
-            layer_norm_epsilon=_real(values, "layer_norm_epsilon", 1e-5),
-            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+            layer_norm_epsilon=_real(values, "layer_norm_epsilon", 1e-5, least=0.0),
+            tie_word_embeddings=_flag(values, "tie_word_embeddings"),
             bos_token_id=_token_id(values, "bos_token_id", 1),
             eos_token_id=_token_id(values, "eos_token_id", 2, many=True),
             pad_token_id=_token_id(values, "pad_token_id", 0),
@@ -236,7 +236,7 @@ class ModelConfig:
 
 
 def _refuse(key: str, rule: str, value: object) -> NoReturn:
-    raise CheckpointError(f"config: {key} must {rule}, got {value!r}")
+    raise CheckpointError(f"config: {key} must {rule}, got {shown(value)}")
 
 
 def _decode_floats(value: Any) -> Any:
@@ -245,7 +245,7 @@ def _decode_floats(value: Any) -> Any:
         if set(value) == {"__float__"}:
             try:
                 return float(value["__float__"])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 _refuse("__float__", "be a number, Infinity or NaN", value["__float__"])
         return {key: _decode_floats(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -263,8 +263,9 @@ def _read_layers(values: Mapping[str, Any]) -> tuple[str, ...]:
         if unknown:
             _refuse("layers_block_type", f"hold only {sorted(_KIND_NAMES)}", unknown[0])
         layers = tuple(_KIND_NAMES[name] for name in names)
-        if pattern is not None and tuple(pattern) != layers:
-            _refuse("hybrid_override_pattern", f"agree with layers_block_type {layers}", pattern)
+        if pattern is not None and pattern != "".join(layers):
+            rule = f"agree with layers_block_type {shown(''.join(layers))}"
+            _refuse("hybrid_override_pattern", rule, pattern)
     elif pattern is not None:
         if not isinstance(pattern, str):
             _refuse("hybrid_override_pattern", "be a string such as 'MEM*E'", pattern)
@@ -276,8 +277,9 @@ def _read_layers(values: Mapping[str, Any]) -> tuple[str, ...]:
         raise CheckpointError(
             "config: hybrid_override_pattern or layers_block_type must be given, got neither"
         )
-    if not layers:
-        _refuse("hybrid_override_pattern", "name at least one layer", pattern)
+    if not 1 <= len(layers) <= _MOST_LAYERS:
+        rule = f"name at least one layer and at most {_MOST_LAYERS}"
+        _refuse("hybrid_override_pattern", rule, pattern)
     count = values.get("num_hidden_layers")
     if count is not None and count != len(layers):
         _refuse("num_hidden_layers", f"be {len(layers)}, the length of the pattern", count)
@@ -310,17 +312,29 @@ def _read_sizes(values: Mapping[str, Any]) -> dict[str, int]:
         value = values.get(key, default)
         if value is None and key == "num_key_value_heads":
             value = sizes["num_attention_heads"]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            _refuse(key, "be a positive integer", value)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+            _refuse(key, f"be a positive integer of at most {_LARGEST}", value)
         sizes[key] = value
     return sizes
 
 
-def _real(values: Mapping[str, Any], key: str, default: float) -> float:
+def _real(
+    values: Mapping[str, Any], key: str, default: float, least: float = -_FLOAT32_MAX
+) -> float:
+    """A number that kernels take: its float32 is finite."""
     value = values.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         _refuse(key, "be a finite number", value)
+    if not least <= value <= _FLOAT32_MAX:
+        _refuse(key, f"be a finite number in [{least:g}, {_FLOAT32_MAX:g}]", value)
     return float(value)
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key)
+    if value is not None and not isinstance(value, bool):
+        _refuse(key, "be true or false", value)
+    return bool(value)
 
 
 def _token_id(
@@ -329,7 +343,9 @@ def _token_id(
     value = values.get(key, default)
     ids = value if many and isinstance(value, (list, tuple)) else [value]
     for item in ids:
-        if item is not None and (not isinstance(item, int) or isinstance(item, bool)):
+        if item is not None and (
+            not isinstance(item, int) or isinstance(item, bool) or abs(item) > _LARGEST
+        ):
             _refuse(key, "be a token id" + (", a list of them" if many else "") + " or null", value)
     return list(value) if isinstance(value, tuple) else value
 

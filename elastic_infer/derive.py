@@ -18,6 +18,7 @@ from elastic_infer.checkpoint import (
 )
 from elastic_infer.config import LAYER_KEYS, ModelConfig, Width, parse_widths, width_to_dict
 from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.files import read_json, user_path
 from elastic_infer.slicing import (
     EMBEDDING,
     Selection,
@@ -26,7 +27,7 @@ from elastic_infer.slicing import (
     selection_shape,
     tensor_selections,
 )
-from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, Axis, TensorFiles, read_json
+from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, Axis, TensorFiles
 from elastic_infer.writing import make_folder, write_json
 
 __all__ = ["derive_widths", "write_widths"]
@@ -90,7 +91,8 @@ def derive_widths(
         whole = Checkpoint.open(whole, widths=_table(full_name, dict(table)))
     for name, source in {**slices, **slice_configs}.items():
         folder = resolve_folder(source) if name in slices else None
-        path = Path(source).expanduser() if folder is None else folder / "config.json"
+        config_file = user_path(source, "derive_widths: slice") if folder is None else None
+        path = config_file or folder / "config.json"
         config = _slice_config(name, path)
         width = _derive_one(whole.config, config, name)
         table[name] = width_to_dict(whole.config, width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -15,12 +14,13 @@ import torch
 
 from . import _C
 from .cache import Cache
-from .cache_dtypes import CacheDtypes, cache_dtypes
+from .cache_dtypes import FP8, CacheDtypes, cache_dtypes
 from .capacity import Capacity, plan_capacity
 from .checkpoint import Checkpoint
 from .config import Width, widest
 from .devices import Device, choose_device
-from .errors import CheckpointError, InvalidRequest, WidthError, shown
+from .errors import InvalidRequest, WidthError, shown
+from .files import GENERATION_CONFIG, read_json
 from .model import Model
 from .placement import cache_budget
 from .tokenizer import Tokenizer, eos_ids_from_folder
@@ -96,6 +96,7 @@ def _load(
     config = checkpoint.config
     check_activations(options.activation_quantization, device, checkpoint.formats)
     dtypes = cache_dtypes(config, kind, options.kv_cache_dtype, options.mamba_ssm_cache_dtype)
+    _tell_missing_factors(checkpoint, dtypes)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     generation_config = read_generation_config(checkpoint.folder)
     capacity = plan_capacity(
@@ -128,6 +129,19 @@ def _load(
         model, tokenizer, checkpoint, capacity, default if default in kept else list(kept)[-1],
         generation_config, _eos_ids(checkpoint, tokenizer),
     )  # fmt: skip
+
+
+def _tell_missing_factors(checkpoint: Checkpoint, dtypes: CacheDtypes) -> None:
+    """Warns where keys and values in 8 bits are asked for, or stated by the checkpoint, and it has
+    no factors for them: large ones would be cut to the largest code."""
+    stated = checkpoint.published and checkpoint.published.kv_cache == "FP8"
+    if checkpoint.lacks_kv_factors and (stated or dtypes.kv == FP8):
+        logger.warning(
+            "%s: keys and values in FP8 are %s, but there is no k_scale or v_scale of some "
+            "attention layers: the factor is 1, and values beyond 448 are cut",
+            checkpoint.folder,
+            "asked for" if dtypes.kv == FP8 else "stated by the checkpoint",
+        )
 
 
 def check_activations(wish: object, device: Device, formats: Mapping[str, str]) -> None:
@@ -180,16 +194,8 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
     Raises: CheckpointError for one that is no JSON object.
     """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name}: must be readable JSON, got {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name}: must be a JSON object, got {type(data).__name__}")
-    return data
+    path = folder / GENERATION_CONFIG
+    return read_json(path, f"{path.name}:", dict) if os.path.lexists(path) else {}
 
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:

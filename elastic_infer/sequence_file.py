@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .cache import PAGE, Run, Saved, SavedState, Sequence
 from .config import width_to_dict
-from .errors import CheckpointError, WidthError
-from .tensor_files import save_tensors
+from .errors import CheckpointError, WidthError, shown
+from .files import is_file, parse_json, user_path
+from .tensor_files import DTYPES, open_safetensors, save_tensors
 from .weights import rank_major
 
 if TYPE_CHECKING:
@@ -99,30 +100,28 @@ def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int]
     Raises: CheckpointError for a file that is no sequence, is damaged, belongs to other weights,
         or does not fit the served width.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
+    path = user_path(path, "sequence file: path")
+    if not is_file(path):
         raise CheckpointError(f"sequence file: path must name a file, got {path}")
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"sequence file: {path} must be whole safetensors, got: {error}"
-        ) from error
+    with open_safetensors(path, "sequence file") as stored:
+        return _read(path, engine, stored)
+
+
+def _read(path: Path, engine: Engine, stored: Any):
+    metadata = stored.metadata() or {}
     if metadata.get("format") != "elastic_infer.sequence" or metadata.get("version") != VERSION:
         raise CheckpointError(
             f"sequence file: {path} must be an elastic_infer sequence of version {VERSION}, got "
-            f"{metadata.get('format')!r} version {metadata.get('version')!r}"
+            f"{shown(metadata.get('format'))} version {shown(metadata.get('version'))}"
         )
-    if metadata["fingerprint"] != engine.fingerprint:
+    written_by = metadata.get("fingerprint", "")
+    if written_by != engine.fingerprint:
         raise CheckpointError(
             f"sequence file: {path} must belong to these weights ({engine.fingerprint[:12]}…), got "
-            f"one for {metadata['fingerprint'][:12]}…; load it with the checkpoint that wrote it"
+            f"one for {written_by[:12]}…; load it with the checkpoint that wrote it"
         )
     try:
-        return _parse(path, engine, metadata, tensors)
+        return _parse(path, engine, metadata, _Tensors(path, stored))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, (CheckpointError, WidthError)):
             raise
@@ -132,45 +131,111 @@ def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int]
         ) from error
 
 
-def _parse(path, engine: Engine, metadata: dict, tensors: dict):
-    runs = [Run(w, k, c, t) for w, k, c, t in json.loads(metadata["runs"])]
+class _Tensors:
+    """The tensors of a file; shape and dtype are compared before anything is read."""
+
+    def __init__(self, path: Path, stored: Any):
+        self.path, self.stored, self.names = path, stored, frozenset(stored.keys())
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that must have this shape and dtype."""
+        kind, found = self._kind(name)
+        if kind != dtype or found != tuple(shape):
+            got = "none" if found is None else f"{kind}{list(found)}"
+            raise CheckpointError(
+                f"sequence file: {self.path} must hold {name} as {dtype}{list(shape)} for this "
+                f"engine's served width, got {got}"
+            )
+        return self.stored.get_tensor(name)
+
+    def ids(self, name: str, most: int) -> list[int]:
+        """A list of at most `most` token ids."""
+        kind, found = self._kind(name)
+        if kind != torch.int32 or len(found) != 1 or found[0] > most:
+            got = "none" if found is None else f"{kind}{list(found)}"
+            raise CheckpointError(
+                f"sequence file: {self.path} must hold {name} as at most {most} ids in int32, got "
+                f"{got}"
+            )
+        return self.stored.get_tensor(name).tolist()
+
+    def _kind(self, name: str) -> tuple[torch.dtype | None, tuple[int, ...] | None]:
+        if name not in self.names:
+            return None, None
+        entry = self.stored.get_slice(name)
+        return DTYPES.get(entry.get_dtype()), tuple(entry.get_shape())
+
+
+def _value(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:
+    """One JSON value of the metadata.
+
+    Raises: KeyError without it; ValueError for one of another type.
+    """
+    value = parse_json(
+        metadata[key], f"sequence file: {path} must be as `save` writes it: {key}"
+    )
+    if not isinstance(value, kind):
+        raise ValueError(f"{key} {shown(value)}")
+    return value
+
+
+def _runs(path: Path, metadata: dict[str, str]) -> list[Run]:
+    """The width runs, every field of its type; ValueError for anything else."""
+    runs = []
+    for entry in _value(path, metadata, "runs", list):
+        width, kind, count, tracked = entry if isinstance(entry, list) else ()
+        if (
+            not isinstance(width, str)
+            or kind not in ("prefill", "step")
+            or type(count) is not int
+            or count < 1
+            or type(tracked) is not bool
+        ):
+            raise ValueError(f"a run {shown(entry)}")
+        runs.append(Run(width, kind, count, tracked))
+    return runs
+
+
+def _parse(path: Path, engine: Engine, metadata: dict[str, str], tensors: _Tensors):
+    runs, track = _runs(path, metadata), _value(path, metadata, "track", bool)
     names = [metadata["width"], *(run.width for run in runs)]
     for name in names:
         engine._intake.check_width(name)
-    sizes = json.loads(metadata["widths"])
+    sizes = _value(path, metadata, "widths", dict)
     for name, here in _sizes(engine, names).items():
         if sizes[name] != here:
             raise CheckpointError(
                 f"sequence file: {path} must have been read by widths of these sizes, got "
-                f"{name!r} as {sizes[name]}, here it is {here}"
+                f"{name!r} as {shown(sizes[name])}, here it is {here}"
             )
-    kept, here = json.loads(metadata["cache"]), _dtypes(engine)
+    kept, here = _value(path, metadata, "cache", dict), _dtypes(engine)
     if kept != here:
         raise CheckpointError(
             f"sequence file: {path} must be loaded by an engine that keeps its cache as the one "
-            f"that wrote it, got {kept}, here it is {here}"
+            f"that wrote it, got {shown(kept)}, here it is {here}"
         )
-    tokens, unread = tensors["tokens"].tolist(), tensors["unread"].tolist()
+    longest = engine.max_model_len
+    tokens, unread = tensors.ids("tokens", longest), tensors.ids("unread", longest)
     if sum(run.count for run in runs) != len(tokens):
         raise ValueError(f"width runs of {sum(r.count for r in runs)} tokens for {len(tokens)}")
     if tokens + unread:
         engine._intake.check_tokens("tokens", tokens + unread)
-    logits = tensors.get("logits")
-    if logits is not None:
-        _expect(path, tensors, "logits", (engine.config.vocab_size,), torch.float32)
-    sequence = Sequence(tokens=tokens, runs=runs, track=json.loads(metadata["track"]))
-    return sequence, _content(path, engine, tensors, len(tokens)), names[0], unread, logits
+    logits = None
+    if "logits" in tensors.names:
+        logits = tensors.get("logits", (engine.config.vocab_size,), torch.float32)
+    sequence = Sequence(tokens=tokens, runs=runs, track=track)
+    return sequence, _content(engine, tensors, len(tokens)), names[0], unread, logits
 
 
-def _content(path, engine: Engine, tensors: dict, length: int) -> Saved:
+def _content(engine: Engine, tensors: _Tensors, length: int) -> Saved:
     """The tensors of a file in the cache's own order and shapes."""
     cache, pages = engine._model.cache, -(-length // PAGE)
     kv = []
     for i, (k, v) in enumerate(zip(cache.k, cache.v)):
         pair = []
         for name, like in (("k", k), ("v", v)):
-            flat = _expect(path, tensors, f"attention.{i}.{name}",
-                           (length, like.shape[1], like.shape[3]), like.dtype)  # fmt: skip
+            shape = (length, like.shape[1], like.shape[3])
+            flat = tensors.get(f"attention.{i}.{name}", shape, like.dtype)
             room = torch.zeros(pages * PAGE, *flat.shape[1:], dtype=flat.dtype)
             room[:length] = flat
             pair.append(room.unflatten(0, (pages, PAGE)).transpose(1, 2).contiguous())
@@ -178,20 +243,9 @@ def _content(path, engine: Engine, tensors: dict, length: int) -> Saved:
     states = []
     for i, (ssm, conv, order) in enumerate(zip(cache.ssm, cache.conv, _checkpoint_order(engine))):
         inverse = torch.tensor(order).argsort()
-        saved_ssm = _expect(path, tensors, f"mamba.{i}.ssm", ssm.shape[1:], ssm.dtype)
-        saved_conv = _expect(path, tensors, f"mamba.{i}.conv", conv.shape[1:], conv.dtype)
+        saved_ssm = tensors.get(f"mamba.{i}.ssm", ssm.shape[1:], ssm.dtype)
+        saved_conv = tensors.get(f"mamba.{i}.conv", conv.shape[1:], conv.dtype)
         channels = torch.tensor(_conv_order(engine, order, conv.shape[1])).argsort()
         states.append((saved_ssm[inverse], saved_conv[channels]))
     used = list(range(pages)) if cache.k else []
     return Saved(kv=kv, pages=used, state=SavedState(states), snapshots=[])
-
-
-def _expect(path, tensors: dict, name: str, shape, dtype: torch.dtype) -> torch.Tensor:
-    tensor = tensors.get(name)
-    if tensor is None or tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-        got = "none" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
-        raise CheckpointError(
-            f"sequence file: {path} must hold {name} as {dtype}{list(shape)} for this engine's "
-            f"served width, got {got}"
-        )
-    return tensor

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from elastic_infer.config import LAYER_KEYS, ModelConfig, Width, slice_config
+from elastic_infer.config import LAYER_KEYS, MOE, ModelConfig, Width, slice_config
 from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.files import TAKEN_ALONG, TEXT_FILES, is_file, read_bytes
 from elastic_infer.quantization.published import SIDECAR
 from elastic_infer.quantization.stored import stored_selections
 from elastic_infer.tensor_files import Selection, take, write_safetensors
-from elastic_infer.writing import new_folder, require_new, write_json, write_whole
+from elastic_infer.writing import make_folder, new_folder, require_new, write_json, write_whole
 
 if TYPE_CHECKING:
     from elastic_infer.checkpoint import Checkpoint
@@ -31,26 +32,14 @@ __all__ = [
     "slice_checkpoint",
     "slice_state_dict",
     "tensor_selections",
+    "with_kv_factors",
 ]
 
 logger = logging.getLogger(__name__)
 
 EMBEDDING = "backbone.embeddings.weight"
 SHARD_BYTES = 5 * 10**9
-
-# Tokenizer and generation files that an exported checkpoint takes along.
-SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+MOST_TENSORS = 1 << 19
 
 
 def _kept_heads(total: int, kept: int, groups: int) -> list[int]:
@@ -155,7 +144,34 @@ def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{checkpoint name: shape} of every tensor a checkpoint of ``config`` must hold, in order."""
+    """{checkpoint name: shape} of every tensor a checkpoint of ``config`` must hold, in order.
+
+    Raises: CheckpointError for a config of more tensors than any checkpoint has.
+    """
+    moe = len(config.layers_of(MOE))
+    count = 16 * config.num_layers + 2 * moe * config.n_routed_experts
+    if count > MOST_TENSORS:
+        raise CheckpointError(
+            f"config: n_routed_experts must give at most {MOST_TENSORS} tensors, got "
+            f"{config.n_routed_experts} in each of {moe} layers"
+        )
+    return dict(iterate_shapes(config))
+
+
+def iterate_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What `expected_shapes` returns, one (name, shape) after another: config.json may speak of
+    more tensors than names fit in memory."""
+    yield EMBEDDING, (config.vocab_size, config.hidden_size)
+    for layer, kind in enumerate(config.layers):
+        yield f"backbone.layers.{layer}.norm.weight", (config.hidden_size,)
+        for name, shape in _mixer_shapes(config, kind):
+            yield f"backbone.layers.{layer}.mixer.{name}", shape
+    yield "backbone.norm_f.weight", (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
+
+
+def _mixer_shapes(config: ModelConfig, kind: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden = config.hidden_size
     inner = config.mamba_num_heads * config.mamba_head_dim
     conv = inner + 2 * config.n_groups * config.ssm_state_size
@@ -188,20 +204,13 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "gate.e_score_correction_bias": (config.n_routed_experts,),
         },
     }
-    for expert in range(config.n_routed_experts):
-        mixers["E"][f"experts.{expert}.up_proj.weight"] = (ffn, hidden)
-        mixers["E"][f"experts.{expert}.down_proj.weight"] = (hidden, ffn)
-    mixers["E"]["shared_experts.up_proj.weight"] = (shared, hidden)
-    mixers["E"]["shared_experts.down_proj.weight"] = (hidden, shared)
-    out = {EMBEDDING: (config.vocab_size, hidden)}
-    for layer, kind in enumerate(config.layers):
-        out[f"backbone.layers.{layer}.norm.weight"] = (hidden,)
-        for name, shape in mixers[kind].items():
-            out[f"backbone.layers.{layer}.mixer.{name}"] = shape
-    out["backbone.norm_f.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        out["lm_head.weight"] = (config.vocab_size, hidden)
-    return out
+    yield from mixers[kind].items()
+    if kind == MOE:
+        for expert in range(config.n_routed_experts):
+            yield f"experts.{expert}.up_proj.weight", (ffn, hidden)
+            yield f"experts.{expert}.down_proj.weight", (hidden, ffn)
+        yield "shared_experts.up_proj.weight", (shared, hidden)
+        yield "shared_experts.down_proj.weight", (hidden, shared)
 
 
 def _axis_size(axis: slice | list[int] | None, size: int) -> int:
@@ -313,7 +322,8 @@ def slice_checkpoint(
         return checkpoint.part(source, rows, cols)
 
     with new_folder(out, "slice") as fresh:
-        write_safetensors(fresh, specs, cut_part, shard_bytes, progress)
+        stored = with_kv_factors(checkpoint, specs, cut_part)
+        write_safetensors(fresh, *stored, shard_bytes, progress)
         copy_side_files(checkpoint.folder, fresh, (SIDECAR,))
         write_json(fresh / "config.json", raw, "slice")
     if "elastic" in raw:
@@ -326,6 +336,25 @@ def slice_checkpoint(
         raw.get("time_step_min", "0.001 (the default)"),
     )
     return out
+
+
+def with_kv_factors(
+    checkpoint: Checkpoint,
+    specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    tensor: Callable[[str], torch.Tensor],
+) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], torch.Tensor]]:
+    """What `write_safetensors` takes, with the factors of 8-bit keys and values: every export has
+    those of its source, whose KV heads it keeps whole.
+
+    Args:
+        checkpoint: the source.
+        specs: {name: (shape, dtype)} of everything else.
+        tensor: gives one of them by its name.
+    """
+    factors = {name: checkpoint.part_spec(name) for name in checkpoint.kv_factor_names}
+    return {**specs, **factors}, lambda name: (
+        checkpoint.part(name) if name in factors else tensor(name)
+    )
 
 
 def part_sources(
@@ -346,13 +375,11 @@ def part_sources(
 def copy_side_files(source: Path, target: Path, more: tuple[str, ...] = ()) -> list[str]:
     """Copies the tokenizer and generation files, and those of ``more``, that ``source`` has;
     returns their names. Raises: CheckpointError for one that cannot be read or written."""
-    copied = [name for name in (*SIDE_FILES, *more) if (source / name).is_file()]
+    names = (*TEXT_FILES, *TAKEN_ALONG, *more)
+    found = (path for name in names for path in sorted(source.glob(name)) if is_file(path))
+    copied = [path.relative_to(source).as_posix() for path in found]
     for name in copied:
-        try:
-            content = (source / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoint: {source / name} must be readable, got: {error}"
-            ) from error
+        content = read_bytes(source / name, f"checkpoint: {source / name}", 1 << 30)
+        make_folder((target / name).parent, "checkpoint")
         write_whole(target / name, content, "checkpoint")
     return copied

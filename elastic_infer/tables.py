@@ -76,7 +76,7 @@ class WidthTables:
 
     def mode(self, width: str, track: bool) -> int:
         """The number a row of this width carries."""
-        return 2 * self.index[width] + int(track)
+        return 2 * self.index[width] + bool(track)
 
     @staticmethod
     def _mamba(config: ModelConfig, widths: Seq[Width], served: Width, layer: int) -> LayerSizes:

@@ -8,24 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from elastic_infer.errors import CheckpointError
+from elastic_infer.errors import CheckpointError, shown
+from elastic_infer.files import file_size, foreign, is_file, plain_name, read_json
 from elastic_infer.writing import Stream, write_json, write_whole
 
 __all__ = [
+    "DTYPES",
     "Axis",
     "Selection",
     "TensorFiles",
     "axis_ranges",
     "fingerprint",
-    "read_json",
+    "open_safetensors",
     "save_tensors",
     "take",
     "write_safetensors",
@@ -46,7 +49,7 @@ class Selection(NamedTuple):
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -60,21 +63,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def read_json(path: str | Path) -> Any:
-    """Parses a JSON file; ``Infinity`` is accepted.
-
-    Raises:
-        CheckpointError: the file cannot be read or is not JSON; names the file.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"checkpoint: cannot read {path}: {error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"checkpoint: {path} must be JSON in UTF-8, got {error}") from error
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def axis_ranges(axis: Axis, size: int, what: str = "axis") -> list[tuple[int, int]]:
@@ -153,14 +142,7 @@ class TensorFiles:
         self._where: dict[str, Any] = {}
         self._file: dict[str, Path] = {}
         for path in self._paths():
-            try:
-                handle = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"checkpoint: {path} must be a complete safetensors file, got {error} "
-                    f"({path.stat().st_size} bytes); copy or download it again"
-                ) from error
-            self._handles[path] = handle
+            handle = self._handles[path] = open_safetensors(path)
             for name in handle.keys():  # noqa: SIM118 (no dict)
                 if name in self._file:
                     raise CheckpointError(
@@ -172,29 +154,29 @@ class TensorFiles:
         self._check_index()
 
     def _paths(self) -> list[Path]:
-        index = self.folder / INDEX_NAME
+        index, single = self.folder / INDEX_NAME, self.folder / SINGLE_NAME
         self._map: dict[str, str] = {}
-        if not index.exists():
-            single = self.folder / SINGLE_NAME
-            if single.is_file():
+        if not os.path.lexists(index):
+            if is_file(single):
                 return [single]
             raise CheckpointError(
                 f"checkpoint: {self.folder} must hold {SINGLE_NAME} or {INDEX_NAME}, got neither"
             )
-        weight_map = read_json(index)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(
-                f"checkpoint: {index} must have a weight_map {{tensor: file}}, got none"
-            )
-        files = sorted({str(file) for file in weight_map.values()})
-        missing = [file for file in files if not (self.folder / file).is_file()]
+        weight_map = read_weight_map(index)
+        files = sorted(set(weight_map.values()))
+        missing = [file for file in files if not is_file(self.folder / file)]
+        if missing and is_file(single) and SINGLE_NAME not in files:
+            logger.warning(
+                "checkpoint: %s names files that are not there (%s): %s is read in their place",
+                index, shown(missing[0]), SINGLE_NAME,
+            )  # fmt: skip
+            return [single]
         if missing:
             raise CheckpointError(
                 f"checkpoint: {self.folder} must hold every file of {INDEX_NAME}, got no "
-                f"{', '.join(missing)}; download or copy what is missing"
+                f"{', '.join(missing[:8])}; download or copy what is missing"
             )
-        self._map = {name: str(file) for name, file in weight_map.items()}
+        self._map = weight_map
         return [self.folder / file for file in files]
 
     def _check_index(self) -> None:
@@ -206,6 +188,10 @@ class TensorFiles:
                     f"checkpoint: tensor {name} must be in {file} as {INDEX_NAME} of "
                     f"{self.folder} says, got {where}"
                 )
+
+    def __len__(self) -> int:
+        """The number of tensors."""
+        return len(self._where)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -237,11 +223,11 @@ class TensorFiles:
             CheckpointError: no such tensor, or a stored dtype this library does not read.
         """
         stored = self._entry(name).get_dtype()
-        if stored not in _DTYPES:
+        if stored not in DTYPES:
             raise CheckpointError(
-                f"checkpoint: tensor {name} must have a dtype of {', '.join(_DTYPES)}, got {stored}"
+                f"checkpoint: tensor {name} must have a dtype of {', '.join(DTYPES)}, got {stored}"
             )
-        return _DTYPES[stored]
+        return DTYPES[stored]
 
     def tensor(self, name: str, rows: Axis = None, cols: Axis = None) -> torch.Tensor:
         """``stored[name][rows][:, cols]`` as a new contiguous tensor in its stored dtype.
@@ -285,6 +271,42 @@ class TensorFiles:
                 out[row : row + r1 - r0, col : col + width] = entry[r0:r1, c[0] : c[1]]
                 col += width
         return out
+
+
+def open_safetensors(path: str | Path, what: str = "checkpoint") -> Any:
+    """A safetensors file whose header was read and checked; its data is mapped.
+
+    Args:
+        path: the file.
+        what: begins the message.
+
+    Raises: CheckpointError for a file that is no regular one, is not whole, or cannot be mapped.
+    """
+    if not is_file(path):
+        raise CheckpointError(f"{what}: {path} must be readable, got no regular file")
+    rule = f"{what}: {path} must be a complete safetensors file ({file_size(path)} bytes)"
+    with foreign(f"{rule}; copy or download it again"):
+        return safe_open(path, framework="pt", device="cpu")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file name} of an index; the files lie in its own folder.
+
+    Raises: CheckpointError.
+    """
+    found = read_json(index)
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"checkpoint: {index} must have a weight_map {{tensor: file}}, got none"
+        )
+    for name, file in weight_map.items():
+        if not plain_name(file):
+            raise CheckpointError(
+                f"checkpoint: {index} must name files of its own folder, got {shown(file)} for "
+                f"{shown(name)}"
+            )
+    return weight_map
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

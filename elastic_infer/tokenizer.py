@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,18 @@ from tokenizers import AddedToken
 
 from elastic_infer.chat import ChatTemplates
 from elastic_infer.errors import CheckpointError, InvalidRequest, shown
+from elastic_infer.files import (
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATES,
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    foreign,
+    read_json,
+    read_text,
+    require_file,
+)
 from elastic_infer.param_checks import encodable
 from elastic_infer.text import StreamRule
 from elastic_infer.user_calls import tokenizer_errors
@@ -23,18 +35,12 @@ __all__ = ["Tokenizer", "eos_ids_from_folder"]
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _NAMED += ("mask_token",)
 _SHORT = 2048  # characters that are tokenised in less time than a thread waits for its turn
+_TOKENIZER_BYTES = 1 << 30
+_TEMPLATE_BYTES = 4 << 20
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path.name}: must be readable JSON, got {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name}: must be a JSON object, got {type(data).__name__}")
-    return data
+    return read_json(path, f"{path.name}:", dict) if os.path.lexists(path) else {}
 
 
 def _content(token: Any) -> str | None:
@@ -50,14 +56,16 @@ def eos_ids_from_folder(folder: str | Path) -> tuple[int, ...]:
     folder: holds generation_config.json, or else config.json, with eos_token_id (int or list).
     Returns the ids; empty if none is stated. Raises CheckpointError if they are not ids.
     """
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION_CONFIG, "config.json"):
         value = _read_json(Path(folder) / name).get("eos_token_id")
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise CheckpointError(f"{name}: eos_token_id must be ids >= 0, got {value!r}")
+                raise CheckpointError(
+                    f"{name}: eos_token_id must be ids >= 0, got {shown(value)}"
+                )
         return tuple(dict.fromkeys(ids))
     return ()
 
@@ -123,27 +131,25 @@ class Tokenizer:
         Raises CheckpointError for a file that cannot be read.
         """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
+        path = folder / TOKENIZER
+        if not os.path.lexists(path):
             return None
-        try:
+        require_file(path, f"{TOKENIZER}:", _TOKENIZER_BYTES)
+        with foreign(f"{TOKENIZER}: must be a tokenizer"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for a bad file
-            raise CheckpointError(f"tokenizer.json: must be a tokenizer, got {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        special_map = _read_json(folder / "special_tokens_map.json")
+        config = _read_json(folder / TOKENIZER_CONFIG)
+        special_map = _read_json(folder / SPECIAL_TOKENS)
         named: dict[str, str] = {}
         for name in _NAMED:
             text = _content(config.get(name)) or _content(special_map.get(name))
             if text:
                 named[name] = text
-        _add_tokens(backend, config, special_map)
-        return cls(
-            backend,
-            special_tokens=named,
-            chat_template=_read_templates(folder, config),
-            eos_ids=eos_ids_from_folder(folder),
-        )
+        templates, eos_ids = _read_templates(folder, config), eos_ids_from_folder(folder)
+        with foreign(f"{TOKENIZER_CONFIG}: must name tokens that {TOKENIZER} can take"):
+            _add_tokens(backend, config, special_map)
+            return cls(
+                backend, special_tokens=named, chat_template=templates, eos_ids=eos_ids
+            )  # fmt: skip
 
     @property
     def vocab_size(self) -> int:
@@ -290,6 +296,11 @@ def _add_tokens(
 ) -> None:
     """Adds the tokens that only tokenizer_config.json knows, and marks the special ones."""
     listed = config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, Mapping) or not all(key.isdecimal() for key in listed):
+        raise CheckpointError(
+            f"{TOKENIZER_CONFIG}: added_tokens_decoder must be an object of ids, got "
+            f"{shown(listed)}"
+        )
     for key, token in sorted(listed.items(), key=lambda item: int(item[0])):
         text = _content(token)
         if text is None or backend.token_to_id(text) is not None:
@@ -297,7 +308,7 @@ def _add_tokens(
         flags = {
             flag: bool(token[flag])
             for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
-            if flag in token
+            if isinstance(token, Mapping) and flag in token
         }
         backend.add_tokens([AddedToken(text, **flags)])
         if backend.token_to_id(text) != int(key):
@@ -306,9 +317,13 @@ def _add_tokens(
                 f" {backend.token_to_id(text)} to follow tokenizer.json, got {key}"
             )
     extra: list[Any] = []
-    for source in (config, special_map):
+    for file, source in ((TOKENIZER_CONFIG, config), (SPECIAL_TOKENS, special_map)):
         for name in ("additional_special_tokens", "extra_special_tokens"):
             value = source.get(name) or []
+            if not isinstance(value, (Mapping, list)):
+                raise CheckpointError(
+                    f"{file}: {name} must be a list or object of tokens, got {shown(value)}"
+                )
             extra.extend(value.values() if isinstance(value, Mapping) else value)
     _mark_special(backend, map(_content, extra))
 
@@ -324,16 +339,25 @@ def _mark_special(backend: tokenizers.Tokenizer, texts: Iterable[str | None]) ->
 def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """{name: template}: the .jinja files, or else tokenizer_config.json's chat_template."""
     found: dict[str, str] = {}
-    main = folder / "chat_template.jinja"
-    if main.is_file():
-        found["default"] = main.read_text(encoding="utf-8")
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        found[path.stem] = path.read_text(encoding="utf-8")
+    main = folder / CHAT_TEMPLATE
+    if os.path.lexists(main):
+        found["default"] = read_text(main, f"{main.name}:", _TEMPLATE_BYTES)
+    for path in sorted(folder.glob(CHAT_TEMPLATES)):
+        found[path.stem] = read_text(path, f"{path.name}:", _TEMPLATE_BYTES)
     if found:
         return found
     value = config.get("chat_template")
-    if isinstance(value, str):
-        return {"default": value}
-    if isinstance(value, list):
-        return {entry["name"]: entry["template"] for entry in value}
-    return {}
+    if value is None:
+        return {}
+    entries = [{"name": "default", "template": value}] if isinstance(value, str) else value
+    if isinstance(entries, list) and all(
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("template"), str)
+        for entry in entries
+    ):
+        return {entry["name"]: entry["template"] for entry in entries}
+    raise CheckpointError(
+        f"{TOKENIZER_CONFIG}: chat_template must be text or a list of objects with name and "
+        f"template, got {shown(value)}"
+    )

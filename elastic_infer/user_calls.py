@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from elastic_infer.errors import ElasticError, InvalidRequest, RequestFailed, printable
+from elastic_infer.files import foreign
 
 _MARK = "_raised_by_a_user_of_elastic_infer"
 
@@ -44,15 +45,6 @@ def as_failure(name: str, error: BaseException) -> Exception:
     return failed
 
 
-@contextmanager
-def tokenizer_errors(what: str) -> Iterator[None]:
+def tokenizer_errors(what: str) -> AbstractContextManager[None]:
     """Makes what the tokenizer raises an error of this library; its panics are no Exceptions."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise InvalidRequest(
-            f"{what}: the tokenizer must take what it is given, got {type(error).__name__}: "
-            f"{text_of(error)}"
-        ) from error
+    return foreign(f"{what}: the tokenizer must take what it is given", InvalidRequest)

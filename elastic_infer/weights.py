@@ -260,8 +260,8 @@ class WeightLoader:
             norm=self._norm(layer),
             qkv=self._tiled(parts, slice(0, self.D)),
             o_proj=self._tiled([(at + "o_proj.weight", slice(0, self.D))], q_rows),
-            k_scale=self.checkpoint.scalar(at + "k_proj.k_scale") or 1.0,
-            v_scale=self.checkpoint.scalar(at + "v_proj.v_scale") or 1.0,
+            k_scale=self.checkpoint.kv_factor(layer, "k") or 1.0,
+            v_scale=self.checkpoint.kv_factor(layer, "v") or 1.0,
         )
 
     def _up_down(self, at: str, width: int) -> tuple[TiledWeight, TiledWeight]:

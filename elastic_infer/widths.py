@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import WidthError
+from .errors import WidthError, shown
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -38,6 +38,7 @@ _SKIP_REASON = (
     "remove it from the table"
 )
 CHANNEL_STEP = 16
+MOST_WIDTHS = 256  # every width has a table of sizes per layer
 
 
 @dataclass(frozen=True)
@@ -219,35 +220,42 @@ def _table_entries(table: Mapping[str, Any]) -> Mapping[str, Any]:
     if "widths" in table or "version" in table:
         version = table.get("version", 1)
         if version != 1:
-            raise WidthError(f"widths: version must be 1, got {version!r}")
+            raise WidthError(f"widths: version must be 1, got {shown(version)}")
         unknown = set(table) - {"version", "default_width", "widths"}
         if unknown:
             raise WidthError(
                 "widths: table must hold only version, default_width and widths, "
-                f"got {sorted(unknown)[0]!r}"
+                f"got {shown(sorted(unknown, key=str)[0])}"
             )
         entries = table.get("widths")
         if not isinstance(entries, Mapping):
-            raise WidthError(f"widths: widths must be an object of named widths, got {entries!r}")
-    if not entries:
-        raise WidthError("widths: table must hold at least one width, got none")
+            raise WidthError(
+                f"widths: widths must be an object of named widths, got {shown(entries)}"
+            )
+    if not 1 <= len(entries) <= MOST_WIDTHS:
+        raise WidthError(
+            f"widths: table must hold at least one width and at most {MOST_WIDTHS}, got "
+            f"{len(entries) or 'none'}"
+        )
     default = table.get("default_width") if entries is not table else None
-    if default is not None and default not in entries:
-        raise WidthError(f"widths: default_width must be one of {list(entries)}, got {default!r}")
+    if default is not None and (not isinstance(default, str) or default not in entries):
+        raise WidthError(
+            f"widths: default_width must be one of {shown(list(entries))}, got {shown(default)}"
+        )
     return entries
 
 
 def _parse_width(config: ModelConfig, name: str, sizes: Any) -> Width:
     if not isinstance(name, str) or not name:
-        raise WidthError(f"widths: name must be a non-empty string, got {name!r}")
+        raise WidthError(f"widths: name must be a non-empty string, got {shown(name)}")
     if not isinstance(sizes, Mapping):
-        raise WidthError(f"width {name!r}: sizes must be an object, got {sizes!r}")
+        raise WidthError(f"width {shown(name)}: sizes must be an object, got {shown(sizes)}")
     for key in sizes:
         if key in _SKIP_KEYS:
-            raise WidthError(f"width {name!r}: {key} must be absent: {_SKIP_REASON}")
+            raise WidthError(f"width {shown(name)}: {key} must be absent: {_SKIP_REASON}")
         if key != "hidden_size" and key not in LAYER_KEYS:
             known = ["hidden_size", *LAYER_KEYS]
-            raise WidthError(f"width {name!r}: {key} must be one of {known}, got {key!r}")
+            raise WidthError(f"width {shown(name)}: {key} must be one of {known}, got {shown(key)}")
     hidden = sizes.get("hidden_size", config.hidden_size)
     _check_width_size(config, name, "hidden_size", hidden)
     per_layer = {
@@ -263,8 +271,8 @@ def _layer_sizes(config: ModelConfig, name: str, key: str, value: Any) -> tuple[
         for size in value:
             if not isinstance(size, int) or isinstance(size, bool) or size < 0:
                 raise WidthError(
-                    f"width {name!r}: {key} must hold integers, 0 only where the layer is of "
-                    f"another kind, got {size!r}"
+                    f"width {shown(name)}: {key} must hold integers, 0 only where the layer is of "
+                    f"another kind, got {shown(size)}"
                 )
         if len(value) == config.num_layers:
             values = {i: value[i] for i in own}
@@ -272,8 +280,8 @@ def _layer_sizes(config: ModelConfig, name: str, key: str, value: Any) -> tuple[
             values = dict(zip(own, value))
         else:
             raise WidthError(
-                f"width {name!r}: {key} must hold {config.num_layers} values (one per layer) or "
-                f"{len(own)} (one per layer that has it), got {len(value)}"
+                f"width {shown(name)}: {key} must hold {config.num_layers} values (one per layer) "
+                f"or {len(own)} (one per layer that has it), got {len(value)}"
             )
     else:
         # A key that sizes no layer is harmless, but a wrong value there is surely a mistake.
@@ -287,7 +295,7 @@ def _layer_sizes(config: ModelConfig, name: str, key: str, value: Any) -> tuple[
 
 def _check_width_size(config: ModelConfig, name: str, key: str, value: Any) -> None:
     def refuse(rule: str) -> None:
-        raise WidthError(f"width {name!r}: {key} must {rule}, got {value!r}")
+        raise WidthError(f"width {shown(name)}: {key} must {rule}, got {shown(value)}")
 
     if not isinstance(value, int) or isinstance(value, bool):
         refuse("be an integer" if key == "hidden_size" else "be an integer or a list of them")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_infer.errors import CheckpointError, shown
+from elastic_infer.files import read_json
 
 __all__ = [
     "Stream",
@@ -323,10 +324,8 @@ def require_new(out: str | Path, what: str) -> Path:
 def _moved(partial: Path) -> set[str]:
     """Names of what a killed writer has moved out of its partial folder."""
     try:
-        names = json.loads((partial / _NAMES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return set()
-    if not isinstance(names, list):
+        names = read_json(partial / _NAMES, kind=list)
+    except CheckpointError:
         return set()
     return {name for name in names if isinstance(name, str) and not (partial / name).exists()}
 

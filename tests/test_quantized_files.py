@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import time
 
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantized import dequantise, write_quantised
 from safetensors.torch import load_file, save_file
 
 from elastic_infer.checkpoint import Checkpoint
 from elastic_infer.errors import CheckpointError
 from elastic_infer.quantization.formats import encode_e2m1, round_e2m1, unpack_e2m1
+from elastic_infer.quantization.patterns import matches, regex_problem
 from elastic_infer.quantization.published import modelopt_config, read_published
 from elastic_infer.slicing import slice_checkpoint, tensor_selections
 from elastic_infer.tensor_files import take
@@ -310,3 +315,92 @@ def test_the_independent_reader_reads_e4m3_as_torch_does():
     got = torch.from_numpy(dequantise(bits.numpy()[None], None, 1.0))[0]
     assert torch.equal(got[want.isfinite()], want[want.isfinite()])
     assert bool(got[~want.isfinite()].isnan().all())
+
+
+# Good layouts of MIXED_PRECISION, and patterns with a bound ---------------------------------------
+
+
+def _groups(layers):
+    """ModelOpt's groups of targets for its list of layers."""
+    groups: dict = {}
+    for module, how in layers.items():
+        fp8 = how["quant_algo"] == "FP8"
+        weights = {"num_bits": 8 if fp8 else 4, "type": "float", "dynamic": False}
+        weights |= {} if fp8 else {"group_size": 16}
+        groups.setdefault(f"group_{int(fp8)}", {"weights": weights, "targets": []})[
+            "targets"
+        ].append(module)
+    return groups
+
+
+@pytest.mark.parametrize("place", ["sidecar", "groups", "both"])
+def test_layers_of_mixed_precision_in_every_place(tmp_path, place):
+    """config.json without the list of layers: it lies beside it, or is a list of groups."""
+    folder, _ = make(tmp_path)
+    want = opened(folder, tmp_path).formats
+    raw = json.loads((folder / "config.json").read_text())
+    layers = raw["quantization_config"].pop("quantized_layers")
+    if place != "sidecar":
+        raw["quantization_config"]["config_groups"] = _groups(layers)
+    if place != "groups":
+        beside = {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
+        (folder / "hf_quant_config.json").write_text(json.dumps(beside))
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert opened(folder, tmp_path).formats == want
+    assert len(set(want.values())) == 2
+
+
+def test_groups_of_mixed_precision_need_no_format_of_their_own(tmp_path):
+    folder, _ = make(tmp_path, "compressed-tensors")
+    want = opened(folder, tmp_path).formats
+    change_config(folder, lambda c: [g.pop("format") for g in c["config_groups"].values()])
+    assert opened(folder, tmp_path).formats == want
+
+
+ENDLESS = [r"([\w.]+)+!", r"(a*)*b", r"(a|aa)+$", r"(.*)(.*)(.*)(.*)(.*)(.*)!", r"(?:a?){40}a{40}b",
+           r"^(([a-z])+.)+[A-Z]([a-z])+$", r"((a{1,9}){1,9}){1,9}!", r"(?=(\w+)+!)x", "a" * 2000,
+           r"(x+x+)+y", "a?" * 64 + "a" * 64, "(" * 200 + "a" + ")+" * 200, "(a",
+           "a**"]  # fmt: skip
+USUAL = [r".*mlp\.gate$", r"model\.layers\.\d+\.mixer\.(q|k|v|o)_proj", r".*(?:lm_head|embed).*",
+         r"^(?!.*experts).*gate.*", r"backbone\.layers\.([0-9]|1[0-9])\..*shared_experts.*",
+         r".*\.experts\.\d+\.(up|down)_proj$", r"(mtp\.)*layers.*", r"[^.]+\.norm"]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+@pytest.mark.parametrize("where", ["ignore", "targets"])
+def test_patterns_that_never_end_are_refused(pattern, where):
+    """Repeats inside repeats, choices inside repeats, and too many repeats, wherever they stand."""
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    group = {"targets": ["Linear"], "weights": weights}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"g": group}, "ignore": []}
+    (group if where == "targets" else config)[where] = [f"re:{pattern}"]
+    with pytest.raises(CheckpointError, match=f"{where}.* must hold regular expressions that can"):
+        read_published({"quantization_config": config}, None)
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_usual_patterns_are_taken(pattern):
+    modules = ["backbone.layers.12.mixer.shared_experts.up_proj", "lm_head", "mtp.layers.0",
+               "model.layers.3.mixer.q_proj", "a.mlp.gate", "a" * 64]  # fmt: skip
+    config = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": [f"re:{pattern}"]}
+    found = read_published({"quantization_config": config}, None)
+    assert [found.is_ignored(m) for m in modules] == [bool(re.match(pattern, m)) for m in modules]
+
+
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")  # sets of later versions
+@given(st.text("ab.|()*+?{}23[]^$\\w", max_size=14))
+@settings(max_examples=300)
+def test_a_pattern_that_is_taken_ends(text):
+    """Random expressions of small parts: what is not refused matches within the bound."""
+    if regex_problem(text) is None:
+        start = time.process_time()
+        for module in ("a" * 64, "ab" * 32, "a." * 31 + "!"):
+            matches(f"re:{text}", module)
+        assert time.process_time() - start < 5
+
+
+def test_a_scale_without_a_reciprocal_is_refused(tmp_path):
+    folder, _ = make(tmp_path, "compressed-tensors")
+    change(folder, lambda state: state["lm_head.weight_global_scale"].fill_(1e-44))
+    with pytest.raises(CheckpointError, match="have a finite reciprocal in float32"):
+        opened(folder, tmp_path).packed("lm_head.weight")

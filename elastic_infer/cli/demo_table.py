@@ -10,7 +10,6 @@ stays empty. What is not measured is not shown.
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 import elastic_infer
+from elastic_infer.files import read_json
 
 from . import common as c
 from .inspection import size_text
@@ -168,7 +168,7 @@ def read_bench(path: Path) -> dict[str, Any] | None:
     file. The file is {"date", "machine", "threads", "rows": [{"width", "ms_per_token"}, …]}."""
     if not path.is_file():
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path, str(path), dict)
     milliseconds = {row["width"]: row["ms_per_token"] for row in data["rows"]}
     kept = {key: data.get(key) for key in ("date", "machine", "threads")}
     return {"file": BENCH_FILE, **kept, "ms_per_token": milliseconds}

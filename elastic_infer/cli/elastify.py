@@ -169,7 +169,7 @@ def make_elastic(
     from elastic_infer.elastify.distributed import Group
     from elastic_infer.elastify.pipeline import elastify
     from elastic_infer.elastify.settings import Settings
-    from elastic_infer.tensor_files import read_json
+    from elastic_infer.files import read_json
 
     if threads is not None:
         if threads < 1:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -117,14 +117,15 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
     """
     from elastic_infer.checkpoint import WIDTHS_NAME, resolve_folder
     from elastic_infer.config import ModelConfig, default_width_name, parse_widths
+    from elastic_infer.files import is_folder, read_json, user_path
     from elastic_infer.quantization.published import SIDECAR, read_published
     from elastic_infer.quantization.stored import stated_formats
     from elastic_infer.slicing import expected_shapes
-    from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, read_json
+    from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME
 
-    local = Path(model).expanduser().is_dir()
+    local = is_folder(user_path(model, "checkpoint: path"))
     folder = resolve_folder(model, revision, ("config.json", SIDECAR, WIDTHS_NAME))
-    if local and any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
+    if local and any(os.path.lexists(folder / name) for name in (INDEX_NAME, SINGLE_NAME)):
         checkpoint = c.open_checkpoint(model, revision, widths)
         stored = str(checkpoint.dtype_of("backbone.embeddings.weight")).removeprefix("torch.")
         return Opened(checkpoint.config, checkpoint.widths, checkpoint.default_width,
@@ -132,8 +133,8 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
     config = ModelConfig.from_folder(folder)
     beside = folder / WIDTHS_NAME
     table, source = config.elastic, "config.json" if config.elastic else "no table"
-    if widths is not None or beside.is_file():
-        path = beside if widths is None else Path(widths).expanduser()
+    if widths is not None or os.path.lexists(beside):
+        path = beside if widths is None else user_path(widths, "checkpoint: widths")
         table, source = read_json(path), str(path)
     found = parse_widths(config, table)
     formats = stated_formats(expected_shapes(config), read_published(config.raw, folder))

@@ -26,7 +26,7 @@ from elastic_infer.derive import write_widths
 from elastic_infer.elastify.costs import Cost, parse_bytes, parse_parameters
 from elastic_infer.elastify.router import Router
 from elastic_infer.errors import CheckpointError, InvalidRequest, WidthError
-from elastic_infer.tensor_files import read_json
+from elastic_infer.files import read_json
 from elastic_infer.writing import write_json
 
 __all__ = ["Answer", "LearnedSizes", "add_width", "width_for_budget", "width_for_text"]

@@ -6,7 +6,6 @@ nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.files import parse_json
 from elastic_infer.writing import Stream, write_whole
 
 __all__ = ["Batch", "Corpus", "IteratorData", "as_data"]
@@ -285,8 +285,8 @@ def _encoded(text: str, where: str, encode: Callable[[str], list[int]] | None) -
 
 def _read_line(text: str, where: str, encode: Callable[[str], list[int]] | None) -> list[int]:
     try:
-        data = json.loads(text)
-    except ValueError as error:
+        data = parse_json(text, "a line")
+    except CheckpointError as error:
         raise InvalidRequest(f"data: {where} must be one JSON object, got {error}") from error
     if isinstance(data, dict):
         ids = data.get("input_ids")

@@ -37,6 +37,7 @@ from elastic_infer.elastify.router import (
 from elastic_infer.elastify.settings import Settings, Stage
 from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
+from elastic_infer.files import parse_json
 from elastic_infer.writing import append_line, make_folder, write_whole
 
 __all__ = ["Distiller", "Result", "Settings", "Stage", "evaluate"]
@@ -476,8 +477,8 @@ def _drop_lines(path: Path, step: int) -> None:
     kept = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(text)["step"] <= step:
+            if parse_json(text, "a line", dict)["step"] <= step:
                 kept.append(text)
-        except ValueError:  # a line that was cut off when the run was killed
+        except (CheckpointError, KeyError, TypeError):  # cut off when the run was killed
             continue
     write_whole(path, "".join(f"{text}\n" for text in kept), "distill")

@@ -21,7 +21,7 @@ from torch import Tensor
 from elastic_infer.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
 from elastic_infer.elastify.torch_model import Attention, ElasticNemotronH, Mamba, Mlp, Moe
 from elastic_infer.errors import CheckpointError, InvalidRequest
-from elastic_infer.tensor_files import save_tensors
+from elastic_infer.tensor_files import open_safetensors, save_tensors
 
 __all__ = ["Importance", "layer_errors", "layer_order", "measure_importance"]
 
@@ -91,14 +91,9 @@ class Importance:
     @classmethod
     def load(cls, path: str | Path) -> Importance:
         """Reads what `save` wrote."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                meta = dict(file.metadata() or {})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"importance: {path} must be readable, got {error}") from error
+        with open_safetensors(path, "importance") as file:
+            scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            meta = dict(file.metadata() or {})
         tokens = int(meta.pop("tokens", 0))
         return cls(scores, scores.pop(LAYER_ERROR, None), tokens, meta)
 

@@ -26,7 +26,12 @@ from elastic_infer.elastify.router import check_choices, default_choices
 from elastic_infer.elastify.sorting import importance_order, sort_model
 from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
 from elastic_infer.errors import CheckpointError, InvalidRequest
-from elastic_infer.slicing import SHARD_BYTES, copy_side_files, expected_shapes
+from elastic_infer.slicing import (
+    SHARD_BYTES,
+    copy_side_files,
+    expected_shapes,
+    with_kv_factors,
+)
 from elastic_infer.tensor_files import write_safetensors
 from elastic_infer.writing import make_folder, only_writer, require_new, withdraw, write_json
 
@@ -122,7 +127,8 @@ def export_elastic(
     shapes = expected_shapes(config)
     specs = {name: (shapes[name], checkpoint.dtype_of(name)) for name in checkpoint.names}
     withdraw(out, "elastify")
-    write_safetensors(out, specs, lambda name: state[name].to(specs[name][1]), shard_bytes)
+    parts = with_kv_factors(checkpoint, specs, lambda name: state[name].to(specs[name][1]))
+    write_safetensors(out, *parts, shard_bytes)
     copy_side_files(checkpoint.folder, out)
     entries = {name: width_to_dict(config, width) for name, width in result.widths.items()}
     raw = dict(config.raw)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.files import parse_json, read_text
 from elastic_infer.writing import write_whole
 
 __all__ = ["plot_metrics"]
@@ -25,8 +25,9 @@ _SHORT = {
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text]
-    except (OSError, ValueError) as error:
+        lines = read_text(path, str(path)).splitlines()
+        return [parse_json(text, "a line", dict) for text in lines if text]
+    except CheckpointError as error:
         raise InvalidRequest(f"plot: {path} must hold JSON lines, got {error}") from error
 
 

@@ -19,7 +19,13 @@ from elastic_infer.config import ModelConfig
 from elastic_infer.elastify.importance import Importance
 from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
 from elastic_infer.errors import CheckpointError
-from elastic_infer.slicing import EMBEDDING, SHARD_BYTES, copy_side_files, expected_shapes
+from elastic_infer.slicing import (
+    EMBEDDING,
+    SHARD_BYTES,
+    copy_side_files,
+    expected_shapes,
+    with_kv_factors,
+)
 from elastic_infer.tensor_files import write_safetensors
 from elastic_infer.writing import new_folder, require_new, write_json
 
@@ -266,17 +272,17 @@ def sort_checkpoint(
     sources = sorted_sources(config, order)
     shapes = expected_shapes(config)
     specs = {name: (shapes[name], checkpoint.dtype_of(s.name)) for name, s in sources.items()}
+
+    def tensor(name: str) -> torch.Tensor:
+        return _permuted(checkpoint.tensor(sources[name].name), sources[name])
+
     raw = {key: value for key, value in config.raw.items() if key != "elastic"}
     if "elastic" in config.raw:
         logger.warning("sort: the parent's width table is left out: its widths are others now")
     with new_folder(out, "sort") as fresh:
         write_safetensors(
-            fresh,
-            specs,
-            lambda name: _permuted(checkpoint.tensor(sources[name].name), sources[name]),
-            shard_bytes,
-            progress,
-        )
+            fresh, *with_kv_factors(checkpoint, specs, tensor), shard_bytes, progress
+        )  # fmt: skip
         copy_side_files(checkpoint.folder, fresh)
         write_json(fresh / "config.json", encode_floats(raw), "sort")
     return out

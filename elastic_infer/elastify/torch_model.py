@@ -429,17 +429,16 @@ class ElasticNemotronH(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> ElasticNemotronH:
-        """Reads a checkpoint folder into a model whose parameters all have `dtype`."""
-        from safetensors.torch import load_file
+        """Reads a checkpoint folder into a model whose parameters all have `dtype`.
 
-        folder = Path(folder)
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise CheckpointError(f"torch_model: {folder} must hold safetensors files, got none")
-        state: dict[str, Tensor] = {}
-        for file in files:
-            state.update(load_file(file))
-        model = cls(ModelConfig.from_folder(folder)).to(dtype)
+        Raises: CheckpointError for one that `Checkpoint.open` refuses, or that is quantised.
+        """
+        from elastic_infer.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.require_plain("torch_model")
+        state = {name: checkpoint.tensor(name) for name in checkpoint.names}
+        model = cls(checkpoint.config).to(dtype)
         for module in model.modules():
             if isinstance(module, Gate):
                 module.e_score_correction_bias = module.e_score_correction_bias.float()

@@ -7,16 +7,16 @@ Sources: the ModelOpt and compressed-tensors libraries' exporters, vLLM's reader
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from elastic_infer.errors import CheckpointError
+from elastic_infer.errors import CheckpointError, shown
+from elastic_infer.files import read_json
 from elastic_infer.quantization.formats import BLOCK
-from elastic_infer.tensor_files import read_json
+from elastic_infer.quantization.patterns import matches, regex_problem
 
 __all__ = ["SIDECAR", "Published", "modelopt_config", "read_published"]
 
@@ -36,7 +36,8 @@ class Published:
     method: "modelopt" or "compressed-tensors". source: file, for messages. default: format of
     every matrix that nothing else speaks of, None = left as it is. ignored: patterns of modules
     that are not quantised. named: {module, or a module above it: format or None}. targets:
-    (pattern, format) pairs.
+    (pattern, format) pairs. kv_cache: what keys and values are said to be kept in ("FP8"), None:
+    nothing is said.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Published:
     ignored: tuple[str, ...] = ()
     named: Mapping[str, str | None] = field(default_factory=dict)
     targets: tuple[tuple[str, str], ...] = ()
+    kv_cache: str | None = None
 
     def is_ignored(self, module: str) -> bool:
         """Whether a pattern leaves this module as it is.
@@ -52,16 +54,8 @@ class Published:
         "re:" begins a regular expression; else `*` and `?` are wildcards, and ModelOpt's patterns
         also stand for everything below the module that they name.
         """
-        for pattern in self.ignored:
-            if pattern.startswith("re:"):
-                if re.match(pattern[3:], module):
-                    return True
-            elif self.method == "compressed-tensors":
-                if pattern == module:
-                    return True
-            elif fnmatchcase(module, pattern) or module.startswith(pattern + "."):
-                return True
-        return False
+        wildcards = self.method == "modelopt"
+        return any(matches(pattern, module, wildcards) for pattern in self.ignored)
 
     def explicit(self, module: str) -> bool:
         """Whether the module itself is listed as quantised."""
@@ -77,9 +71,7 @@ class Published:
                 return self.named[above]
             above = above.rpartition(".")[0]
         for pattern, found in self.targets:
-            if pattern == "Linear" or pattern == module:
-                return found
-            if pattern.startswith("re:") and re.match(pattern[3:], module):
+            if pattern == "Linear" or matches(pattern, module, self.method == "modelopt"):
                 return found
         return self.default
 
@@ -95,7 +87,7 @@ def read_published(raw: Mapping[str, Any], folder: Path) -> Published | None:
     """
     data, source = raw.get("quantization_config"), "config.json"
     if data is None:
-        if not (folder / SIDECAR).is_file():
+        if not os.path.lexists(folder / SIDECAR):
             return None
         data, source = read_json(folder / SIDECAR), SIDECAR
     if not isinstance(data, Mapping):
@@ -104,14 +96,14 @@ def read_published(raw: Mapping[str, Any], folder: Path) -> Published | None:
     if method is None and ("quantization" in data or "quant_algo" in data):
         method = "modelopt"
     if isinstance(method, str) and method.startswith("modelopt"):
-        return _modelopt(data, source)
+        return _modelopt(data, source, folder)
     if method == "compressed-tensors":
         return _compressed_tensors(data, source)
     _refuse(source, "quant_method", f"be supported ({SUPPORTED})", method)
 
 
 def _refuse(source: str, key: str, rule: str, got: Any):
-    raise CheckpointError(f"checkpoint: {key} of {source} must {rule}, got {got!r}")
+    raise CheckpointError(f"checkpoint: {key} of {source} must {rule}, got {shown(got)}")
 
 
 def _patterns(data: Mapping[str, Any], key: str, source: str) -> tuple[str, ...]:
@@ -119,11 +111,9 @@ def _patterns(data: Mapping[str, Any], key: str, source: str) -> tuple[str, ...]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         _refuse(source, key, "be a list of patterns", value)
     for item in value:
-        if item.startswith("re:"):
-            try:
-                re.compile(item[3:])
-            except re.error as error:
-                _refuse(source, key, f"hold regular expressions ({error})", item)
+        problem = regex_problem(item[3:]) if item.startswith("re:") else None
+        if problem is not None:
+            _refuse(source, key, f"hold regular expressions that can be used ({problem})", item)
     return tuple(value)
 
 
@@ -138,15 +128,47 @@ def _algorithm(data: Mapping[str, Any], source: str, key: str = "quant_algo") ->
     return found
 
 
-def _modelopt(data: Mapping[str, Any], source: str) -> Published:
+def _modelopt(data: Mapping[str, Any], source: str, folder: Path | None) -> Published:
     inner = data.get("quantization", data)
     if not isinstance(inner, Mapping):
         _refuse(source, "quantization", "be an object", inner)
     key = "exclude_modules" if "exclude_modules" in inner else "ignore"
     ignored = _patterns(inner, key, source)
-    if str(inner.get("quant_algo")).upper() != _MIXED:
-        return Published("modelopt", source, _algorithm(inner, source), ignored)
-    layers = inner.get("quantized_layers")
+    cache = _kv_cache(inner)
+    algorithm = inner.get("quant_algo")
+    if algorithm is None and cache is not None:  # keys and values alone
+        return Published("modelopt", source, None, ignored, kv_cache=cache)
+    if str(algorithm).upper() != _MIXED:
+        return Published("modelopt", source, _algorithm(inner, source), ignored, kv_cache=cache)
+    named, targets = _mixed(inner, source, folder)
+    return Published("modelopt", source, None, ignored, named, targets, cache)
+
+
+def _kv_cache(data: Mapping[str, Any]) -> str | None:
+    """What a quantization_config says of keys and values."""
+    name = data.get("kv_cache_quant_algo")
+    if isinstance(name, str) and name.upper() != "NONE":
+        return name
+    scheme = data.get("kv_cache_scheme")
+    if isinstance(scheme, Mapping) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8):
+        return "FP8"
+    return None if scheme is None else "another format"
+
+
+def _mixed(
+    data: Mapping[str, Any], source: str, folder: Path | None
+) -> tuple[dict[str, str | None], tuple[tuple[str, str], ...]]:
+    """The layers of a MIXED_PRECISION checkpoint: ModelOpt has listed them in config.json, in the
+    file beside it alone, or as groups of targets."""
+    layers = data.get("quantized_layers")
+    if layers is None and folder is not None and os.path.lexists(folder / SIDECAR):
+        beside = read_json(folder / SIDECAR, kind=dict)
+        inner = beside.get("quantization", beside)
+        layers = inner.get("quantized_layers") if isinstance(inner, Mapping) else None
+        if layers is not None:
+            source = SIDECAR
+    if layers is None and data.get("config_groups"):
+        return {}, _groups(data, source)
     if not isinstance(layers, Mapping) or not layers:
         _refuse(source, "quantized_layers", f"name the layers of {_MIXED}", layers)
     named: dict[str, str | None] = {}
@@ -159,7 +181,27 @@ def _modelopt(data: Mapping[str, Any], source: str) -> Published:
             named[module] = None
         else:
             named[module] = _algorithm(how, source, f"quant_algo of {module}")
-    return Published("modelopt", source, None, ignored, named)
+    return named, ()
+
+
+def _groups(data: Mapping[str, Any], source: str) -> tuple[tuple[str, str], ...]:
+    """(pattern, format) of all groups' targets, the class that all matrices belong to last."""
+    groups = data.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        _refuse(source, "config_groups", "hold at least one group", groups)
+    targets = []
+    for name, group in groups.items():
+        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+            _refuse(source, f"config_groups[{name!r}]", "say how its weights are stored", group)
+        where = _patterns(group, "targets", source)
+        if where and all(pattern.startswith("mtp.") for pattern in where):
+            continue  # skipped with its tensors, whatever its layout
+        layout = group.get("format") or data.get("format")
+        if layout == "mixed-precision":  # says that the groups differ: each tells its own
+            layout = None
+        found = _layout(group["weights"], layout, source, f"config_groups[{name!r}]")
+        targets += [(pattern, found) for pattern in where]
+    return tuple(sorted(targets, key=lambda pair: pair[0] == "Linear"))
 
 
 def _compressed_tensors(data: Mapping[str, Any], source: str) -> Published:
@@ -168,21 +210,10 @@ def _compressed_tensors(data: Mapping[str, Any], source: str) -> Published:
             _refuse(source, key, "be empty (no other value is implemented)", data[key])
     if data.get("quantization_status", "compressed") not in ("compressed", "frozen"):
         _refuse(source, "quantization_status", "be 'compressed'", data["quantization_status"])
-    groups = data.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        _refuse(source, "config_groups", "hold at least one group", groups)
-    targets = []
-    for name, group in groups.items():
-        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-            _refuse(source, f"config_groups[{name!r}]", "say how its weights are stored", group)
-        layout = group.get("format") or data.get("format")
-        found = _layout(group["weights"], layout, source, f"config_groups[{name!r}]")
-        where = _patterns(group, "targets", source)
-        # Names come before the class that all matrices belong to.
-        targets += [(pattern, found) for pattern in sorted(where, key=lambda p: p == "Linear")]
-    targets.sort(key=lambda pair: pair[0] == "Linear")
-    ignored = _patterns(data, "ignore", source)
-    return Published("compressed-tensors", source, None, ignored, {}, tuple(targets))
+    targets, ignored = _groups(data, source), _patterns(data, "ignore", source)
+    return Published(
+        "compressed-tensors", source, None, ignored, {}, targets, kv_cache=_kv_cache(data)
+    )
 
 
 def _layout(weights: Mapping[str, Any], layout: Any, source: str, key: str) -> str:
@@ -201,7 +232,7 @@ def _layout(weights: Mapping[str, Any], layout: Any, source: str, key: str) -> s
 
 
 def modelopt_config(
-    formats: Mapping[str, str], unquantized: list[str], version: str
+    formats: Mapping[str, str], unquantized: list[str], version: str, kv_cache: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ModelOpt's exporter writes for these weights.
 
@@ -212,6 +243,7 @@ def modelopt_config(
         formats: {module: "nvfp4" or "fp8"}.
         unquantized: modules of the other matrices.
         version: of this library.
+        kv_cache: what keys and values are said to be kept in.
 
     Returns:
         (`quantization_config` of config.json, hf_quant_config.json)
@@ -219,7 +251,7 @@ def modelopt_config(
     names = {"nvfp4": "W4A16_NVFP4", "fp8": "FP8"}
     producer = {"name": "elastic_infer", "version": version}
     kinds = sorted(set(formats.values()))
-    inner: dict[str, Any] = {"kv_cache_quant_algo": None}
+    inner: dict[str, Any] = {"kv_cache_quant_algo": kv_cache}
     if len(kinds) == 1:
         inner["quant_algo"] = names[kinds[0]]
         if kinds[0] == "nvfp4":
@@ -232,5 +264,6 @@ def modelopt_config(
         inner["quant_algo"] = _MIXED
         inner["quantized_layers"] = {module: each[kind] for module, kind in formats.items()}
     flat = {"quant_method": "modelopt", "producer": producer, "ignore": list(unquantized)}
-    flat |= {key: value for key, value in inner.items() if key != "kv_cache_quant_algo"}
+    flat |= {key: value for key, value in inner.items()
+             if key != "kv_cache_quant_algo" or value is not None}  # fmt: skip
     return flat, {"producer": producer, "quantization": {**inner, "exclude_modules": unquantized}}

@@ -2,9 +2,9 @@
 
 ModelOpt, NVFP4: X.weight uint8 [N, K/2], X.weight_scale E4M3 [N, K/16], X.weight_scale_2 = amax /
 (6 * 448). compressed-tensors, NVFP4: X.weight_packed, X.weight_scale, and X.weight_global_scale,
-which divides. Both, FP8: X.weight E4M3 [N, K] and one X.weight_scale. Scales of activations and
-caches beside them (X.input_scale, X.k_scale, ...) are kept by a slice and otherwise not used:
-activations are not quantised here.
+which divides. Both, FP8: X.weight E4M3 [N, K] and one X.weight_scale. Scales of activations beside
+them (X.input_scale, ...) are kept by a slice and otherwise not used: activations are not quantised
+here. Factors of 8-bit keys and values lie beside attention that is quantised or not (`kv_factors`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = [
     "StoredWeight",
     "check_fused",
     "find_stored",
+    "kv_factors",
     "read_packed",
     "stated_formats",
     "stored_selections",
@@ -230,6 +231,22 @@ def stored_selections(stored: StoredWeight, kept: Selection) -> dict[str, Select
     return out | {name: whole for name in (stored.scale, *stored.extras)}
 
 
+def kv_factors(files: TensorFiles, config: ModelConfig) -> dict[tuple[int, str], list[str]]:
+    """{(layer, "k" or "v"): the tensors that hold what the codes of an 8-bit cache are multiplied
+    by} of all attention layers: ModelOpt's mixer.k_proj.k_scale, compressed-tensors'
+    mixer.k_scale; none where a checkpoint has no factor.
+
+    Raises: CheckpointError for one that is not one float.
+    """
+    out = {}
+    for layer in config.layers_of(ATTENTION):
+        at = f"backbone.layers.{layer}.mixer."
+        for kind in "kv":
+            names = [f"{at}{kind}_proj.{kind}_scale", f"{at}{kind}_scale"]
+            out[layer, kind] = [_scalar(files, n, n) for n in names if n in files]
+    return out
+
+
 def read_scale(files: TensorFiles, stored: StoredWeight) -> float:
     """The factor of the whole matrix.
 
@@ -241,7 +258,10 @@ def read_scale(files: TensorFiles, stored: StoredWeight) -> float:
         _refuse(files, stored.scale, f"be a finite number {rule}, got {value}")
     if not stored.divides:
         return value
-    return float(torch.tensor(1.0) / torch.tensor(value))
+    factor = float(torch.tensor(1.0) / torch.tensor(value))
+    if not math.isfinite(factor):
+        _refuse(files, stored.scale, f"have a finite reciprocal in float32, got {value}")
+    return factor
 
 
 def read_packed(
@@ -299,8 +319,10 @@ def stated_formats(
     """{name: format} that a checkpoint's config alone lets expect of `expected` {name: shape};
     what the files hold decides (`stored_weights`)."""
     out = {}
+    if published is None:
+        return {}
     for name, shape in expected.items():
-        if published is None or len(shape) != 2 or name.endswith(PLAIN_NAMES):
+        if len(shape) != 2 or name.endswith(PLAIN_NAMES):
             continue
         found = published.format_of(name.removesuffix(".weight"))
         if found is not None:

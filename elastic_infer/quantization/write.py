@@ -30,7 +30,13 @@ from elastic_infer.quantization.search import (
     quantize_nvfp4,
 )
 from elastic_infer.quantization.stored import PLAIN_NAMES, check_fused
-from elastic_infer.slicing import EMBEDDING, SHARD_BYTES, copy_side_files, tensor_selections
+from elastic_infer.slicing import (
+    EMBEDDING,
+    SHARD_BYTES,
+    copy_side_files,
+    tensor_selections,
+    with_kv_factors,
+)
 from elastic_infer.tensor_files import Selection, write_safetensors
 from elastic_infer.writing import new_folder, require_new, write_json
 
@@ -274,8 +280,9 @@ def quantize_checkpoint(
         return ready[part]
 
     with new_folder(out, "quantize") as fresh:
+        stored = with_kv_factors(checkpoint, specs, tensor)
         try:
-            write_safetensors(fresh, specs, tensor, shard_bytes, progress)
+            write_safetensors(fresh, *stored, shard_bytes, progress)
         finally:
             searched.close()
         report = quantizer.report if report is None else report
@@ -294,7 +301,10 @@ def _write_configs(
             if name not in formats and group_of(config, name) is not None]  # fmt: skip
     gates = [name.removesuffix(".weight") for name in names if name.endswith(".gate.weight")]
     modules = {name.removesuffix(".weight"): found for name, found in formats.items()}
-    inline, sidecar = modelopt_config(modules, [*left, *gates], elastic_infer.__version__)
+    stated = checkpoint.published
+    inline, sidecar = modelopt_config(
+        modules, [*left, *gates], elastic_infer.__version__, stated and stated.kv_cache
+    )
     raw: dict[str, Any] = {**config.raw, "quantization_config": inline}
     if _HEAD in formats and config.tie_word_embeddings:
         raw["tie_word_embeddings"] = False

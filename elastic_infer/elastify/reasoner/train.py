@@ -24,6 +24,7 @@ from torch import Tensor
 from elastic_infer.config import Width, parse_widths
 from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialise
 from elastic_infer.errors import ElasticError
+from elastic_infer.files import read_json
 from elastic_infer.writing import append_line, make_folder, write_whole
 
 from .data import Batch, batches, held_out_batches
@@ -107,7 +108,7 @@ class Trainer:
         """Takes settings from control.json; a wrong name is an error."""
         path = self.out / "control.json"
         if path.exists():
-            told = json.loads(path.read_text(encoding="utf-8"))
+            told = read_json(path, kind=dict)
             self.settings = dataclasses.replace(self.settings, **told)
         rates = {"muon": self.settings.muon_lr, "adam": self.settings.adam_lr}
         for group in self.optimiser.param_groups:
