@@ -210,18 +210,25 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
+        continue_final_message: bool | str = False,
         **kwargs: Any,
     ) -> str:
         """The prompt text of a chat; encode it with add_special_tokens=False.
 
-        messages: dicts with "role" and "content" (or "tool_calls"), oldest first.
-        add_generation_prompt: end with what opens the assistant's turn.
+        messages: dicts with "role" and "content" (or "tool_calls"), oldest first. Content may be a
+            list of text parts; a template that takes text gets them joined by newlines. Arguments
+            of tool calls may be JSON in a string.
+        add_generation_prompt: end with what opens the assistant's turn; None for True unless the
+            last message is continued.
         tools, documents: JSON schemas of tools, documents; passed to the template.
         chat_template: a template, or the name of one of the tokenizer's; None for its default.
+            It runs in a sandbox with limits of steps, time and length.
+        continue_final_message: end in the middle of the last message, which the model goes on
+            with; the name of a field continues that one, such as "reasoning_content".
         kwargs: variables of the template, such as enable_thinking=False.
         Raises InvalidRequest for a malformed message, a missing template, or what the template
         itself refuses.
@@ -231,11 +238,9 @@ class Tokenizer:
             tools=tools,
             documents=documents,
             chat_template=chat_template,
-            variables={
-                **self.special_tokens,
-                **kwargs,
-                "add_generation_prompt": add_generation_prompt,
-            },
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**self.special_tokens, **kwargs},
         )
 
     def chat_text(
