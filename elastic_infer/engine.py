@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -313,7 +313,7 @@ class Engine:
 
     def score(self, token_ids: Prompt, *, width: str | None = None) -> torch.Tensor:
         """Float32 logits [T, V] after every token of a prompt read at one width."""
-        ids, width = self._checked("score", token_ids, width)
+        ids, width = self._checked("score", self._intake.prompt_ids(token_ids), width)
 
         def job() -> Reader:
             sequence = self._open_slot(False)
@@ -332,14 +332,14 @@ class Engine:
 
         track: narrow steps also update what wider widths need, so that "carry" can widen.
         """
-        ids, width = self._checked("open", prompt, width)
+        ids = [] if prompt is None else self._intake.prompt_ids(prompt)
+        ids, width = self._checked("open", ids, width)
         place = self._call(lambda: self._open_slot(track), wait_for_room=True)
         return EngineSequence(self, place, width, ids)
 
     def _checked(
-        self, what: str, prompt: Prompt | None, width: str | None
+        self, what: str, ids: list[int], width: str | None
     ) -> tuple[list[int], str]:
-        ids = [] if prompt is None else self._intake.prompt_ids(prompt)
         width = self.default_width if width is None else width
         self._intake.check_width(width)
         self._intake.check_fits(what, len(ids), 0, 1)
@@ -367,6 +367,8 @@ class Engine:
 
     def decode(self, token_ids: Seq[int]) -> str | None:
         """Text of token ids; None without a tokenizer."""
+        if isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, Iterable):
+            raise InvalidRequest(f"decode: token_ids must be a list, got {shown(token_ids)}")
         return self._tokenizer.decode(list(token_ids)) if self._tokenizer else None
 
     def close(self) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from elastic_infer.errors import InvalidRequest, WidthError, shown
+from elastic_infer.param_checks import MOST_IDS
 from elastic_infer.plan_run import PlanRun
 from elastic_infer.plan_values import (
     CARRY,
@@ -32,11 +33,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Decision", "Plan", "PlanRun", "PlanView", "Policy", "as_plan", "parse_plan"]
 
+_LONGEST_CLOSING = 1 << 16  # characters; they are tokenised with every request
+
 
 def _integer(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidRequest(f"plan: {name} must be an int >= {least}, got {shown(value)}")
     return value
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InvalidRequest(f"plan: {name} must be a list of token ids, got {shown(values)}")
+    ids = tuple(islice(values, MOST_IDS + 1))
+    if len(ids) > MOST_IDS:
+        raise InvalidRequest(f"plan: {name} must hold at most {MOST_IDS} token ids")
+    return tuple(_integer(f"{name}: an id", i, 0) for i in ids)
 
 
 def _width_name(name: str, value: Any) -> str:
@@ -144,7 +156,7 @@ class Plan(ABC):
         closing = _closing(closing_text, end_tag)
         newlines = None
         if newline_ids is not None:
-            newlines = frozenset(_integer("newline_ids: an id", i, 0) for i in newline_ids)
+            newlines = frozenset(_integers("newline_ids", newline_ids))
         return plan_kinds.ThinkAnswer(
             policy=Policy.parse(policy),
             start_tag=start_tag,
@@ -204,7 +216,7 @@ class Plan(ABC):
             raise InvalidRequest(f"plan: a custom plan must be callable, got {shown(function)}")
         names = None
         if widths is not None:
-            if isinstance(widths, str) or not widths:
+            if not isinstance(widths, (list, tuple)) or not widths:
                 raise InvalidRequest(f"plan: widths must be a list of names, got {shown(widths)}")
             names = tuple(_width_name("widths: an entry", width) for width in widths)
         return plan_kinds.Custom(policy=Policy.parse(policy), function=function, widths=names)
@@ -294,12 +306,17 @@ def _closing(value: str | Sequence[int] | None, end_tag: Tag) -> str | tuple[int
     if value is None:
         return end_tag if isinstance(end_tag, str) else (end_tag,)
     if isinstance(value, str):
+        if len(value) > _LONGEST_CLOSING:
+            raise InvalidRequest(
+                f"plan: closing_text must have at most {_LONGEST_CLOSING} characters, got "
+                f"{len(value)}"
+            )
         if isinstance(end_tag, str) and value.count(end_tag) != 1:
             raise InvalidRequest(
                 f"plan: closing_text must hold the end tag {end_tag!r} once, got {shown(value)}"
             )
         return value
-    ids = tuple(_integer("closing_text: an id", i, 0) for i in value)
+    ids = _integers("closing_text", value)
     if isinstance(end_tag, int) and ids.count(end_tag) != 1:
         raise InvalidRequest(
             f"plan: closing_text must hold the end tag {end_tag} once, got {shown(ids)}"

@@ -201,10 +201,10 @@ class Tokenizer:
         skip_special_tokens: leave special tokens out.
         keep: special ids that stay in all the same.
         """
-        if skip_special_tokens:
-            skip = self.special_ids - set(keep)
-            token_ids = [index for index in token_ids if index not in skip]
         with tokenizer_errors("decode"):
+            if skip_special_tokens:
+                skip = self.special_ids - set(keep)
+                token_ids = [index for index in token_ids if index not in skip]
             return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def apply_chat_template(

@@ -439,6 +439,34 @@ def test_bad_values_of_a_generation_config_name_the_file(tmp_path, values, messa
         assert engine.generate("a", SamplingParams(max_tokens=1)).finish_reason
 
 
+def test_arguments_of_any_type_are_refused_by_name(engine):
+    """Stands for arguments of a wrong type: what is not served raises an ElasticError, and nothing
+    waits for ever."""
+    odd = [5, 1.5, HUGE, b"x", {}, [[]], [None], ["a", 5], [HUGE], [-1], object(), torch.ones(3)]
+    calls = [engine.generate, engine.score, lambda x: engine.generate([x]), engine.decode]
+    one = SamplingParams(max_tokens=1)
+    calls += [
+        lambda x: engine.generate("a", x),
+        lambda x: engine.generate(["a"], [x]),
+        lambda x: engine.generate("a", one, width=x),
+        lambda x: engine.generate("a", one, plan=x),
+        lambda x: engine.generate("a", one, plan=Plan.think_answer("S", "L", closing_text=x)),
+        lambda x: engine.generate("a", one, plan=Plan.think_answer("S", "L", newline_ids=x)),
+        lambda x: engine.generate("a", one, plan=Plan.think_answer("S", "L", start_tag=x)),
+        lambda x: engine.generate("a", one, plan=Plan.schedule(x)),
+        lambda x: engine.generate("a", one, plan=Plan.custom(lambda view: "S", widths=x)),
+        lambda x: engine.open("a", width=x),
+    ]
+    for call in calls:
+        for value in odd:
+            try:
+                call(value)
+            except ElasticError as error:
+                assert_can_be_shown(error)
+    with pytest.raises(InvalidRequest, match="prompt: must be text or a list of token ids"):
+        engine.score(None)
+
+
 def test_one_refused_prompt_of_a_list_starts_none(engine):
     before = engine.stats()["requests"]
     with pytest.raises(InvalidRequest):
