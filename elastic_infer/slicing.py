@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastic_infer.config import LAYER_KEYS, MOE, ModelConfig, Width, slice_config
-from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.errors import CheckpointError, WidthError, shown
 from elastic_infer.files import TAKEN_ALONG, TEXT_FILES, is_file, read_bytes
 from elastic_infer.quantization.published import SIDECAR
 from elastic_infer.quantization.stored import stored_selections
@@ -298,9 +298,9 @@ def slice_checkpoint(
         CheckpointError: the folder exists and is not empty, is a file, or cannot be written.
     """
     config = checkpoint.config
-    if width_name not in checkpoint.widths:
+    if not isinstance(width_name, str) or width_name not in checkpoint.widths:
         known = ", ".join(checkpoint.widths)
-        raise WidthError(f"slice: width must be one of {known}, got {width_name!r}")
+        raise WidthError(f"slice: width must be one of {known}, got {shown(width_name)}")
     width = checkpoint.widths[width_name]
     out = require_new(out_folder, "slice")
     cut = hull(config, width)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from elastic_infer.errors import CheckpointError, shown
 from elastic_infer.files import file_size, foreign, is_file, plain_name, read_json
+from elastic_infer.value_checks import check_count
 from elastic_infer.writing import Stream, write_json, write_whole
 
 __all__ = [
@@ -386,6 +387,7 @@ def write_safetensors(
     Raises:
         CheckpointError: a file cannot be written.
     """
+    check_count("checkpoint: shard_bytes", max_shard_bytes)
     sizes = {name: _nbytes(*spec) for name, spec in specs.items()}
     shards: list[list[str]] = [[]]
     filled = 0

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from elastic_infer.errors import ElasticError, InvalidRequest
+from elastic_infer.errors import ElasticError, InvalidRequest, shown
 
 from . import common as c
 from .generation import figures
@@ -117,7 +117,7 @@ class Conversation:
     def set_thinking(self, word: str) -> None:
         """ "on" or "off"."""
         if word not in ("on", "off"):
-            raise InvalidRequest(f"/think: must be on or off, got {word!r}")
+            raise InvalidRequest(f"/think: must be on or off, got {shown(word)}")
         self.template["enable_thinking"] = word == "on"
 
     def answer(self, content: str, show: Callable[[Any], None]) -> Any:
@@ -197,7 +197,9 @@ def command(talk: Conversation, line: str, screen: Any) -> None:
         "/help": lambda: [screen.print(f"{k:16}{v}", markup=False) for k, v in COMMANDS.items()],
     }
     if name not in actions:
-        raise InvalidRequest(f"chat: a command must be one of {', '.join(actions)}, got {name!r}")
+        raise InvalidRequest(
+            f"chat: a command must be one of {', '.join(actions)}, got {shown(name)}"
+        )
     if name in ("/width", "/plan") and not rest:
         raise InvalidRequest(f"{name}: must come with what to use, got nothing")
     actions[name]()

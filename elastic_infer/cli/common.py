@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 from typer.core import TyperGroup
 
-from elastic_infer.errors import ElasticError, InvalidRequest
+from elastic_infer.errors import ElasticError, InvalidRequest, shown
 
 if TYPE_CHECKING:
     from elastic_infer.checkpoint import Checkpoint
@@ -230,6 +230,6 @@ def read_plan(text: str | None, width: str | None) -> Any:
 
     if text is not None and width is not None:
         raise InvalidRequest(
-            f"--width: must not be given together with --plan, got {width!r} and {text!r}"
+            f"--width: must not be given together with --plan, got {shown(width)} and {shown(text)}"
         )
     return None if text is None else parse_plan(text)

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
 from elastic_infer.writing import write_json
 
 from . import common as c
@@ -87,7 +87,7 @@ def read_question(text: str) -> str:
         solve(expression)
     except (SyntaxError, ValueError, KeyError, AttributeError, RecursionError):
         raise InvalidRequest(
-            f"--ask: must be a chain of +, - and * such as {QUESTION!r}, got {text!r}"
+            f"--ask: must be a chain of +, - and * such as {QUESTION!r}, got {shown(text)}"
         ) from None
     return expression + "="
 

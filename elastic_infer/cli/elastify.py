@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
 
 from . import common as c
 
@@ -66,7 +66,7 @@ def numbers(option: str, text: str, kind: Callable[[str], Any] = float) -> tuple
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise InvalidRequest(
-            f"{option}: must be {what} with commas between them, got {text!r}"
+            f"{option}: must be {what} with commas between them, got {shown(text)}"
         ) from None
 
 

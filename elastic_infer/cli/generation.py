@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
 
 from . import common as c
 
@@ -93,7 +93,7 @@ def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
             return [int(part) for part in prompt_ids.split(",")]
         except ValueError:
             raise InvalidRequest(
-                f"--prompt-ids: must be numbers joined by commas, got {prompt_ids!r}"
+                f"--prompt-ids: must be numbers joined by commas, got {shown(prompt_ids)}"
             ) from None
     return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
 

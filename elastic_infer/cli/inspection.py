@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
 
 from . import common as c
 from . import installation
@@ -105,7 +105,7 @@ def parse_memory(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if match is None or match.group(2) not in _UNITS:
-        raise InvalidRequest(f"--memory: must be a size such as 16GB or 24GiB, got {text!r}")
+        raise InvalidRequest(f"--memory: must be a size such as 16GB or 24GiB, got {shown(text)}")
     return int(float(match.group(1)) * _UNITS[match.group(2)])
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
 
 from . import common as c
 
@@ -109,7 +109,7 @@ def weights_of(text: str | None) -> dict[str, float] | None:
         pairs = (part.split("=") for part in parts(text))
         return {name: float(value) for name, value in pairs}
     except ValueError:
-        raise InvalidRequest(f"--width-weights: must be NAME=NUMBER,…, got {text!r}") from None
+        raise InvalidRequest(f"--width-weights: must be NAME=NUMBER,…, got {shown(text)}") from None
 
 
 def distilled(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
 
 from . import common as c
 from . import elastify as budgets
@@ -118,8 +118,8 @@ def named(option: str, values: list[str] | None) -> dict[str, str]:
     for value in values or []:
         name, equals, path = value.partition("=")
         if not (name and equals and path):
-            raise InvalidRequest(f"{option}: must be NAME=PATH, got {value!r}")
+            raise InvalidRequest(f"{option}: must be NAME=PATH, got {shown(value)}")
         if name in found:
-            raise InvalidRequest(f"{option}: a name must be given once, got {name!r} twice")
+            raise InvalidRequest(f"{option}: a name must be given once, got {shown(name)} twice")
         found[name] = path
     return found

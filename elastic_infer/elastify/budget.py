@@ -25,7 +25,7 @@ from elastic_infer.config import (
 from elastic_infer.derive import write_widths
 from elastic_infer.elastify.costs import Cost, parse_bytes, parse_parameters
 from elastic_infer.elastify.router import Router
-from elastic_infer.errors import CheckpointError, InvalidRequest, WidthError
+from elastic_infer.errors import CheckpointError, InvalidRequest, WidthError, shown
 from elastic_infer.files import read_json
 from elastic_infer.writing import write_json
 
@@ -239,7 +239,7 @@ def add_width(checkpoint: Checkpoint, width: Width) -> tuple[str, Path | None]:
             return name, None
     if width.name in checkpoint.widths:
         raise WidthError(
-            f"budget: name must be a new one, got {width.name!r}, which has other sizes"
+            f"budget: name must be a new one, got {shown(width.name)}, which has other sizes"
         )
     entries: dict[str, Any] = {
         name: width_to_dict(checkpoint.config, other) for name, other in checkpoint.widths.items()

@@ -16,7 +16,8 @@ from elastic_infer.config import (
     Width,
     kv_bytes_per_token,
 )
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
+from elastic_infer.value_checks import check_count, check_real
 
 __all__ = ["Cost", "parameters", "parse_bytes", "parse_parameters"]
 
@@ -93,12 +94,13 @@ class Cost:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise InvalidRequest(f"cost: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        for name, least in (("bits_per_weight", 0.01), ("context", 0), ("sequences", 0)):
-            if not getattr(self, name) >= least:
-                raise InvalidRequest(
-                    f"cost: {name} must be at least {least}, got {getattr(self, name)!r}"
-                )
+            raise InvalidRequest(
+                f"cost: kind must be one of {', '.join(KINDS)}, got {shown(self.kind)}"
+            )
+        check_real("cost: bits_per_weight", self.bits_per_weight, 0.01)
+        for name in ("context", "sequences"):
+            check_count(f"cost: {name}", getattr(self, name), 0)
+        check_count("cost: kv_itemsize", self.kv_itemsize, 1, 8)
 
     def of_sizes(self, config: ModelConfig, hidden: Any, sizes: Sizes) -> Any:
         """Cost of (expected) sizes; differentiable where they are tensors.
@@ -144,10 +146,12 @@ _BYTE_UNITS.update({f"{unit}IB": 1024.0**power for power, unit in enumerate("KMG
 
 
 def _parse(text: str, units: Mapping[str, float], rule: str) -> float:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{rule}, got {shown(text)}")
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
     unit = match.group(2).upper() if match else ""
-    if match is None or unit not in units or float(match.group(1)) <= 0:
-        raise InvalidRequest(f"{rule}, got {text!r}")
+    if match is None or unit not in units or not 0 < float(match.group(1)) * units[unit] < 1e300:
+        raise InvalidRequest(f"{rule}, got {shown(text)}")
     return float(match.group(1)) * units[unit]
 
 
@@ -161,14 +165,14 @@ def parse_parameters(text: str, full: float) -> float:
         InvalidRequest: no such number, not positive, or a share above 1.
     """
     rule = "budget: must be a number of parameters such as 18B or a share in (0, 1] such as 0.6"
-    text = text.strip()
-    if text.endswith("%"):
+    text = text.strip() if isinstance(text, str) else text
+    if isinstance(text, str) and text.endswith("%"):
         value = _parse(text[:-1], {"": 0.01}, rule)
     else:
         value = _parse(text, _COUNT_UNITS, rule)
     is_share = text.endswith("%") or not text[-1:].isalpha()
     if is_share and value > 1 and ("." in text or text.endswith("%") or value < 100):
-        raise InvalidRequest(f"{rule}, got {text!r}")
+        raise InvalidRequest(f"{rule}, got {shown(text)}")
     return value * full if is_share and value <= 1 else value
 
 

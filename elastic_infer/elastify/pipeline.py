@@ -25,7 +25,7 @@ from elastic_infer.elastify.plot import plot_metrics
 from elastic_infer.elastify.router import check_choices, default_choices
 from elastic_infer.elastify.sorting import importance_order, sort_model
 from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
-from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.errors import CheckpointError, InvalidRequest, shown
 from elastic_infer.slicing import (
     SHARD_BYTES,
     copy_side_files,
@@ -75,8 +75,8 @@ def calibration_batches(data: Any, settings: Settings, count: int) -> Iterator[T
     Raises:
         InvalidRequest: count is not positive.
     """
-    if count < 1:
-        raise InvalidRequest(f"calibration: must be at least 1 sequence, got {count}")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InvalidRequest(f"calibration: must be at least 1 sequence, got {shown(count)}")
     first = settings.stages[0]
     count = min(count, data.sequences(first.sequence_length) or count)
     stream = data.batches(first.batch_size, first.sequence_length, settings.seed)

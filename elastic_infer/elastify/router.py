@@ -18,7 +18,8 @@ from elastic_infer.config import (
     parse_widths,
 )
 from elastic_infer.elastify.costs import Cost
-from elastic_infer.errors import InvalidRequest, WidthError
+from elastic_infer.errors import InvalidRequest, WidthError, shown
+from elastic_infer.value_checks import is_real
 
 __all__ = [
     "Router",
@@ -44,12 +45,14 @@ def check_budgets(budgets: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InvalidRequest: none, one outside (0, 1], or one twice.
     """
-    values = [float(budget) for budget in budgets]
-    if not values:
+    if not isinstance(budgets, Sequence) or isinstance(budgets, (str, bytes)):
+        raise InvalidRequest(f"budgets: must be a list of numbers, got {shown(budgets)}")
+    if not budgets:
         raise InvalidRequest("budgets: must hold at least one, got none")
-    for value in values:
-        if not 0 < value <= 1:
-            raise InvalidRequest(f"budgets: each must lie in (0, 1], got {value:g}")
+    for value in budgets:
+        if not is_real(value) or not 0 < value <= 1:
+            raise InvalidRequest(f"budgets: each must lie in (0, 1], got {shown(value)}")
+    values = [float(budget) for budget in budgets]
     if len(set(values)) != len(values):
         raise InvalidRequest(f"budgets: each must be given once, got {list(values)}")
     return tuple(sorted(values, reverse=True))
@@ -110,17 +113,22 @@ def check_choices(
             (groups, multiples of 16, experts below top-k), a size twice, or full not among them.
     """
     known = _present(config)
+    if not isinstance(choices, Mapping):
+        raise WidthError(f"choices: must be {{axis: allowed sizes}}, got {shown(choices)}")
     for axis, sizes in choices.items():
         if axis not in known:
-            raise WidthError(f"choices: axis must be one of {', '.join(known)}, got {axis!r}")
+            raise WidthError(f"choices: axis must be one of {', '.join(known)}, got {shown(axis)}")
+        ints = isinstance(sizes, (list, tuple)) and all(type(size) is int for size in sizes)
+        if not ints:
+            raise WidthError(f"choices: sizes of {axis} must be a list of ints, got {shown(sizes)}")
         for size in sizes:
             parse_widths(config, {f"choice of {axis}": {axis: size}})
         if len(set(sizes)) != len(sizes):
-            raise WidthError(f"choices: sizes of {axis} must differ, got {list(sizes)}")
+            raise WidthError(f"choices: sizes of {axis} must differ, got {shown(list(sizes))}")
         if getattr(config, axis) not in sizes:
             raise WidthError(
                 f"choices: sizes of {axis} must hold the full {getattr(config, axis)}, "
-                f"got {list(sizes)}"
+                f"got {shown(list(sizes))}"
             )
     return {axis: tuple(sorted(choices[axis], reverse=True)) for axis in known if axis in choices}
 
@@ -208,8 +216,8 @@ class Router(nn.Module):
             InvalidRequest: a budget outside (0, 1] or outside the trained ones.
         """
         budgets = self.budgets
-        if not 0 < budget <= 1:
-            raise InvalidRequest(f"router: budget must lie in (0, 1], got {budget:g}")
+        if not is_real(budget) or not 0 < budget <= 1:
+            raise InvalidRequest(f"router: budget must lie in (0, 1], got {shown(budget)}")
         if not budgets[-1] <= budget <= budgets[0]:
             raise InvalidRequest(
                 f"router: budget must lie between the trained {budgets[-1]:g} and {budgets[0]:g}, "

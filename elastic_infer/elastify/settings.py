@@ -10,7 +10,8 @@ from typing import Any
 
 from elastic_infer.elastify.costs import Cost
 from elastic_infer.elastify.router import check_budgets
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import InvalidRequest, shown
+from elastic_infer.value_checks import MOST, check_count, check_real, is_real
 
 __all__ = ["Settings", "Stage"]
 
@@ -31,17 +32,16 @@ class Stage:
     def check(self, budgets: int) -> None:
         """Raises InvalidRequest unless the stage fits a number of budgets."""
         for name in ("steps", "sequence_length", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InvalidRequest(f"stage: {name} must be a positive integer, got {value!r}")
+            check_count(f"stage: {name}", getattr(self, name))
         odds = self.probabilities
         if odds is None:
             return
-        usable = len(odds) == budgets and all(p >= 0 for p in odds) and sum(odds) > 0
+        usable = isinstance(odds, (list, tuple)) and len(odds) == budgets
+        usable = usable and all(is_real(p) and 0 <= p <= 1e9 for p in odds) and sum(odds) > 0
         if not usable:
             raise InvalidRequest(
                 f"stage: probabilities must be {budgets} numbers >= 0, one per budget, not all 0, "
-                f"got {list(odds)}"
+                f"got {shown(odds)}"
             )
 
 
@@ -95,39 +95,61 @@ class Settings:
 
     def __post_init__(self):
         object.__setattr__(self, "budgets", check_budgets(self.budgets))
-        if not self.stages:
-            raise InvalidRequest("settings: stages must hold at least one stage, got none")
+        stages = self.stages
+        known = isinstance(stages, (list, tuple)) and all(isinstance(s, Stage) for s in stages)
+        if not known or not stages:
+            raise InvalidRequest(
+                f"settings: stages must be a list of at least one stage, got {shown(stages)}"
+            )
         for stage in self.stages:
             stage.check(len(self.budgets))
-        names = width_names(self.budgets) if self.names is None else tuple(self.names)
-        if len(names) != len(self.budgets) or len(set(names)) != len(names) or not all(names):
+        names = width_names(self.budgets) if self.names is None else self.names
+        texts = isinstance(names, (list, tuple)) and all(isinstance(n, str) and n for n in names)
+        if not texts or len(names) != len(self.budgets) or len(set(names)) != len(names):
             raise InvalidRequest(
                 f"settings: names must be {len(self.budgets)} different ones, one per budget, "
-                f"got {list(names)}"
+                f"got {shown(names)}"
             )
-        object.__setattr__(self, "names", names)
+        object.__setattr__(self, "names", tuple(names))
+        if not isinstance(self.cost, Cost):
+            raise InvalidRequest(f"settings: cost must be a Cost, got {shown(self.cost)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise InvalidRequest(
-                f"settings: precision must be auto, float32 or bfloat16, got {self.precision!r}"
+                "settings: precision must be auto, float32 or bfloat16, got "
+                f"{shown(self.precision)}"
             )
         if self.optimiser not in ("adamw", "muon"):
             raise InvalidRequest(
-                f"settings: optimiser must be adamw or muon, got {self.optimiser!r}"
+                f"settings: optimiser must be adamw or muon, got {shown(self.optimiser)}"
             )
-        if not (0 <= self.switch_probability <= 1):
-            raise InvalidRequest(
-                f"settings: switch_probability must lie in 0..1, got {self.switch_probability!r}"
-            )
+        self._check_numbers()
         if self.switch_probability and len(self.budgets) < 2:
             raise InvalidRequest(
                 "settings: switch_probability must be 0 with one budget, got "
-                f"{self.switch_probability!r}"
+                f"{self.switch_probability}"
             )
-        rates = ("lr", "muon_lr", "router_lr")
-        for name in (*rates, "clip", "accumulate", "save_every", "router_inner"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InvalidRequest(f"settings: {name} must be positive, got {value!r}")
+
+    def _check_numbers(self) -> None:
+        for name in ("lr", "muon_lr", "router_lr", "clip"):
+            check_real(f"settings: {name}", getattr(self, name), 0, open_=True)
+        for name in ("final_lr", "weight_decay", "budget_weight"):
+            check_real(f"settings: {name}", getattr(self, name), 0)
+        for name in ("hard_share", "switch_probability"):
+            check_real(f"settings: {name}", getattr(self, name), 0, 1)
+        for name in ("accumulate", "save_every"):
+            check_count(f"settings: {name}", getattr(self, name))
+        for name in ("warmup", "validation_batches"):
+            check_count(f"settings: {name}", getattr(self, name), 0)
+        check_count("settings: router_inner", self.router_inner, 1, 1 << 16)
+        check_count("settings: seed", self.seed, -MOST, MOST)  # generators take 64 bits
+        if self.router_steps is not None:
+            check_count("settings: router_steps", self.router_steps, 0)
+        for name in ("temperature", "logit_scale"):
+            pair = getattr(self, name)
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise InvalidRequest(f"settings: {name} must be two numbers, got {shown(pair)}")
+            for value in pair:
+                check_real(f"settings: {name}", value, 1e-6, 1e6)
 
     @property
     def steps(self) -> int:

@@ -26,7 +26,7 @@ from elastic_infer.elastify.torch_ops import (
     rms_norm,
     ssd_scan,
 )
-from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.errors import CheckpointError, InvalidRequest, shown
 from elastic_infer.tensor_files import save_tensors
 from elastic_infer.writing import make_folder, withdraw, write_json
 
@@ -323,11 +323,13 @@ class ElasticNemotronH(nn.Module):
         width = self.full if width is None else width
         if not width.fits_in(self.full):
             raise InvalidRequest(
-                f"torch_model: width must fit in the model, got {width.name!r}, which is larger"
+                "torch_model: width must fit in the model, got "
+                f"{shown(width.name)}, which is larger"
             )
         if masks is not None and not width.same_sizes(self.full):
             raise InvalidRequest(
-                f"torch_model: width must be the full one where masks are given, got {width.name!r}"
+                "torch_model: width must be the full one where masks are given, got "
+                f"{shown(width.name)}"
             )
         size, eps = width.hidden_size, self.config.layer_norm_epsilon
         channels = None if masks is None else masks[0]["hidden_size"]

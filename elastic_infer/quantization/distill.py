@@ -25,6 +25,7 @@ from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import InvalidRequest, NonFiniteLoss
 from elastic_infer.quantization.formats import BLOCK, E4M3_MAX, Packed, decode_e4m3, round_e2m1
 from elastic_infer.quantization.search import quantize_with
+from elastic_infer.value_checks import MOST, check_count, check_real
 
 __all__ = ["DistillSettings", "distill_quantized"]
 
@@ -47,13 +48,11 @@ class DistillSettings:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "sequence_length"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InvalidRequest(f"distill: {name} must be a positive int, got {value!r}")
+            check_count(f"distill: {name}", getattr(self, name))
         for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InvalidRequest(f"distill: {name} must be positive, got {value!r}")
+            check_real(f"distill: {name}", getattr(self, name), 0, open_=True)
+        check_count("distill: seed", self.seed, -MOST, MOST)  # generators take 64 bits
+        check_count("distill: validation_batches", self.validation_batches, 0)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elastic_infer.checkpoint import Checkpoint
 from elastic_infer.config import MLP, ModelConfig, width_to_dict
-from elastic_infer.errors import CheckpointError, InvalidRequest
+from elastic_infer.errors import CheckpointError, InvalidRequest, shown
 from elastic_infer.quantization.formats import BLOCK, FORMATS, Packed
 from elastic_infer.quantization.published import SIDECAR, modelopt_config
 from elastic_infer.quantization.report import ErrorReport
@@ -38,6 +38,7 @@ from elastic_infer.slicing import (
     with_kv_factors,
 )
 from elastic_infer.tensor_files import Selection, write_safetensors
+from elastic_infer.value_checks import check_count, is_real
 from elastic_infer.writing import new_folder, require_new, write_json
 
 __all__ = ["DEFAULT_GROUPS", "GROUPS", "Quantizer", "choose_formats", "quantize_checkpoint"]
@@ -83,11 +84,13 @@ def choose_formats(
         CheckpointError: matrices that are one in memory and would differ.
     """
     for group, found in groups.items():
-        if group not in GROUPS or found not in FORMATS:
+        if group not in GROUPS or not isinstance(found, str) or found not in FORMATS:
             raise InvalidRequest(
                 f"quantize: groups must be of {', '.join(GROUPS)} with {' or '.join(FORMATS)}, got "
-                f"{group!r}: {found!r}"
+                f"{shown(group)}: {shown(found)}"
             )
+    if not isinstance(keep, (list, tuple)) or not all(isinstance(text, str) for text in keep):
+        raise InvalidRequest(f"quantize: keep must be a list of patterns, got {shown(keep)}")
     matrices = {name: group_of(config, name) for name in names}
     out, used = {}, set()
     for name, group in matrices.items():
@@ -101,7 +104,7 @@ def choose_formats(
     unused = [p for p in keep if p not in used]
     if unused:
         raise InvalidRequest(
-            f"quantize: keep must match a matrix of {', '.join(groups)}, got {unused[0]!r}"
+            f"quantize: keep must match a matrix of {', '.join(groups)}, got {shown(unused[0])}"
         )
     if not out:
         raise InvalidRequest("quantize: at least one matrix must be left to quantise, got none")
@@ -125,13 +128,14 @@ class Quantizer:
     ):
         self.checkpoint, self.formats, self.weights = checkpoint, dict(formats), weights
         if weights is not None and (
-            set(weights) != set(checkpoint.widths)
-            or not all(0 <= w < float("inf") for w in weights.values())
+            not isinstance(weights, Mapping)
+            or set(weights) != set(checkpoint.widths)
+            or not all(is_real(w) and 0 <= w <= 1e9 for w in weights.values())
             or not any(weights.values())
         ):
             raise InvalidRequest(
                 f"quantize: weights must be numbers >= 0, not all 0, of "
-                f"{', '.join(checkpoint.widths)}, got {dict(weights)}"
+                f"{', '.join(checkpoint.widths)}, got {shown(weights)}"
             )
         config, table = checkpoint.config, checkpoint.widths
         self._kept = {name: tensor_selections(config, width) for name, width in table.items()}
@@ -251,6 +255,7 @@ def quantize_checkpoint(
     """
     out = Path(out)
     check_source(checkpoint, out)
+    check_count("quantize: threads", threads, 1, 4096)
     quantizer = Quantizer(checkpoint, formats, weights)
     specs: dict[str, tuple] = {}
     owner: dict[str, str] = {}
