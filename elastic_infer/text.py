@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from elastic_infer.errors import InvalidRequest
+from elastic_infer.errors import CheckpointError, InvalidRequest
 from elastic_infer.user_calls import tokenizer_errors
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_level_alphabet()
+
+MOST_GROWTH = 1024  # real tokenizers have a few replacements of single characters
 
 # Decoders that work on every token by itself, looking at most at whether it is the first.
 _PER_TOKEN = {"Replace", "ByteFallback", "Strip", "Metaspace", "WordPiece"}
@@ -154,10 +156,31 @@ class StreamRule:
 
 def _flatten(step: dict[str, Any]) -> Iterable[dict[str, Any]]:
     if step["type"] == "Sequence":
-        for inner in step["decoders"]:
+        for inner in step.get("decoders") or step.get("normalizers") or ():
             yield from _flatten(inner)
     else:
         yield step
+
+
+def check_growth(name: str, part: dict[str, Any] | None) -> None:
+    """Refuses replacements that, one after the other, could make very much of little text.
+
+    name: "normalizer" or "decoder". part: what tokenizer.json says of it, None if it has none.
+
+    Raises CheckpointError.
+    """
+    growth = 1.0
+    for step in [] if part is None else _flatten(part):
+        if step["type"] == "Replace":
+            made = len(step["content"])
+            # A regular expression may match single characters, or stand between any two.
+            found = len(step["pattern"].get("String", ""))
+            growth *= max(1.0, made / found if found else 1 + made)
+    if growth > MOST_GROWTH:
+        raise CheckpointError(
+            f"tokenizer.json: {name} must make at most {MOST_GROWTH} characters of one by its "
+            f"replacements, got {growth:.3g}"
+        )
 
 
 class Detokenizer:

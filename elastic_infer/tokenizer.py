@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -26,7 +27,7 @@ from elastic_infer.files import (
     require_file,
 )
 from elastic_infer.param_checks import encodable
-from elastic_infer.text import StreamRule
+from elastic_infer.text import StreamRule, check_growth
 from elastic_infer.user_calls import tokenizer_errors
 
 __all__ = ["Tokenizer", "eos_ids_from_folder"]
@@ -136,6 +137,8 @@ class Tokenizer:
             return None
         require_file(path, f"{TOKENIZER}:", _TOKENIZER_BYTES)
         with foreign(f"{TOKENIZER}: must be a tokenizer"):
+            # Before it is loaded: added tokens are normalized then.
+            _check_growth(path.read_bytes())
             backend = tokenizers.Tokenizer.from_file(str(path))
         config = _read_json(folder / TOKENIZER_CONFIG)
         special_map = _read_json(folder / SPECIAL_TOKENS)
@@ -294,6 +297,14 @@ def _chat_arguments(tools: Any, arguments: Any) -> dict[str, Any]:
             f"chat: {twice} must be given once, got {twice} in chat_template_kwargs as well"
         )
     return given if tools is None else {**given, "tools": tools}
+
+
+def _check_growth(content: bytes) -> None:
+    """Refuses a tokenizer.json that could make very much of little text."""
+    if b"Replace" in content or b"\\u" in content:  # else there is no need to read it twice
+        made = json.loads(content)
+        for part in ("normalizer", "decoder"):
+            check_growth(part, made.get(part))
 
 
 def _add_tokens(

@@ -299,6 +299,29 @@ def test_an_added_token_must_keep_its_id(tmp_path: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
+@pytest.mark.parametrize("pattern", [{"String": "a"}, {"Regex": "a"}, {"Regex": ""}])
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_replacements_that_grow_without_bound_are_refused(
+    tmp_path: Path, pattern: dict[str, str], part: str, nested: bool
+) -> None:
+    """Replacements that double a text again and again, before encoding and after decoding; a
+    tokenizer would normalize its added tokens as soon as it is loaded."""
+
+    def load(steps: list[dict[str, Any]]) -> Tokenizer | None:
+        sequence = {"type": "Sequence", f"{part}s": steps}
+        made = json.loads(backend().to_str())
+        made[part] = {"type": "Sequence", f"{part}s": [sequence]} if nested else sequence
+        (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+        return Tokenizer.from_folder(tmp_path)
+
+    one = {"type": "Replace", "pattern": pattern, "content": "aa"}
+    with pytest.raises(CheckpointError, match=rf"tokenizer.json: {part} must make at most 1024"):
+        load([one] * 40)
+    space = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+    assert load([space, {**space, "pattern": {"String": "▁"}, "content": " "}]) is not None
+
+
 def test_special_map_names_what_the_config_does_not(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", {}, special_tokens_map={"eos_token": {"content": "<|im_end|>"}})
     ours = Tokenizer.from_folder(folder)
