@@ -32,6 +32,7 @@ from elastic_infer.quantization.stored import (
 )
 from elastic_infer.slicing import Selection, expected_shapes, iterate_shapes
 from elastic_infer.tensor_files import INDEX_NAME, Axis, TensorFiles, fingerprint
+from elastic_infer.torch_modes import plain_torch
 
 __all__ = ["Checkpoint", "config_folder", "is_download_cache", "resolve_folder"]
 
@@ -259,6 +260,7 @@ class Checkpoint:
         return table, "config.json" if table is not None else "no table"
 
     @cached_property
+    @plain_torch()
     def fingerprint(self) -> str:
         """64 hex digits that tell these weights from others, whatever the sharding.
 

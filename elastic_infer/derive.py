@@ -28,6 +28,7 @@ from elastic_infer.slicing import (
     tensor_selections,
 )
 from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, Axis, TensorFiles
+from elastic_infer.torch_modes import plain_torch
 from elastic_infer.writing import make_folder, write_json
 
 __all__ = ["derive_widths", "write_widths"]
@@ -52,6 +53,7 @@ HEAD = "lm_head.weight"
 _BLOCK_BYTES = 32 * 2**20  # compared at a time
 
 
+@plain_torch()
 def derive_widths(
     full: str | Path | Checkpoint,
     slices: Mapping[str, str | Path] | None = None,

@@ -16,6 +16,7 @@ from elastic_infer.files import TAKEN_ALONG, TEXT_FILES, is_file, read_bytes
 from elastic_infer.quantization.published import SIDECAR
 from elastic_infer.quantization.stored import stored_selections
 from elastic_infer.tensor_files import Selection, take, write_safetensors
+from elastic_infer.torch_modes import plain_torch
 from elastic_infer.writing import make_folder, new_folder, require_new, write_json, write_whole
 
 if TYPE_CHECKING:
@@ -267,6 +268,7 @@ def hull(config: ModelConfig, width: Width) -> Width:
     return replace(width, **sizes)
 
 
+@plain_torch()
 def slice_checkpoint(
     checkpoint: Checkpoint,
     width_name: str,

@@ -10,7 +10,10 @@ import pytest
 import torch
 from engines import assert_all_free, open_engine, write_text_model
 
-from elastic_infer import Plan, SamplingParams
+from elastic_infer import Checkpoint, Plan, SamplingParams
+from elastic_infer.derive import derive_widths
+from elastic_infer.quantization.write import choose_formats, quantize_checkpoint
+from elastic_infer.slicing import slice_checkpoint
 
 
 @contextmanager
@@ -132,3 +135,25 @@ def test_modes_that_a_processor_leaves_behind_change_nothing(folder, tmp_path, e
             assert results(engine, tmp_path / "s.safetensors") == expected
         finally:
             call(leave)
+
+
+def written(folder, tmp_path):
+    """What the tools make of a checkpoint: its fingerprint, a slice's bytes, a table derived from
+    it, the bytes of quantised weights."""
+    source = Checkpoint.open(folder)
+    cut, codes = tmp_path / "slice", tmp_path / "quantised"
+    slice_checkpoint(source, "S", cut)
+    formats = choose_formats(source.config, source.names, {"head": "fp8", "mlp": "nvfp4"})
+    quantize_checkpoint(source, codes, formats)
+    paths = [path for out in (cut, codes) for path in sorted(out.glob("*.safetensors"))]
+    files = [path.read_bytes() for path in paths]
+    return source.fingerprint, derive_widths(folder, {"S": cut}), files
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_files_are_the_same_in_every_mode(folder, tmp_path, mode):
+    """Stands for the tools that read and write checkpoints."""
+    expected = written(folder, tmp_path / "plain")
+    with mode():
+        got = written(folder, tmp_path / "mode")
+    assert got == expected

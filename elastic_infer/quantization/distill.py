@@ -71,7 +71,7 @@ class _Rounded(nn.Module):
         fp8 = packed[0].block_scales is None
         steps = []
         for p in packed:
-            scale = torch.tensor(p.scale)
+            scale = torch.tensor(p.scale, dtype=torch.float32)
             steps.append(scale.view(1, 1) if fp8 else decode_e4m3(p.block_scales) * scale)
         self.fp8 = fp8
         self.register_buffer("step", torch.stack(steps) if len(steps) > 1 else steps[0])

@@ -69,7 +69,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
     Bit 3 is the sign, which zero also keeps; magnitudes are rounded by `round_e2m1`.
     """
-    steps = torch.tensor(_E2M1, device=values.device)
+    steps = torch.tensor(_E2M1, dtype=torch.float32, device=values.device)
     codes = torch.searchsorted(steps, round_e2m1(values.abs())).to(torch.uint8)
     codes |= torch.signbit(values).to(torch.uint8) << 3
     return codes[..., 0::2] | codes[..., 1::2] << 4
@@ -77,7 +77,8 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 def unpack_e2m1(codes: Tensor) -> Tensor:
     """Float32 values [..., K] of packed codes [..., K/2] uint8, low nibble first."""
-    table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=codes.device)
+    both = [*_E2M1, *(-v for v in _E2M1)]
+    table = torch.tensor(both, dtype=torch.float32, device=codes.device)
     nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
     return table[nibbles.long()]
 

@@ -76,7 +76,8 @@ def block_importance(
 
 def held_blocks(shape: torch.Size, kept: Selection) -> Tensor:
     """[N, K/16] float32: 1 for the blocks that a selection of rows and columns holds, else 0."""
-    rows, columns = torch.zeros(shape[0]), torch.zeros(shape[1] * BLOCK)
+    rows = torch.zeros(shape[0], dtype=torch.float32)
+    columns = torch.zeros(shape[1] * BLOCK, dtype=torch.float32)
     rows[slice(None) if kept.rows is None else kept.rows] = 1
     columns[slice(None) if kept.cols is None else kept.cols] = 1
     return rows[:, None] * columns[None, ::BLOCK]
@@ -115,6 +116,11 @@ def _best_blocks(values: Tensor, largest: Tensor, scale: float) -> tuple[Tensor,
     return found.to(torch.uint8), best
 
 
+def _single(value: float) -> float:
+    """The nearest float32."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
 def quantize_nvfp4(weight: Tensor, importance: Tensor | None = None) -> Quantized:
     """NVFP4 codes of a matrix with the block scales and the scale of least squared error.
 
@@ -137,10 +143,11 @@ def quantize_nvfp4(weight: Tensor, importance: Tensor | None = None) -> Quantize
         codes = torch.zeros(shape[0], shape[1] * BLOCK // 2, dtype=torch.uint8)
         zeros = torch.zeros(shape, dtype=torch.uint8)
         return Quantized(Packed(codes, zeros, 0.0), energy, energy, energy)
-    base = float(torch.tensor(top) / (E2M1_MAX * E4M3_MAX))
-    flat = torch.ones(len(blocks)) if importance is None else importance.flatten()
+    base = float(torch.tensor(top, dtype=torch.float32) / (E2M1_MAX * E4M3_MAX))
+    alike = torch.ones(len(blocks), dtype=torch.float32)
+    flat = alike if importance is None else importance.flatten()
     some, counts = _sampled(values, flat)
-    tried = [float(torch.tensor(base * 2 ** (i / _STEPS))) for i in range(_STEPS)]
+    tried = [_single(base * 2 ** (i / _STEPS)) for i in range(_STEPS)]
     errors = [float((_best_blocks(some, some.amax(1), s)[1] * counts).sum()) for s in tried]
     scale = tried[errors.index(min(errors))]
     bits, error, plain = [], [], []
@@ -189,10 +196,11 @@ def quantize_fp8(weight: Tensor, importance: Tensor | None = None) -> Quantized:
     if top == 0:
         codes = torch.zeros(weight.shape, dtype=torch.uint8)
         return Quantized(Packed(codes, None, 0.0), energy, energy, energy)
-    base = float(torch.tensor(top) / E4M3_MAX)
-    flat = torch.ones(len(blocks)) if importance is None else importance.flatten()
+    base = float(torch.tensor(top, dtype=torch.float32) / E4M3_MAX)
+    alike = torch.ones(len(blocks), dtype=torch.float32)
+    flat = alike if importance is None else importance.flatten()
     some, counts = _sampled(values, flat)
-    tried = [float(torch.tensor(base * 2 ** (i / _STEPS))) for i in range(-_CLIPPED, _STEPS)]
+    tried = [_single(base * 2 ** (i / _STEPS)) for i in range(-_CLIPPED, _STEPS)]
     errors = [float((_fp8_error(some, s) * counts).sum()) for s in tried]
     scale = tried[errors.index(min(errors))]
     error = torch.cat([_fp8_error(part, scale) for part in values.split(_PIECE)])

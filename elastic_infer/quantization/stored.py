@@ -258,7 +258,8 @@ def read_scale(files: TensorFiles, stored: StoredWeight) -> float:
         _refuse(files, stored.scale, f"be a finite number {rule}, got {value}")
     if not stored.divides:
         return value
-    factor = float(torch.tensor(1.0) / torch.tensor(value))
+    one, divisor = torch.tensor([1.0, value], dtype=torch.float32)
+    factor = float(one / divisor)
     if not math.isfinite(factor):
         _refuse(files, stored.scale, f"have a finite reciprocal in float32, got {value}")
     return factor

@@ -38,6 +38,7 @@ from elastic_infer.slicing import (
     with_kv_factors,
 )
 from elastic_infer.tensor_files import Selection, write_safetensors
+from elastic_infer.torch_modes import plain_torch
 from elastic_infer.value_checks import check_count, is_real
 from elastic_infer.writing import new_folder, require_new, write_json
 
@@ -189,7 +190,7 @@ class Quantizer:
 
 def packed_parts(module: str, packed: Packed) -> dict[str, Tensor]:
     """ModelOpt's tensors of a matrix."""
-    scale = torch.tensor(packed.scale)
+    scale = torch.tensor(packed.scale, dtype=torch.float32)
     if packed.block_scales is None:
         codes = packed.codes.view(torch.float8_e4m3fn)
         return {f"{module}.weight": codes, f"{module}.weight_scale": scale}
@@ -218,6 +219,7 @@ def check_source(checkpoint: Checkpoint, out: Path) -> None:
     require_new(out, "quantize")
 
 
+@plain_torch()
 def quantize_checkpoint(
     checkpoint: Checkpoint,
     out: str | Path,
