@@ -382,6 +382,17 @@ def test_the_command_line_says_it_in_one_line(source, tmp_path, monkeypatch):
         assert len(result.stderr.splitlines()) == 1 and not out.exists() and not table.exists()
 
 
+@pytest.mark.parametrize("charset", ["utf-8", "ascii"])
+def test_the_command_line_prints_any_path(source, tmp_path, charset):
+    """A path that is no UTF-8, in a locale with and without UTF-8, in what is told and refused."""
+    out = tmp_path / os.fsdecode(b"caf\xe9-\xff")
+    given = ["slice", str(source.folder), "--width", "S", "--out", str(out)]
+    for code in (0, 2):  # written; then refused, as it is there
+        result = CliRunner(charset=charset).invoke(app, given)
+        assert result.exit_code == code and "caf\\udce9-\\udcff" in result.output, result.output
+    assert (out / "config.json").is_file()
+
+
 def test_all_of_the_library_writes_in_one_place():
     """No file is made, replaced or filled outside writing.py."""
     pattern = re.compile(

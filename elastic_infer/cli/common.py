@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +35,7 @@ class Commands(TyperGroup):
     and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
+        escape_what_cannot_be_printed()
         try:
             return super().invoke(ctx)
         except ElasticError as error:
@@ -43,6 +46,14 @@ class Commands(TyperGroup):
             where = error.ctx.command_path if error.ctx else ctx.command_path
             tell(f"{error.format_message().rstrip('.')}; see {where} --help")
         raise typer.Exit(BAD_REQUEST)
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Lets standard output and error write \\x.. where their encoding lacks a character: of a path
+    that is no UTF-8, of a table where the locale is C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def tell(message: str) -> None:
