@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .errors import (
     CheckpointError,
     ElasticError,
+    EngineFault,
     EngineFull,
     InvalidRequest,
     NonFiniteLogits,
@@ -56,6 +57,7 @@ __all__ = [
     "Choice",
     "ElasticError",
     "Engine",
+    "EngineFault",
     "EngineFull",
     "EngineSequence",
     "InvalidRequest",

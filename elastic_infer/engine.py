@@ -218,7 +218,7 @@ class Engine:
         Raises: InvalidRequest, WidthError, OutOfCapacity; for a single prompt also its own failure.
         """
         if is_one_prompt(prompt):
-            return _wait(self.submit(prompt, params, plan, width=width))
+            return self._generate(self._intake.request(prompt, params, plan, width))
         prompts = list(prompt)
         waiting = self._max_waiting
         if waiting is not None and len(prompts) > waiting + self._capacity.max_num_seqs:
@@ -231,13 +231,18 @@ class Engine:
         requests = [
             self._intake.request(p, *options) for p, options in zip(prompts, zip(*columns))
         ]
-        self._submit(requests)
         try:
+            self._submit(requests)
             return [r.wait() for r in requests]
-        except BaseException:  # the caller was interrupted: nobody waits for these any more
-            for request in requests:
-                request.cancel()
-            raise
+        finally:
+            _cancel(requests)
+
+    def _generate(self, request: Request) -> Output:
+        try:
+            self._submit([request])
+            return request.result()
+        finally:
+            _cancel([request])
 
     def stream(
         self,
@@ -270,7 +275,7 @@ class Engine:
             message.
         """
         prompt = self.chat_prompt(messages, tools, chat_template_kwargs)
-        return _wait(self.submit(prompt, params, plan, width=width))
+        return self._generate(self._intake.request(prompt, params, plan, width))
 
     def chat_prompt(
         self,
@@ -334,8 +339,9 @@ class Engine:
         """
         ids = [] if prompt is None else self._intake.prompt_ids(prompt)
         ids, width = self._checked("open", ids, width)
-        place = self._call(lambda: self._open_slot(track), wait_for_room=True)
-        return EngineSequence(self, place, width, ids)
+        return self._call(
+            lambda: EngineSequence(self, self._open_slot(track), width, ids), wait_for_room=True
+        )
 
     def _checked(
         self, what: str, ids: list[int], width: str | None
@@ -355,15 +361,16 @@ class Engine:
             sequence, saved, width, unread, logits = read_sequence(path, self)
         self._intake.check_fits("load", sequence.length + len(unread), 0, 1)
 
-        def job() -> None:
+        text = StepText(self._tokenizer, sequence.tokens + unread)
+
+        def job() -> EngineSequence:
             self._scheduler.claim_slots()
             self._model.cache.place(sequence, saved)
+            session = EngineSequence(self, sequence, width, unread, text)
+            session._logits = logits
+            return session
 
-        self._call(job, wait_for_room=True)
-        text = StepText(self._tokenizer, sequence.tokens + unread)
-        session = EngineSequence(self, sequence, width, unread, text)
-        session._logits = logits
-        return session
+        return self._call(job, wait_for_room=True)
 
     def decode(self, token_ids: Seq[int]) -> str | None:
         """Text of token ids; None without a tokenizer."""
@@ -393,11 +400,9 @@ class Engine:
         return self._model.cache.open(track)
 
 
-def _wait(request: Request) -> Output:
-    """The request's result; a caller that is interrupted cancels it."""
-    try:
-        return request.result()
-    finally:
+def _cancel(requests: list[Request]) -> None:
+    """Cancels what has not ended: the caller was interrupted, and they have no other."""
+    for request in requests:
         if not request.done:
             request.cancel()
 

@@ -93,6 +93,11 @@ class RequestFailed(ElasticError, RuntimeError):
     """The request ended by an error that is none of the above; that one is its cause."""
 
 
+class EngineFault(ElasticError, RuntimeError):
+    """The engine itself failed in a pass, or its thread could not start; names the cause. The
+    engine goes on."""
+
+
 class NonFiniteLogits(ElasticError, RuntimeError):
     """The model returned NaN or infinite logits for this request."""
 

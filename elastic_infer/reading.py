@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import torch
 
 from .cache import Sequence
-from .errors import OutOfCapacity
+from .errors import OutOfCapacity, RequestCancelled
+from .promise import Promise
 from .switching import Read
 
 
@@ -27,10 +27,10 @@ class Reader:
         pending: list[Read],
         logits: str = "last",
         done: Callable[[torch.Tensor], None] | None = None,
-        failed: Callable[[Exception], None] | None = None,
+        failed: Callable[[BaseException], None] | None = None,
     ):
         self.sequence, self.pending, self.logits = sequence, pending, logits
-        self.future: Future = Future()
+        self.promise = Promise()
         self.waited = 0
         self._done, self._failed = done, failed
         self._rows: list[torch.Tensor] = []
@@ -46,19 +46,25 @@ class Reader:
 
     def finish(self) -> None:
         """Ends it with its logits, once nothing is pending."""
-        rows = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)
-        if self._done:
-            self._done(rows)
-        self.future.set_result(rows)
+        try:
+            rows = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)
+            if self._done:
+                self._done(rows)
+        except BaseException as error:  # the caller waits, whatever comes in between
+            self.fail(error)
+            raise
+        self.promise.set(rows)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Ends it with an error."""
-        if self._failed:
-            self._failed(error)
-        self.future.set_exception(error)
+        try:
+            if self._failed:
+                self._failed(error)
+        finally:
+            self.promise.fail(error)
 
 
-def state_is_lost(error: Exception) -> bool:
-    """Whether a sequence may be half updated after this: anything but a lack of pages, which is
-    found before a pass."""
-    return not isinstance(error, OutOfCapacity)
+def state_is_lost(error: BaseException) -> bool:
+    """Whether a sequence may be half updated after this: anything but a lack of pages and a
+    cancellation, which come between two passes."""
+    return not isinstance(error, (OutOfCapacity, RequestCancelled))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from .cache import Sequence
 from .errors import ElasticError, InvalidRequest, RequestCancelled
 from .outputs import Choice, FinishReason, Output, Phase, Times, Token, Usage
 from .plan import Plan, PlanRun
+from .promise import Promise
 from .sampling import RowProcessors, SamplingParams
 from .switching import Read
 from .text import split_reasoning
@@ -163,7 +163,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.request_id = self.request_id or f"request-{next(_numbers)}"
-        self._done = threading.Event()
+        self._end = Promise()
         self._wake: Callable[[], None] | None = None
         self._is_worker: Callable[[], bool] | None = None
         self._owner: object = None
@@ -180,19 +180,25 @@ class Request:
         self._owner = owner
 
     def __iter__(self) -> Iterator[Token]:
-        while True:
-            event = self.events.get()
-            if event is None:
-                self.events.put(None)  # further iterations end at once
-                if self.error is not None:
-                    raise self.error
-                return
-            yield event
+        try:
+            while True:
+                self._check_waiter("iterate over a request that has not ended")
+                if self.done and self.events.empty():
+                    break
+                event = self.events.get()
+                if event is None:
+                    break
+                yield event
+        finally:
+            if self.done:  # other iterations end at once, also when this one was interrupted
+                self.events.put(None)
+        if self.error is not None:
+            raise self.error
 
     @property
     def done(self) -> bool:
         """Whether the result is there."""
-        return self._done.is_set()
+        return self._end.done
 
     def cancel(self) -> None:
         """Asks to stop; what was generated stays in the result, with finish_reason "cancelled"."""
@@ -220,20 +226,22 @@ class Request:
 
     def wait(self, timeout: float | None = None) -> Output:
         """As `result`, but a failed request gives its output too, with finish_reason "error"."""
-        if self._is_worker and self._is_worker() and not self.done:
-            raise InvalidRequest(
-                f"{self.request_id}: a plan or logits processor must not wait for a result"
-            )
-        if not self._done.wait(timeout):
+        self._check_waiter("wait for a result")
+        if not self._end.wait(timeout):
             raise TimeoutError(f"{self.request_id}: no result after {timeout} s")
         return self.output()
 
+    def _check_waiter(self, what: str) -> None:
+        """That the worker does not wait for itself."""
+        if self._is_worker and self._is_worker() and not self.done:
+            raise InvalidRequest(f"{self.request_id}: a plan or logits processor must not {what}")
+
     def finish(self, error: Exception | None = None) -> None:
         """Called by the scheduler when the last branch has ended."""
-        if self._done.is_set():
+        if self.done:
             return
         self.error, self.ended = error, time.perf_counter()
-        self._done.set()
+        self._end.set()
         self.events.put(None)
         self._owner = None
 

@@ -7,13 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from .ahead import following
 from .batching import Candidate, Limits, StepCosts, form_batch
 from .cache import PAGE, Sequence
-from .errors import NonFiniteLogits, OutOfCapacity
+from .errors import NonFiniteLogits, OutOfCapacity, RequestCancelled
 from .model import Model
 from .outputs import Token
 from .passes import Flight, Part, Passes
@@ -21,6 +22,7 @@ from .plan import Decision
 from .reading import Reader
 from .request import Branch, Request
 from .sampler import Drawn, Sampler
+from .stats import Stats
 from .switching import (
     Read,
     keep_snapshots,
@@ -33,17 +35,7 @@ from .user_calls import as_failure, text_of
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Stats:
-    """Counters since the engine was opened."""
-
-    passes: int = 0
-    passes_ahead: int = 0
-    tokens_read: int = 0
-    preemptions: int = 0
-    rebuilt_tokens: int = 0
-    requests: int = 0
+CLOSED = "sequence: must be open, got one that was closed"
 
 
 class Scheduler:
@@ -101,11 +93,18 @@ class Scheduler:
             self.readers.remove(reader)
             reader.fail(error)
 
+    def release(self, sequence: Sequence) -> None:
+        """Gives the place of a sequence back that its caller has closed or dropped."""
+        self.drop_readers(sequence, RequestCancelled(CLOSED))
+        self.cache.close(sequence)
+
     @property
     def has_cancelled(self) -> bool:
-        """Whether a request that has not ended was cancelled."""
-        return any(r.cancelled for r in self.waiting) or any(
-            b.request.cancelled for b in self.running
+        """Whether a request or a reader that has not ended was cancelled."""
+        return (
+            any(r.cancelled for r in self.waiting)
+            or any(b.request.cancelled for b in self.running)
+            or any(r.promise.abandoned for r in self.readers)
         )
 
     def slots_for(self, request: Request) -> int:
@@ -198,11 +197,11 @@ class Scheduler:
     # -- one pass ----------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Admits, runs one pass, samples. Returns whether a pass ran.
+        """Admits, runs one pass, samples. Returns whether a pass ran. Cancellations take effect by
+        `drop_cancelled`, before.
 
         On a device the next pass is launched before this one's tokens are read out, if these can
         change nothing about it; the step after this one finds it in flight."""
-        self._drop_cancelled()
         self._admit()
         flight = self._flight or self._launch(self._form(), self._active())
         if flight is None:
@@ -455,7 +454,8 @@ class Scheduler:
         request = branch.request
         error = as_failure(request.request_id, raised)
         text = text_of(error)
-        logger.warning("%s ended with an error: %s", request.request_id, text)
+        with suppress(Exception):  # a program's own handler may raise, which is not this row's
+            logger.warning("%s ended with an error: %s", request.request_id, text)
         request.error = error
         for other in request.branches:
             if other.finish_reason is None:
@@ -468,31 +468,30 @@ class Scheduler:
                 branch.finish_reason = reason
                 self._end(branch)
 
-    def _drop_cancelled(self) -> None:
+    def drop_cancelled(self) -> None:
+        """Ends requests that were cancelled, and readers that nobody waits for any more."""
+        for reader in [r for r in self.readers if r.promise.abandoned]:
+            self.readers.remove(reader)
+            reader.fail(RequestCancelled("sequence: the call that read it was interrupted"))
         for request in {b.request: None for b in self.running if b.request.cancelled}:
             self._end_request(request, "cancelled")
         for request in [r for r in self.waiting if r.cancelled]:
             self.waiting.remove(request)
             self._end_request(request, "cancelled")
 
-    def abandon_running(self, error: Exception) -> None:
-        """Ends every request that has a place in the cache, and every reader."""
+    def abandon_running(
+        self, error_of: Callable[[Request], Exception], other: Exception
+    ) -> None:
+        """Ends every request that has a place in the cache with the error that `error_of(request)`
+        makes, and every reader with `other`."""
         self._flight = None
         for request in {b.request: None for b in self.running}:
-            self._fail(request.branches[0], error)
-        self._abandon_readers(error)
-
-    def abandon(self, error_of: Callable[[Request], Exception], other: Exception) -> None:
-        """Ends everything: requests with the error that `error_of(request)` makes, readers with
-        `other`."""
-        self._flight = None
-        for request in {b.request: None for b in self.running}:
-            self._fail(request.branches[0], error_of(request))
-        while self.waiting:
-            request = self.waiting.popleft()
-            request.abandon(error_of(request))
-        self._abandon_readers(other)
-
-    def _abandon_readers(self, error: Exception) -> None:
+            error = error_of(request)
+            try:
+                self._fail(request.branches[0], error)
+            except Exception:  # what is broken may be the cache: its caller waits all the same
+                self.running = [b for b in self.running if b.request is not request]
+                request.abandon(error)
         while self.readers:
-            self.readers.pop().fail(error)
+            with suppress(Exception):
+                self.readers.pop().fail(other)

@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .cache import Cache, Run, Sequence
+from .cache import Run, Sequence
 from .errors import InvalidRequest, NonFiniteLogits, RequestCancelled, shown
 from .outputs import Token
 from .plan import Policy
 from .reading import Reader, state_is_lost
 from .sampling import SamplingParams
+from .scheduler import CLOSED
 from .switching import Read, replay_reads, switch
 from .text_stream import StepText
 from .torch_modes import plain_torch
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .worker import Worker
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _give_back(worker: Worker, cache: Cache, sequence: Sequence) -> None:
-    worker.post(lambda: cache.close(sequence))
+def _one_at_a_time(method: _Method) -> _Method:
+    """A method that refuses to begin while another call on its sequence has not ended."""
+
+    @wraps(method)
+    def guarded(self: EngineSequence, *args: Any, **kwargs: Any) -> Any:
+        mine, calls = object(), self._calls
+        try:
+            # An interrupt can come after every call. So taking the place records whose it is in
+            # the same instruction, and giving it back calls nothing.
+            if calls.setdefault("now", mine) is not mine:
+                raise InvalidRequest(
+                    f"sequence: one call at a time must be made on it, got {method.__name__} "
+                    "during another; give every thread a sequence of its own (fork)"
+                )
+            return method(self, *args, **kwargs)
+        finally:
+            if "now" in calls and calls["now"] is mine:
+                del calls["now"]
+
+    return guarded  # type: ignore[return-value]  # `wraps` keeps the signature
 
 
 class EngineSequence:
     """One open sequence of an engine; made by `Engine.open`. Close it, or use it in a `with`.
 
     Its place in the cache is its own until it is closed: it is never preempted. Methods may be
-    called from any thread, but from one at a time.
+    called from any thread, but from one at a time: a second call is refused, except `close`, which
+    ends the first. A call that is interrupted (Control-C) leaves a sequence that goes on.
     """
 
     def __init__(
@@ -42,18 +64,18 @@ class EngineSequence:
         unread: list[int],
         text: StepText | None = None,
     ):
+        """On the worker's thread, so that its place has an owner before anything can go wrong."""
         self._engine, self._sequence = engine, sequence
         self._text = text or StepText(engine.tokenizer)
         self._width, self._unread = width, unread
         self._queue: list[Read] = []  # reads whose width is settled; they come before `_unread`
         self._logits: torch.Tensor | None = None  # after the last token read
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._closed = False
+        self._calls: dict[str, object] = {}  # "now": the call that has not ended
+        self._reader: Reader | None = None  # what the worker still reads of `_queue`
         # A sequence that is dropped without being closed gives its place back all the same.
-        self._dropped = weakref.finalize(
-            self, _give_back, engine._worker, engine._model.cache, sequence
-        )
-        self._dropped.atexit = False
+        engine._worker.own(self, sequence)
 
     # -- state -------------------------------------------------------------------------------
 
@@ -84,6 +106,7 @@ class EngineSequence:
 
     # -- what it does ------------------------------------------------------------------------
 
+    @_one_at_a_time
     def switch(self, width: str, policy: str | Policy = "carry") -> int:
         """Changes the width of what is read from now on.
 
@@ -93,9 +116,10 @@ class EngineSequence:
             WidthError: for an unknown width, or by "carry" to a width whose Mamba heads were not
                 tracked; nothing has changed then.
         """
-        self._engine._intake.check_width(width)
-        policy = Policy.parse(policy)
+        return self._switch(width, Policy.parse(policy))
 
+    def _switch(self, width: str, policy: Policy) -> int:
+        self._engine._intake.check_width(width)
         self._settle()
 
         def job() -> int:
@@ -115,16 +139,19 @@ class EngineSequence:
         self._settle()
         return again
 
+    @_one_at_a_time
     def append(self, token_ids: list[int]) -> None:
         """Adds tokens to be read, at the width that is set when they are, before the next step."""
         self._engine._intake.check_tokens("append: token_ids", token_ids)
         self._check_room(len(token_ids))
         self._unread = self._unread + list(token_ids)
 
+    @_one_at_a_time
     def logits(self) -> torch.Tensor:
         """Float32 logits [V] of the next token, after everything unread has been read."""
         return self._read_all().clone()
 
+    @_one_at_a_time
     def step(self, width: str | None = None, params: SamplingParams | None = None) -> Token:
         """Samples the next token and adds it; it is read by the step that follows.
 
@@ -138,7 +165,7 @@ class EngineSequence:
         Raises: NonFiniteLogits, with nothing added; InvalidRequest at max_model_len.
         """
         if width is not None and width != self._width:
-            self.switch(width)
+            self._switch(width, Policy.parse("carry"))
         self._check_room(1)
         params = SamplingParams(temperature=0.0) if params is None else params
 
@@ -152,11 +179,17 @@ class EngineSequence:
                 f"step: logits must be finite to be sampled, got NaN or nothing finite at token "
                 f"{len(tokens)} at width {self._width}"
             )
-        self._unread = [drawn.token]
-        text = self._text.push(drawn.token, len(tokens))
-        logprob = drawn.logprobs[drawn.token][0] if drawn.logprobs else None
-        return Token(drawn.token, text, self._width, None, False, logprob, drawn.logprobs)
+        try:
+            text = self._text.push(drawn.token, len(tokens))
+            logprob = drawn.logprobs[drawn.token][0] if drawn.logprobs else None
+            token = Token(drawn.token, text, self._width, None, False, logprob, drawn.logprobs)
+            self._unread = [drawn.token]  # at the end: an interrupted step has added nothing
+            return token
+        except BaseException:
+            self._text.cut(tokens)
+            raise
 
+    @_one_at_a_time
     def snapshot(self) -> int:
         """Keeps a snapshot of the sequence as read so far; gives its length. Rolling back to it or
         beyond is then cheap. Takes a state slot until the sequence is closed."""
@@ -171,6 +204,7 @@ class EngineSequence:
 
         return self._engine._call(job, wait_for_room=True)
 
+    @_one_at_a_time
     def rollback(self, length: int) -> None:
         """Goes back to the first `length` tokens: restores the nearest snapshot before and replays
         the rest as it was read, so that the cache is bit-equal to what it was. The width that
@@ -202,6 +236,7 @@ class EngineSequence:
         self._text.cut(self.token_ids)
         self._settle()
 
+    @_one_at_a_time
     def fork(self) -> EngineSequence:
         """A twin that continues on its own; pages are shared until one of them writes."""
         self._settle()
@@ -217,6 +252,7 @@ class EngineSequence:
 
         return self._engine._call(job, wait_for_room=True)
 
+    @_one_at_a_time
     def save(self, path) -> None:
         """Writes tokens, width runs, state and KV to a safetensors file, with the weights'
         fingerprint; `Engine.load` continues bit-equal. A file there is replaced at the end."""
@@ -242,16 +278,17 @@ class EngineSequence:
         """
         if self._closed:
             return self._text.finish()
-        self._closed = True
-        self._dropped.detach()
         engine, sequence = self._engine, self._sequence
+        engine._worker.check_thread()
 
         def job() -> None:
-            engine._scheduler.drop_readers(sequence, _closed_error())
-            engine._model.cache.close(sequence)
+            self._closed = True
+            engine._scheduler.release(sequence)
+            engine._worker.disown(sequence)
 
         with suppress(RequestCancelled):  # the engine may be closed, and its cache with it
             engine._call(job)
+        self._closed = True
         return self._text.finish()
 
     def __enter__(self) -> EngineSequence:
@@ -288,29 +325,42 @@ class EngineSequence:
         """Makes the reads whose width is settled, in passes that requests share. When pages run
         out, what was read is kept and the rest stays queued."""
         self._check_open()
-        if self._queue:
-            self._engine._call(self._reader)
+        if self._queue or self._reader:
+            self._engine._call(self._begin_reading)
 
-    def _reader(self) -> Reader:
+    def _begin_reading(self) -> Reader | None:
+        """On the worker: reads what is queued; None when an interrupted call's reader has done it.
+        """
         self._check_open()
+        scheduler = self._engine._scheduler
+        scheduler.drop_readers(self._sequence, RequestCancelled("sequence: it was read on"))
+        if not self._queue:
+            return None
         self._logits = None
-        return Reader(self._sequence, self._queue, "last", self._keep, self._lose)
+        self._reader = Reader(self._sequence, self._queue, "last", self._keep, self._lose)
+        return self._reader
+
+    def _begin_reading_all(self) -> Reader | None:
+        """On the worker: reads what is unread, after what is queued."""
+        if self._unread:
+            begun = self._sequence.tokens or self._queue
+            self._queue.append(Read(self._unread, self._width, "step" if begun else "prefill"))
+            self._unread = []
+        return self._begin_reading()
 
     def _keep(self, rows: torch.Tensor) -> None:
-        self._logits = rows[-1]
+        self._logits, self._reader = rows[-1], None
 
-    def _lose(self, error: Exception) -> None:
+    def _lose(self, error: BaseException) -> None:
+        self._reader = None
         if state_is_lost(error):
             self._failure = error
 
     def _read_all(self) -> torch.Tensor:
         """Reads what is unread; logits [V] after the last token."""
         self._check_open()
-        if self._unread:
-            begun = self._sequence.tokens or self._queue
-            self._queue.append(Read(self._unread, self._width, "step" if begun else "prefill"))
-            self._unread = []
-        self._settle()
+        if self._unread or self._queue or self._reader:
+            self._engine._call(self._begin_reading_all)
         if self._logits is None:
             raise InvalidRequest(
                 "sequence: tokens must be appended before the first step, got none"
@@ -319,4 +369,4 @@ class EngineSequence:
 
 
 def _closed_error() -> RequestCancelled:
-    return RequestCancelled("sequence: must be open, got one that was closed")
+    return RequestCancelled(CLOSED)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +24,7 @@ from elastic_infer.switching import Read
 
 # Token ids of the byte-level vocabulary of `text_engine`; the byte b is token b.
 THINK, END_THINK, EOS = 256, 257, 258
+HANG = 120  # seconds after which a test says that something hangs; no verdict depends on it
 TEXT_VOCABULARY = 272  # a few ids beyond the tokenizer's, as padded models have
 
 
@@ -159,12 +164,62 @@ def draw(count: int, seed: int = 0, vocabulary: int = 130) -> list[int]:
     return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
 
 
-def hold(engine: Engine) -> threading.Event:
-    """Stops the engine's thread between two passes until the event is set."""
-    reached, go = threading.Event(), threading.Event()
-    engine._worker.post(lambda: (reached.set(), go.wait(60)))
-    assert reached.wait(60)
-    return go
+class Held:
+    """An engine that runs no pass but those that `step` asks for. Arrivals, jobs and cancellations
+    go on, so that a test says what lies in the queue before the scheduler decides."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._worker = engine, engine._worker
+        self._allow(0)
+
+    def _allow(self, passes: float) -> None:
+        self._engine._call(lambda: setattr(self._worker, "passes_left", passes))
+
+    def step(self, passes: int = 1) -> int:
+        """Runs so many passes, or fewer where there is nothing left to run; returns how many."""
+        self._allow(passes)
+        before = passes
+        # Every job is followed by an attempt at a pass: no fewer are left, so none could run.
+        while (left := self._engine._call(lambda: self._worker.passes_left)) not in (0, before):
+            before = left
+        self._allow(0)
+        return passes - left
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until a condition holds between two passes, as when calls of other threads have
+        reached the engine."""
+        end = time.monotonic() + HANG
+        while not self._engine._call(condition):
+            assert time.monotonic() < end, "hang"
+
+    def arrived(self, requests: int = 0, readers: int = 0) -> None:
+        """Waits until so many requests wait for their first pass, and so many readers."""
+        scheduler = self._engine._scheduler
+        self.until(lambda: (len(scheduler.waiting), len(scheduler.readers)) == (requests, readers))
+
+    def release(self) -> None:
+        """Lets passes run again."""
+        self._allow(math.inf)
+
+
+@contextmanager
+def held(engine: Engine) -> Iterator[Held]:
+    """Keeps an engine between two passes; releases it at the end."""
+    hold = Held(engine)
+    try:
+        yield hold
+    finally:
+        if not engine.closed:
+            hold.release()
+
+
+def in_threads(*calls: Callable[[], object]) -> Callable[[], list]:
+    """Starts every call on a thread of its own. What is returned waits for all of them and gives
+    their results, raising the first error."""
+    pool = ThreadPoolExecutor(len(calls))
+    started = [pool.submit(call) for call in calls]
+    pool.shutdown(wait=False)
+    return lambda: [each.result(HANG) for each in started]
 
 
 def assert_all_free(engine: Engine) -> None:

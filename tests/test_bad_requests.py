@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from engines import END_THINK, TEXT_VOCABULARY, assert_all_free, hold, open_engine, write_text_model
+from engines import END_THINK, TEXT_VOCABULARY, assert_all_free, held, open_engine, write_text_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
@@ -50,14 +50,12 @@ def beside(engine, prompt="a", params=None, plan=None, submit=None):
     Returns: what the request's caller got: its error or its output.
     """
     alone = engine.generate("neighbour", NEIGHBOUR).token_ids
-    go = hold(engine)
-    try:
+    with held(engine):
         good = engine.submit("neighbour", NEIGHBOUR)
-        bad = engine.submit(prompt, params, plan)
-    except ElasticError as error:
-        bad = error
-    finally:
-        go.set()
+        try:
+            bad = engine.submit(prompt, params, plan)
+        except ElasticError as error:
+            bad = error
     output = good.result(60)
     assert output.token_ids == alone and output.finish_reason == "length"
     assert not engine.closed

@@ -201,7 +201,7 @@ def test_embed_cancels_when_the_client_is_gone_before_the_answer_begins(tmp_path
             return submitted[-1]
 
         monkeypatch.setattr(engine, "submit", watched)
-        app, go = load("embed").create_app(engine), engines.hold(engine)
+        app = load("embed").create_app(engine)
 
         async def receive():
             return {"type": "http.request", "body": b'{"prompt": "a"}', "more_body": False}
@@ -209,10 +209,10 @@ def test_embed_cancels_when_the_client_is_gone_before_the_answer_begins(tmp_path
         async def send(message):
             raise OSError("connection lost")
 
-        with suppress(Exception):  # what the server gets back when it could not send
-            asyncio.run(app(scope_of("2.4"), receive, send))
-        assert submitted[0].cancelled
-        go.set()
+        with engines.held(engine):
+            with suppress(Exception):  # what the server gets back when it could not send
+                asyncio.run(app(scope_of("2.4"), receive, send))
+            assert submitted[0].cancelled
         assert submitted[0].wait(60).token_ids == []
 
 

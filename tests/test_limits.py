@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 
 import pytest
 from engines import (
     assert_all_free,
     base_engine,
     draw,
-    hold,
+    held,
+    in_threads,
     open_engine,
     script,
     sized_engine,
@@ -20,6 +20,7 @@ from engines import (
 )
 
 from elastic_infer import (
+    EngineFault,
     EngineFull,
     InvalidRequest,
     OutOfCapacity,
@@ -110,9 +111,9 @@ def test_sequences_take_places_and_requests_wait_for_them(engine):
     request = engine.submit(draw(5), free(4))
     with pytest.raises(TimeoutError):
         request.result(timeout=0.05)
-    assert engine.stats()["waiting"] == 1 and not request.done
     with pytest.raises(OutOfCapacity, match="needed 1, free 0"):
         engine.open(draw(3))  # a request that waits gives nothing back either
+    assert engine.stats()["waiting"] == 1 and not request.done
     assert held[0].step().id >= 0, "sequences go on meanwhile"
     held.pop().close()
     assert len(request.result(timeout=30).token_ids) == 4
@@ -123,24 +124,18 @@ def test_sequences_take_places_and_requests_wait_for_them(engine):
 def test_sequences_never_take_what_requests_were_promised(tmp_path):
     """With a request that may still fork and take snapshots, `open` gets only the rest."""
     with base_engine(tmp_path, max_num_seqs=3) as engine:
-        gate = Gate(at=0)
         plan = Plan.schedule([(0, "S"), (4, "L")], policy="window(2)")
-        request = engine.submit(draw(5), free(8, n=3, logits_processors=[gate]), plan)
-        assert gate.reached.wait(30)
-        failure = []
-
-        def try_to_open():
-            try:
-                engine.open(draw(2)).close()
-            except OutOfCapacity as error:
-                failure.append(error)
-
-        thread = threading.Thread(target=try_to_open)
-        thread.start()
-        gate.opened.set()
-        thread.join(30)
-        assert not thread.is_alive()
+        with held(engine) as hold:
+            request = engine.submit(draw(5), free(8, n=3), plan)
+            assert hold.step() == 1
+            spare = engine._call(lambda: engine._scheduler.spare_slots)
+            assert spare == engine.capacity.num_slots - 3 * 3 < engine._model.cache.slots.free
+            opened = [engine.open(draw(2)) for _ in range(spare)]
+            opening = in_threads(lambda: engine.open(draw(2)))
+            hold.until(lambda: engine._worker._blocked)
         assert [c.finish_reason for c in request.result().choices] == ["length"] * 3
+        for sequence in opened + opening():  # the last one had to wait for the request's end
+            sequence.close()
         assert_all_free(engine)
 
 
@@ -251,13 +246,16 @@ def test_a_lone_request_that_sequences_starve_fails_with_the_numbers(tmp_path):
 
 def test_a_sequence_waits_for_pages_of_running_requests(tmp_path):
     with sized_engine(tmp_path, pages=9, slots=6, max_num_seqs=2) as engine:
-        gate = Gate(at=100)
-        request = engine.submit(draw(300), free(120, logits_processors=[gate]))
-        with engine.open(draw(200)) as sequence:
-            assert gate.reached.wait(30)
-            gate.opened.set()
-            row = sequence.logits()  # 7 of 9 pages are the request's until it ends
-            assert request.done
+        with engine.open(draw(200)) as sequence, held(engine) as hold:
+            request = engine.submit(draw(300), free(120))
+            while len(request.output().token_ids) < 100:
+                assert hold.step() == 1
+            reading = in_threads(sequence.logits)
+            hold.arrived(readers=1)  # 7 of 9 pages are the request's until it ends
+            while not request.done:
+                assert hold.step() == 1 and sequence._queue
+            hold.release()
+            (row,) = reading()
             with engine.open(draw(200)) as fresh:
                 assert (row == fresh.logits()).all()
         assert_all_free(engine)
@@ -290,9 +288,8 @@ def test_cancel_during_prefill(tmp_path):
             return forward(segments)
 
         engine._model.forward = slow
-        go = hold(engine)
-        request = engine.submit(draw(400), free(5))
-        go.set()
+        with held(engine):
+            request = engine.submit(draw(400), free(5))
         out = request.result()
         assert out.finish_reason == "cancelled" and out.token_ids == [] and len(passes) == 1
         assert list(request) == []
@@ -342,29 +339,19 @@ def test_an_interrupted_caller_cancels(engine, monkeypatch, many):
 
 def test_close_while_running(tmp_path):
     engine = base_engine(tmp_path, max_num_seqs=2)
-    gate = Gate(at=3)
-    running = engine.submit(draw(5), free(50, logits_processors=[gate]))
-    waiting = [engine.submit(draw(5), free(5)) for _ in range(4)]
-    results = []
-    thread = threading.Thread(
-        target=lambda: results.append(engine.generate([draw(4), draw(4)], free(400)))
-    )
-    thread.start()
-    assert gate.reached.wait(30)
-    while engine._worker.waiting < 4:
-        time.sleep(0.001)
-    closing = threading.Thread(target=engine.close)
-    closing.start()
-    while not engine.closed:
-        time.sleep(0.001)
-    gate.opened.set()
-    closing.join(30), thread.join(30)
-    assert not closing.is_alive() and not thread.is_alive()
+    with held(engine) as hold:
+        running = engine.submit(draw(5), free(50))
+        assert hold.step(3) == 3
+        waiting = [engine.submit(draw(5), free(5)) for _ in range(4)]
+        generating = in_threads(lambda: engine.generate([draw(4), draw(4)], free(400)))
+        hold.arrived(requests=6)
+        engine.close()
     for request in [running, *waiting]:
         with pytest.raises(RequestCancelled, match="the engine was closed before"):
             request.result(timeout=10)
-    assert len(running.output().token_ids) >= 3, "what was generated can still be read"
-    assert {o.finish_reason for o in results[0]} == {"error"}
+    assert len(running.output().token_ids) == 3, "what was generated can still be read"
+    (outputs,) = generating()
+    assert {o.finish_reason for o in outputs} == {"error"}
     cache = engine._model.cache
     assert cache.pages.used == cache.slots.used == 0
 
@@ -422,15 +409,14 @@ def test_a_pass_that_fails_leaks_nothing(engine, after):
             raise RuntimeError("broken pass")
         return forward(segments)
 
-    go = hold(engine)
-    requests = [engine.submit(draw(70, i), free(8)) for i in range(4)]
-    engine._model.forward = failing
-    go.set()
+    with held(engine):
+        requests = [engine.submit(draw(70, i), free(8)) for i in range(4)]
+        engine._model.forward = failing
     outs = [r.wait() for r in requests]
     engine._model.forward = forward
     assert [o.finish_reason for o in outs].count("error") in (1, 2)
     assert [o.finish_reason for o in outs[2:]] == ["length", "length"]
-    with pytest.raises(RuntimeError, match="broken pass"):
+    with pytest.raises(EngineFault, match=r"a pass failed .RuntimeError: broken pass."):
         requests[0].result()
     assert_all_free(engine)
     assert len(engine.generate(draw(5), free(4)).token_ids) == 4
@@ -448,10 +434,10 @@ def test_a_failed_pass_ends_a_sequence_for_good(engine):
 
         engine._model.forward = failing
         sequence.append([7])
-        with pytest.raises(RuntimeError, match="broken pass"):
+        with pytest.raises(EngineFault, match="broken pass"):
             sequence.logits()
         engine._model.forward = forward
-        with pytest.raises(RequestCancelled, match=r"a pass failed while it was read .broken pass"):
+        with pytest.raises(RequestCancelled, match=r"while it was read .*broken pass"):
             sequence.logits()
     assert_all_free(engine)
 

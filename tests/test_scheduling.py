@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import random
-import threading
+from functools import partial
 
 import pytest
 import torch
-from engines import assert_all_free, base_engine, draw, hold, sized_engine, text_engine
+from engines import (
+    assert_all_free,
+    base_engine,
+    draw,
+    held,
+    in_threads,
+    sized_engine,
+    text_engine,
+)
 
 from elastic_infer import NonFiniteLogits, Plan, RequestCancelled, SamplingParams
 from elastic_infer.batching import GRID
@@ -101,7 +109,8 @@ def test_order_and_time_of_arrival_change_no_bit(tmp_path, expected, seed):
 
 def test_preemption_changes_no_bit(tmp_path, expected):
     with sized_engine(tmp_path, pages=9, slots=16, max_num_seqs=6) as engine:
-        requests = [engine.submit(*job) for job in work()]
+        with held(engine):
+            requests = [engine.submit(*job) for job in work()]
         got = [summary(r.result()) for r in requests]
         assert engine.stats()["preemptions"] > 0
         assert_all_free(engine)
@@ -111,18 +120,18 @@ def test_preemption_changes_no_bit(tmp_path, expected):
 def test_threads_change_no_bit(tmp_path, expected):
     """Sixteen threads submit at once, beside sequences that are driven by hand."""
     with base_engine(tmp_path, max_num_seqs=8, max_num_batched_tokens=96) as engine:
-        got = [None] * 16
+        jobs = work()
 
-        def call(i):
-            got[i] = summary(engine.generate(work()[i][0], work()[i][1], plan=work()[i][2]))
+        def call(prompt, params, plan):
+            return summary(engine.generate(prompt, params, plan=plan))
 
-        threads = [threading.Thread(target=call, args=(i,)) for i in range(16)]
-        [t.start() for t in threads]
+        with held(engine):
+            generating = in_threads(*(partial(call, *job) for job in jobs))
         with engine.open(draw(40), width="S") as a, engine.open(draw(40), width="S") as b:
-            while any(t.is_alive() for t in threads):
+            for _ in range(8):
                 assert a.step().id == b.step().id
                 a.rollback(40), b.rollback(40)
-        [t.join() for t in threads]
+        got = generating()
         assert_all_free(engine)
     assert got == expected
 
@@ -167,13 +176,14 @@ def test_long_prompts_do_not_stall_running_requests(tmp_path):
             return forward(segments)
 
         params = SamplingParams(max_tokens=30, seed=0, ignore_eos=True)
-        first = engine.submit(draw(5), params)
-        next(iter(first))
-        engine._model.forward = watch
-        long = engine.submit(draw(400), params)
+        with held(engine) as hold:
+            first = engine.submit(draw(5), params)
+            assert hold.step() == 1
+            engine._model.forward = watch
+            long = engine.submit(draw(400), params)
         long.result(), first.result()
         mixed = [k for k in kinds if "prefill" in k]
-        assert len(mixed) >= 6 and sum("step" in k for k in mixed) >= len(mixed) - 1
+        assert len(mixed) >= 6 and all("step" in k for k in mixed)
 
 
 @pytest.mark.parametrize("mixing", ["auto", "always", "never"])
@@ -181,14 +191,17 @@ def test_nobody_starves(tmp_path, mixing):
     """Rows of every width advance together, whatever the mixing: in a run where all have the same
     to do, nobody ends long after the others have."""
     with base_engine(tmp_path, mixing=mixing) as engine:
-        ends, params = [], SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
-        requests = [engine.submit(draw(5, i), params, width="SML"[i % 3]) for i in range(9)]
-        late = engine.submit(draw(5), SamplingParams(max_tokens=2, seed=0, ignore_eos=True))
-        late.result()
-        ends = [len(r.output().token_ids) for r in requests]
-        [r.result() for r in requests]
-        assert engine.stats()["passes"] <= {"always": 45, "auto": 250, "never": 130}[mixing]
-        assert min(ends) < 40, "a late request is not put last"
+        params = SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
+        with held(engine) as hold:
+            requests = [engine.submit(draw(5, i), params, width="SML"[i % 3]) for i in range(9)]
+            late = engine.submit(draw(5), SamplingParams(max_tokens=2, seed=0, ignore_eos=True))
+            passes = 0
+            while not late.done:
+                passes += hold.step()
+            assert not any(r.done for r in requests), "a late request is not put last"
+            while not all(r.done for r in requests):
+                passes += hold.step()
+        assert passes <= {"always": 40, "auto": 250, "never": 130}[mixing]
 
 
 def test_one_bad_row_ends_alone(tmp_path):
@@ -235,11 +248,10 @@ def test_nan_is_an_error_by_name(tmp_path):
 
 
 class Passes:
-    """Records every pass of an engine, which is held still until `begin`."""
+    """Records every pass of an engine."""
 
     def __init__(self, engine):
         self.segments, self._forward = [], engine._model.forward
-        self.begin = hold(engine).set
         engine._model.forward = self._watch
 
     def _watch(self, segments):
@@ -257,25 +269,17 @@ def test_steps_and_scores_of_many_threads_share_passes(tmp_path):
             twin.step()
             alone = twin.step().id
         score = engine.score(draw(40), width="M")
-        passes, got = Passes(engine), {}
-
-        def call(name, action):
-            got[name] = action()
-
-        threads = [threading.Thread(target=call, args=(i, s.step)) for i, s in enumerate(sequences)]
-        threads.append(
-            threading.Thread(target=call, args=("score", lambda: engine.score(draw(40), width="M")))
-        )
-        threads.append(
-            threading.Thread(target=call, args=("out", lambda: engine.generate(draw(9), params)))
-        )
-        [t.start() for t in threads]
-        while len(engine._worker._jobs) + len(engine._worker._arrivals) < 8:
-            pass
-        passes.begin()
-        [t.join(30) for t in threads]
+        passes = Passes(engine)
+        with held(engine) as hold:
+            calls = in_threads(
+                *(s.step for s in sequences),
+                lambda: engine.score(draw(40), width="M"),
+                lambda: engine.generate(draw(9), params),
+            )
+            hold.arrived(requests=1, readers=7)
+        first, *_, scored, _ = calls()
         assert passes.segments == [[("prefill", 9), ("prefill", 40)] + [("step", 1)] * 6]
-        assert got[0].id == alone and torch.equal(got["score"], score)
+        assert first.id == alone and torch.equal(scored, score)
         for sequence in sequences:
             sequence.close()
         assert_all_free(engine)
@@ -286,15 +290,11 @@ def test_a_long_score_does_not_stall_a_stream(tmp_path):
         want = engine.score(draw(500))
         passes = Passes(engine)
         params = SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
-        request = engine.submit(draw(3), params)
-        got = []
-        thread = threading.Thread(target=lambda: got.append(engine.score(draw(500))))
-        thread.start()
-        while not engine._worker._jobs:
-            pass
-        passes.begin()
-        thread.join(30)
-        assert len(request.result().token_ids) == 40 and torch.equal(got[0], want)
+        with held(engine) as hold:
+            request = engine.submit(draw(3), params)
+            scoring = in_threads(lambda: engine.score(draw(500)))
+            hold.arrived(requests=1, readers=1)
+        assert torch.equal(scoring()[0], want) and len(request.result().token_ids) == 40
         with_score = [p for p in passes.segments if any(k == "prefill" and n > 3 for k, n in p)]
         assert len(with_score) >= 7 and sum(("step", 1) in p for p in with_score) >= 6
         assert_all_free(engine)
@@ -302,23 +302,12 @@ def test_a_long_score_does_not_stall_a_stream(tmp_path):
 
 def test_closing_a_sequence_ends_what_another_thread_reads_into_it(tmp_path):
     with base_engine(tmp_path, max_num_batched_tokens=80) as engine:
-        sequence, failures = engine.open(draw(400)), []
-        passes = Passes(engine)
-
-        def read():
-            try:
-                sequence.logits()
-            except RequestCancelled as error:
-                failures.append(str(error))
-
-        reading, closing = threading.Thread(target=read), threading.Thread(target=sequence.close)
-        reading.start()
-        while not engine._worker._jobs:
-            pass
-        closing.start()
-        while len(engine._worker._jobs) < 2:
-            pass
-        passes.begin()
-        reading.join(30), closing.join(30)
-        assert failures == ["sequence: must be open, got one that was closed"]
-        assert_all_free(engine)
+        sequence = engine.open(draw(400))
+        with held(engine) as hold:
+            reading = in_threads(sequence.logits)
+            hold.arrived(readers=1)
+            assert hold.step(2) == 2
+            sequence.close()
+            with pytest.raises(RequestCancelled, match="must be open, got one that was closed"):
+                reading()
+            assert_all_free(engine)

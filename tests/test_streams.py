@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 import pytest
-from engines import assert_all_free, hold, open_engine, write_text_model
+from engines import assert_all_free, held, open_engine, write_text_model
 
 from elastic_infer import SamplingParams
 
@@ -38,14 +38,13 @@ def _raised(stream):
 def test_a_stream_left_before_its_first_token_is_cancelled(engine, leave):
     """Stands for all ways to leave a stream that was never asked for a token: it is closed,
     dropped, or its user fails first."""
-    go = hold(engine)
-    stream = engine.stream("a", SamplingParams(max_tokens=40, ignore_eos=True))
-    request = stream._request
-    leave(stream)
-    del stream
-    gc.collect()
-    assert request.cancelled
-    go.set()
+    with held(engine):
+        stream = engine.stream("a", SamplingParams(max_tokens=40, ignore_eos=True))
+        request = stream._request
+        leave(stream)
+        del stream
+        gc.collect()
+        assert request.cancelled
     output = request.wait(60)
     assert output.finish_reason == "cancelled" and output.token_ids == []
 

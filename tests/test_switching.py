@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from engines import base_engine, run_read
+from engines import base_engine, held, in_threads, run_read
 
-from elastic_infer import CheckpointError, WidthError
+from elastic_infer import CheckpointError, InvalidRequest, WidthError
 from elastic_infer.plan import Policy
 from elastic_infer.switching import Read
 
@@ -252,39 +252,22 @@ def test_a_file_goes_on_in_another_engine(engine, tmp_path):
                 assert torch.equal(a.logits(), b.logits())
 
 
-def test_one_call_at_a_time(engine):
-    """A second thread on a sequence that is being read is refused, not let in between."""
-    import threading
-
-    gate, failures = threading.Event(), []
-    with engine.open(prompt(300)) as a:  # three passes
-        forward = engine._model.forward
-
-        def slow(segments):
-            assert gate.wait(30)
-            return forward(segments)
-
-        engine._model.forward = slow
-        thread = threading.Thread(target=a.logits)
-        thread.start()
-        while not engine._scheduler.readers:
-            pass
-
-        def fork():
-            try:
-                a._engine._call(a._check_settled)
-            except ValueError as error:
-                failures.append(str(error))
-
-        second = threading.Thread(target=fork)
-        second.start()
-        while not engine._worker._jobs:
-            pass
-        gate.set()
-        thread.join(30), second.join(30)
-        engine._model.forward = forward
-        assert failures == ["sequence: one call at a time must be made on it, got a second"]
-        assert a.step().id >= 0
+def test_one_call_at_a_time(engine, tmp_path):
+    """A second call on a sequence that is being read is refused, whatever it is, and neither the
+    first call nor the engine's other work takes notice."""
+    with engine.open(prompt(300)) as a, engine.open(prompt(300)) as alone:  # three passes
+        want = alone.logits()
+        with held(engine) as hold:
+            reading = in_threads(a.logits)
+            hold.arrived(readers=1)
+            assert hold.step() == 1
+            for call in (a.logits, a.step, a.fork, a.snapshot, lambda: a.switch("S"),
+                         lambda: a.append([5]), lambda: a.rollback(3),
+                         lambda: a.save(tmp_path / "s.safetensors")):  # fmt: skip
+                with pytest.raises(InvalidRequest, match="one call at a time must be made on it"):
+                    call()
+        assert torch.equal(reading()[0], want)
+        assert a.step().id == alone.step().id
 
 
 def test_save_and_load(engine, tmp_path):

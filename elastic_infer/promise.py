@@ -1,0 +1,79 @@
+"""A result that one thread owes to others, kept so that no interrupt can break it."""
+
+from __future__ import annotations
+
+import time
+from queue import Empty, SimpleQueue
+from threading import TIMEOUT_MAX
+from typing import Any
+
+
+class Promise:
+    """A value or an error that is set once; any number of threads wait for it.
+
+    `threading.Event`, `Condition` and `Future` take their locks in Python code: a KeyboardInterrupt
+    or a signal handler in between leaves them half held. Here every waiter brings a queue of its
+    own, and each operation that matters is one call into C.
+
+    done: whether it is set. abandoned: whether the thread that asked for it went away.
+    """
+
+    __slots__ = ("__weakref__", "_alarms", "_error", "_value", "abandoned", "done")
+
+    def __init__(self) -> None:
+        self.done = self.abandoned = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._alarms: list[SimpleQueue] = []
+
+    def set(self, value: Any = None) -> None:
+        """Gives the value; one that is not waited for any more is dropped at once."""
+        self._value = value
+        del value  # from here on it is the waiter's alone
+        self._wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Gives an error instead."""
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        self.done = True
+        if self.abandoned:
+            self._value = None
+        for alarm in self._alarms.copy():
+            alarm.put(None)
+
+    def abandon(self) -> None:
+        """Says that the value is not wanted: what is there is dropped, and so is what comes."""
+        self.abandoned = True
+        self._value = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until it is set, for at most `timeout` seconds. Returns whether it is."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self.done:
+            alarm: SimpleQueue = SimpleQueue()
+            self._alarms.append(alarm)  # before the second look, so that no setting is missed
+            try:
+                if not self.done:
+                    left = None if until is None else max(0.0, until - time.monotonic())
+                    alarm.get(timeout=left if left is None else min(left, TIMEOUT_MAX))
+            except Empty:
+                return self.done
+            finally:
+                self._alarms.remove(alarm)
+        return True
+
+    def result(self) -> Any:
+        """Waits, then hands the value over: the promise does not keep it. Raises its error."""
+        try:
+            self.wait()
+            if self._error is not None:
+                raise self._error
+            value, self._value = self._value, None
+            return value
+        finally:
+            # An error holds this frame: without a way back from here to it, what the caller
+            # dropped (a sequence, say) is freed at once and not by a later collection of cycles.
+            self = None
