@@ -303,7 +303,7 @@ def test_file_of_other_weights_is_refused(engine, tmp_path):
         assert other.stats()["slots_used"] == used
     whole = (tmp_path / "s.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="must be whole safetensors"):
+    with pytest.raises(CheckpointError, match="must be a complete safetensors file"):
         engine.load(tmp_path / "cut.safetensors")
     with pytest.raises(CheckpointError, match="must name a file"):
         engine.load(tmp_path / "none.safetensors")
