@@ -24,6 +24,7 @@ done
 ln -s "$PWD/$build"/_C*.so "$package/"
 
 tests=(tests/test_ops.py tests/test_mamba_ops.py tests/test_attention_ops.py tests/test_binding.py
+  tests/test_op_safety.py
   -k "not avx2 and not meanwhile")
 [[ $# -eq 0 ]] || tests=("$@")
 # No leak check: the interpreter itself never frees everything.

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "dlpack.h"
+#include "interpreter.h"
 
 namespace ei {
 namespace {
@@ -57,7 +58,11 @@ std::string pending_error() {
 // x.conj().imag): the exchange does not tell. Frameworks without such views have no is_neg.
 bool holds_negative(PyObject* object) {
   static PyObject* const name = PyUnicode_InternFromString("is_neg");
-  PyObject* answer = PyObject_CallMethodNoArgs(object, name);
+  PyObject* answer;
+  {
+    const Foreign torch;  // gives the lock back while it looks
+    answer = PyObject_CallMethodNoArgs(object, name);
+  }
   if (!answer) {
     if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw pybind11::error_already_set();
     PyErr_Clear();
@@ -97,16 +102,23 @@ void tensor_from_python(PyObject* object, TensorArg& out) {
   out.dtype = dtype_of(t.dtype);
   out.ndim = t.ndim;
   int64_t dense = 1;
+  bool sized = true;
   for (int i = t.ndim - 1; i >= 0; --i) {
     out.shape[i] = t.shape[i];
     out.stride[i] = t.strides ? t.strides[i] : dense;
-    dense *= t.shape[i];
+    sized = sized && t.shape[i] >= 0 && !__builtin_mul_overflow(dense, t.shape[i], &dense);
   }
   out.cuda = cuda;
   out.device_id = t.device.device_id;
   out.given = true;
   out.object = object;
   out.source = last_api;
+  if (!sized)
+    throw pybind11::type_error("expected sizes >= 0 of fewer than 2**63 elements, got " +
+                               out.describe());
+  if (dense > 0 && !t.data)
+    throw pybind11::type_error("expected a tensor with memory, got " + out.describe() +
+                               " whose storage was given back");
   if (dense > 0 && reinterpret_cast<uintptr_t>(out.data) % dtype_size(out.dtype) != 0)
     throw pybind11::type_error("expected tensor memory aligned to its dtype");
 }

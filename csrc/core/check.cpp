@@ -5,6 +5,18 @@
 #include "device.h"
 
 namespace ei {
+namespace {
+
+// Addresses from the first to the one after the last element; equal ones without elements.
+std::pair<uintptr_t, uintptr_t> memory_of(const Tensor& t) {
+  const auto begin = reinterpret_cast<uintptr_t>(t.data);
+  if (!t.given || t.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.stride[i];
+  return {begin, begin + (last + 1) * dtype_size(t.dtype)};
+}
+
+}  // namespace
 
 Checker::One Checker::operator()(const Tensor& t, const char* name) {
   if (!t.given) refuse(op_, name, "be a tensor", "None");
@@ -41,19 +53,21 @@ Checker::One& Checker::One::shape(std::initializer_list<Dim> dims) {
   int i = 0;
   for (const Dim& d : dims) {
     int64_t size = d.size;
-    if (size < 0) {
+    bool known = d.letter.empty();
+    if (!known) {
       auto found = c_.sizes_.find(d.letter);
-      if (found != c_.sizes_.end()) size = found->second;
+      known = found != c_.sizes_.end();
+      if (known) size = found->second;
     }
     want << (i ? ", " : "") << d.letter;
-    if (size >= 0) want << (d.letter.empty() ? "" : "=") << size;
-    if (ok && size >= 0 && t_.shape[i] != size) ok = false;
+    if (known) want << (d.letter.empty() ? "" : "=") << size;
+    if (ok && known && t_.shape[i] != size) ok = false;
     ++i;
   }
   if (!ok) refuse(c_.op_, name_, "have shape [" + want.str() + "]", t_.describe());
   i = 0;
   for (const Dim& d : dims) {
-    if (d.size < 0) c_.sizes_.emplace(d.letter, t_.shape[i]);
+    if (!d.letter.empty()) c_.sizes_.emplace(d.letter, t_.shape[i]);
     ++i;
   }
   return *this;
@@ -64,10 +78,13 @@ Checker::One& Checker::One::rows_dense() {
   if (!ok)
     refuse(c_.op_, name_, "have a dense last dimension (stride 1)",
            "stride " + std::to_string(t_.stride[t_.ndim - 1]) + " in " + t_.describe());
+  if (t_.ndim > 0 && t_.shape[t_.ndim - 1] > INT32_MAX)
+    refuse(c_.op_, name_, "have at most 2147483647 columns", t_.describe());
   return *this;
 }
 
 Checker::One& Checker::One::contiguous() {
+  if (t_.numel() == 0) return *this;
   int64_t dense = 1;
   for (int i = t_.ndim - 1; i >= 0; --i) {
     if (t_.shape[i] > 1 && t_.stride[i] != dense)
@@ -75,6 +92,17 @@ Checker::One& Checker::One::contiguous() {
              "stride " + std::to_string(t_.stride[i]) + " in dimension " + std::to_string(i) +
                  " of " + t_.describe());
     dense *= t_.shape[i];
+  }
+  return *this;
+}
+
+Checker::One& Checker::One::apart(
+    std::initializer_list<std::pair<const char*, const Tensor*>> others) {
+  const auto [begin, end] = memory_of(t_);
+  for (const auto& [name, other] : others) {
+    const auto [first, last] = memory_of(*other);
+    if (first < end && begin < last)
+      refuse(c_.op_, name_, std::string("not share memory with ") + name, t_.describe());
   }
   return *this;
 }

@@ -9,6 +9,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "tensor.h"
 
@@ -39,10 +40,12 @@ class Checker {
     One& dtype(std::initializer_list<DType> allowed);
     // Shape equals `dims`; letters bind or must agree.
     One& shape(std::initializer_list<Dim> dims);
-    // Last dimension dense (stride 1), other strides free.
+    // Last dimension dense (stride 1) and counted by an int, other strides free.
     One& rows_dense();
-    // Dense row-major.
+    // Dense row-major, or without elements.
     One& contiguous();
+    // No byte of it is one of the tensors' (those that are given).
+    One& apart(std::initializer_list<std::pair<const char*, const Tensor*>> others);
     One& require(bool ok, const std::string& requirement);
 
    private:
@@ -55,8 +58,11 @@ class Checker {
   One operator()(const Tensor& t, const char* name);
   // The size bound to a letter.
   int64_t operator[](const char* letter) const { return sizes_.at(letter); }
-  // Gives a letter a size by hand.
-  void bind(const char* letter, int64_t size) { sizes_[letter] = size; }
+  // Gives a letter a size by hand, which must be one.
+  void bind(const char* letter, int64_t size) {
+    if (size < 0) fail(letter, "be at least 0", std::to_string(size));
+    sizes_[letter] = size;
+  }
   // A scalar in [low, high].
   void range(int64_t value, const char* name, int64_t low, int64_t high);
   [[noreturn]] void fail(const std::string& argument, const std::string& requirement,

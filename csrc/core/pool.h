@@ -4,6 +4,9 @@
 // workers, and returns when all are done. Which thread takes a part never changes a result: parts
 // are independent and kernels fix their own order of summation. Workers spin for a short while
 // after work, then sleep. A pool of one thread starts none.
+//
+// A pool belongs to the process that made it: in one that was forked from it there are no workers,
+// and whoever held its locks is gone. There it can be destroyed, and nothing else.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -28,13 +31,13 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const { return threads_; }
   Isa isa() const { return isa_; }
   bool batch_invariant() const { return batch_invariant_; }
 
   template <class F>
   void run(int64_t parts, const F& f) {
-    if (parts <= 1 || workers_.empty()) {
+    if (parts <= 1 || threads_ == 1) {
       for (int64_t i = 0; i < parts; ++i) f(i, 0);
       return;
     }
@@ -70,37 +73,56 @@ class Pool {
   // Grows every thread's scratch. Called while arguments are checked, never by a kernel.
   void reserve(int64_t bytes);
 
-  // Held by whoever runs kernels on this pool, so that two Python threads may share one.
-  std::mutex& busy() { return busy_; }
+  // Held by whoever runs kernels on this pool, so that two Python threads may share one. Refused
+  // in a forked process.
+  std::unique_lock<std::mutex> hold();
 
   // Called by a kernel that finds bad data; the first message is thrown by check_failure().
   void fail(const std::string& message);
+  // "<op>: <name> must hold values in [low, high], got <value> at <unit> <at>".
+  void fail_index(const char* op, const char* name, int64_t value, int64_t low, int64_t high,
+                  const char* unit, int64_t at);
+  // "<op>: <name> must hold multiples of <grain>, got <value> at <unit> <at>".
+  void fail_grain(const char* op, const char* name, int64_t value, int64_t grain, const char* unit,
+                  int64_t at);
   void check_failure();
 
  private:
   using Thunk = void (*)(const void*, int64_t, int);
+  // What workers sleep on. Apart, so that a forked process can leave it where it is: its locks and
+  // waiters are those of threads that are not there.
+  struct Workers {
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::vector<std::thread> threads;
+  };
   void share(int64_t parts, Thunk thunk, const void* f);
+  void share_some(int64_t first, int64_t parts);
+  void start();
+  void stop();
   void work(int thread);
   bool take(int thread);
 
   struct Free {
     void operator()(char* p) const;
   };
+  int threads_;
   Isa isa_;
   bool batch_invariant_;
+  const int64_t process_;  // number of forks that lead to the one it belongs to
   // The current job. Written before its parts are published in `ticket_`.
   Thunk thunk_ = nullptr;
   const void* function_ = nullptr;
-  int64_t parts_ = 0;
+  int64_t first_ = 0, parts_ = 0;
   alignas(64) std::atomic<uint64_t> ticket_{0};  // generation << 32 | parts not yet taken
   alignas(64) std::atomic<int64_t> done_{0};
   std::atomic<bool> stop_{false};
   std::atomic<int> sleepers_{0};
-  std::mutex mutex_, busy_;
-  std::condition_variable wake_;
-  std::vector<std::thread> workers_;
+  std::mutex busy_;
+  std::unique_ptr<Workers> workers_;
   std::vector<std::unique_ptr<char, Free>> scratch_;
   int64_t scratch_bytes_ = 0;
+  std::mutex failure_mutex_;
   std::atomic<bool> failed_{false};
   std::string failure_;
 };

@@ -29,8 +29,8 @@ void bind_runtime(py::module_& m) {
       .def_property_readonly("batch_invariant", &Pool::batch_invariant)
       .def_property_readonly("isa", [](const Pool& p) { return isa_name(p.isa()); });
   py::class_<Step>(m, "Step", py::module_local())
-      .def(py::init<std::shared_ptr<Pool>, bool, bool>(), py::arg("pool"), py::arg("graph") = true,
-           py::arg("dependent_launch") = false)
+      .def(py::init<std::shared_ptr<Pool>, bool, bool>(), py::arg("pool").none(false),
+           py::arg("graph") = true, py::arg("dependent_launch") = false)
       .def("run", &Step::run)
       .def("profile", &Step::profile)
       .def("names", &Step::names)

@@ -41,6 +41,7 @@ inline void check_segments(Checker& check, const Tensor& cu_seqlens, bool live) 
 
 // A pool of per-sequence state: any stride between slots, dense inside one.
 inline void check_pool(Checker& check, const Tensor& pool, const char* name) {
+  if (pool.numel() == 0) return;
   int64_t dense = 1;
   for (int i = pool.ndim - 1; i > 0; --i) {
     if (pool.shape[i] > 1 && pool.stride[i] != dense)

@@ -1,7 +1,7 @@
 // The Mamba-2 recurrence (ssm.h) for one head of one sequence. ssm_scan and ssm_step compile this
 // same code, so a prefill cut anywhere, or run token by token, gives equal bits.
 #pragma once
-#include "pool.h"
+#include "index.h"
 #include "ssm.h"
 #include "vec.h"
 
@@ -106,17 +106,30 @@ void ssm_head(const SsmArgs& a, int64_t head, int64_t begin, int64_t end, int64_
   }
 }
 
+// The slot of sequence s and how many tokens it has read; slot -1 for padding and after a report.
+struct SsmPlace {
+  int32_t slot, before;
+};
+inline SsmPlace ssm_place(Pool& pool, const char* op, const SsmArgs& a, int64_t s) {
+  const int32_t slot = read_once(a.slots, s), before = a.context ? read_once(a.context, s) : 0;
+  if (!inside(pool, op, "slots", slot, -1, a.state.shape[0] - 1, "sequence", s) ||
+      !inside(pool, op, "context", before, 0, INT32_MAX, "sequence", s))
+    return {-1, 0};
+  return {slot, before};
+}
+
 template <class T, class TimeStep, class State>
-void ssm_all(const SsmArgs& a, Pool& pool) {
+void ssm_all(const char* op, const SsmArgs& a, Pool& pool) {
   const int64_t S = a.slots.shape[0], H = a.state.shape[1];
+  const ActiveSizes heads{op,        a.seq_width, "seq_width", a.h_sizes,
+                          "h_sizes", H,           a.groups,    "sequence"};
   pool.run(S * H, [&](int64_t part, int) {
     const int64_t s = part / H, head = part % H;
-    const int32_t slot = a.slots.ptr<int32_t>()[s];
-    if (slot < 0) return;
-    if (a.seq_width && head >= a.h_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[s]]) return;
-    const int32_t* start = a.cu_seqlens ? a.cu_seqlens.ptr<int32_t>() + s : nullptr;
-    ssm_head<T, TimeStep, State>(a, head, start ? start[0] : s, start ? start[1] : s + 1, slot,
-                                 a.context ? a.context.ptr<int32_t>()[s] : 0);
+    const SsmPlace place = ssm_place(pool, op, a, s);
+    if (place.slot < 0 || head >= heads.at(pool, s)) return;
+    const Span span =
+        a.cu_seqlens ? span_of(pool, op, a.cu_seqlens, s, a.x.shape[0]) : Span{s, s + 1};
+    ssm_head<T, TimeStep, State>(a, head, span.begin, span.end, place.slot, place.before);
   });
 }
 
@@ -130,9 +143,9 @@ void ssm_by_kind(const SsmArgs& a, const F& f) {
   a.dt.dtype == DType::f32 ? by_state(bf16(), float()) : by_state(bf16(), bf16());
 }
 
-inline void ssm_run(const SsmArgs& a, Pool& pool) {
+inline void ssm_run(const char* op, const SsmArgs& a, Pool& pool) {
   ssm_by_kind(a, [&](auto x, auto dt, auto state) {
-    ssm_all<decltype(x), decltype(dt), decltype(state)>(a, pool);
+    ssm_all<decltype(x), decltype(dt), decltype(state)>(op, a, pool);
   });
 }
 

@@ -29,6 +29,7 @@ Step::~Step() {
 
 Step::Call& Step::add(const char* name, const void* args, size_t bytes, const Place* place,
                       std::initializer_list<const TensorArg*> tensors) {
+  if (running_ > 0) refuse(name, "run", "be a Step that no thread runs", "one that is being run");
   const bool same = calls_.empty() ||
                     (place ? place_ && place_->device_id == place->device_id : place_ == nullptr);
   if (!same)
@@ -91,8 +92,9 @@ void Step::run_on_device(device::Stream stream) {
 
 void Step::run() {
   const device::Stream stream = place_ ? place_->stream() : nullptr;
-  pybind11::gil_scoped_release unlocked;
-  std::lock_guard<std::mutex> lock(pool_->busy());
+  const Running running(*this);
+  const Unlocked unlocked;
+  const auto lock = pool_->hold();
   if (place_) return run_on_device(stream);
   for (const Call& call : calls_) call.invoke(call.kernel, call.args.get(), *pool_);
   pool_->check_failure();
@@ -103,8 +105,9 @@ std::vector<std::pair<std::string, double>> Step::profile() {
   std::vector<std::pair<std::string, double>> times;
   times.reserve(calls_.size());
   const device::Stream stream = place_ ? place_->stream() : nullptr;
-  pybind11::gil_scoped_release unlocked;
-  std::lock_guard<std::mutex> lock(pool_->busy());
+  const Running running(*this);
+  const Unlocked unlocked;
+  const auto lock = pool_->hold();
   if (place_) {
     const device::Use use(place_->device_id);
     device::Clock clock(static_cast<int>(calls_.size()) + 1);
@@ -185,7 +188,7 @@ void submit_cuda(const Runner& runner, const char* name, const void* args, size_
   CudaCall call = device::call_on(place.device_id);
   call.stream = place.stream();
   call.batch_invariant |= runner.pool->batch_invariant();
-  pybind11::gil_scoped_release unlocked;
+  const Unlocked unlocked;
   const device::Use use(place.device_id);
   const int64_t bytes = kernel->workspace_bytes ? kernel->workspace_bytes(args, call) : 0;
   call.workspace = workspaces().get(name, place.device_id, call.stream, bytes);

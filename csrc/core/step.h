@@ -2,7 +2,8 @@
 //
 // Every op's Python function takes `run`: None runs it at once on one thread, a Pool runs it at
 // once on that pool, a Step appends it to the step's list. A Step keeps the tensors of its
-// arguments alive; their contents may change between replays, their addresses may not.
+// arguments alive; their contents may change between replays, their addresses may not. Nothing is
+// recorded into a step while it runs; threads that run one step take turns.
 //
 // An op on CUDA tensors runs on their framework's current stream; the pool's threads do nothing
 // then, but its `batch_invariant` holds. The first run of a Step on CUDA gives its kernels to that
@@ -22,6 +23,7 @@
 #include "caster.h"
 #include "cuda.h"
 #include "device.h"
+#include "interpreter.h"
 #include "isa.h"
 #include "pool.h"
 
@@ -82,6 +84,14 @@ class Step {
   void launch_all(const CudaCall& call) const;
   void run_on_device(device::Stream stream);
 
+  // While one lives, the list of calls does not change. Made and destroyed with the interpreter
+  // lock.
+  struct Running {
+    explicit Running(Step& s) : step(s) { ++step.running_; }
+    ~Running() { --step.running_; }
+    Step& step;
+  };
+
   std::shared_ptr<Pool> pool_;
   const bool graph_wanted_, dependent_launch_;
   std::vector<Call> calls_;
@@ -91,6 +101,7 @@ class Step {
   int64_t workspace_bytes_ = 0;
   std::unique_ptr<device::Graph> graph_;
   int captures_ = 0;
+  int running_ = 0;  // guarded by the interpreter lock
 };
 
 // What `run` stands for.
@@ -117,8 +128,8 @@ void submit(const Runner& runner, const CpuKernel<Args>& kernel, const Args& arg
   if (runner.step) {
     runner.step->append(kernel.name, fn, args, tensors);
   }
-  pybind11::gil_scoped_release unlocked;
-  std::lock_guard<std::mutex> lock(pool.busy());
+  const Unlocked unlocked;
+  const auto lock = pool.hold();
   pool.reserve(scratch_bytes);
   if (runner.step) return;
   fn(args, pool);

@@ -10,15 +10,24 @@
 
 #include "../../core/attention.h"
 #include "../../core/attention_sizes.h"
-#include "../../core/pool.h"
+#include "../../core/index.h"
 
 namespace ei::EI_ISA {
 namespace {
+
+constexpr const char* kOp = "attention_decode";
 
 struct Shape {
   int64_t S, Hkv, group;
   int K;
 };
+
+// Tokens of sequence s; 0 after a report.
+int64_t length_of(const AttentionDecodeArgs& a, Pool& pool, int64_t s) {
+  const int32_t length = read_once(a.lengths, s);
+  const int64_t most = a.page_table.shape[1] * kPage;
+  return inside(pool, kOp, "lengths", length, 0, most, "sequence", s) ? length : 0;
+}
 
 // o, m, l of a block, in a stretch of memory of their own.
 AttentionBlock place_partial(AttentionBlock b, float* at) {
@@ -48,11 +57,13 @@ void join(const AttentionBlock& total, const AttentionBlock& next) {
 template <class T, class KV>
 class Sequence {
  public:
-  Sequence(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, int64_t h, float* scratch)
-      : a_(a), shape_(shape), s_(s), h_(h) {
-    const int64_t heads = a.seq_width ? a.q_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[s]]
-                                      : shape.Hkv * shape.group;
-    length_ = a.lengths.ptr<int32_t>()[s];
+  Sequence(const AttentionDecodeArgs& a, const Shape& shape, Pool& pool, int64_t s, int64_t h,
+           int64_t length, float* scratch)
+      : a_(a), shape_(shape), pool_(pool), s_(s), h_(h), length_(length) {
+    const ActiveSizes sizes{kOp,       a.seq_width, "seq_width",
+                            a.q_sizes, "q_sizes",   shape.Hkv * shape.group,
+                            1,         "sequence"};
+    const int64_t heads = sizes.at(pool, s);
     active_ =
         length_ > 0 && heads > h ? static_cast<int>((heads - h + shape.Hkv - 1) / shape.Hkv) : 0;
     block = place_block(scratch, active_, shape.K);
@@ -69,11 +80,13 @@ class Sequence {
 
   // The block's o, m, l := attention to the keys of one split.
   void attend(int64_t split, const AttentionBlock& b) const {
-    const int32_t* pages = a_.page_table.ptr<int32_t>() + s_ * a_.page_table.stride[0];
+    const int64_t row = s_ * a_.page_table.stride[0], pages = a_.k_pages.shape[0];
     reset_block(b);
     const int64_t end = std::min<int64_t>((split + 1) * kSplitPages * kPage, length_);
     for (int64_t first = split * kSplitPages * kPage; first < end; first += kPage) {
-      const int64_t at = (pages[first / kPage] * shape_.Hkv + h_) * kPage * shape_.K;
+      const int64_t page = read_once(a_.page_table, row + first / kPage);
+      if (!inside(pool_, kOp, "page_table", page, 0, pages - 1, "sequence", s_)) continue;
+      const int64_t at = (page * shape_.Hkv + h_) * kPage * shape_.K;
       const int n = static_cast<int>(std::min<int64_t>(kPage, end - first));
       attend_page(b, a_.k_pages.ptr<KV>() + at, a_.v_pages.ptr<KV>() + at, n, n < kPage, first);
     }
@@ -95,15 +108,16 @@ class Sequence {
 
   const AttentionDecodeArgs& a_;
   const Shape& shape_;
+  Pool& pool_;
   int64_t s_, h_;
   int64_t length_;
   int active_;
 };
 
 template <class T, class KV>
-void all_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, int64_t h,
+void all_splits(const AttentionDecodeArgs& a, const Shape& shape, Pool& pool, int64_t s, int64_t h,
                 float* scratch) {
-  const Sequence<T, KV> sequence(a, shape, s, h, scratch);
+  const Sequence<T, KV> sequence(a, shape, pool, s, h, length_of(a, pool, s), scratch);
   const AttentionBlock total =
       place_partial(sequence.block, scratch + attention_floats(shape.group, shape.K));
   if (sequence.active() > 0) {
@@ -120,7 +134,7 @@ void all_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, int
 template <class T, class KV>
 void shared_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, Pool& pool) {
   constexpr int64_t keys = kSplitPages * kPage;
-  const int64_t splits = (a.lengths.ptr<int32_t>()[s] + keys - 1) / keys;
+  const int64_t length = length_of(a, pool, s), splits = (length + keys - 1) / keys;
   const int64_t one = partial_floats(shape.group, shape.K);
   const auto scratch = [&](int64_t thread) {
     return reinterpret_cast<float*>(pool.scratch(static_cast<int>(thread)));
@@ -132,12 +146,12 @@ void shared_splits(const AttentionDecodeArgs& a, const Shape& shape, int64_t s, 
   };
   pool.run(splits * shape.Hkv, [&](int64_t part, int thread) {
     const int64_t h = part % shape.Hkv, split = part / shape.Hkv;
-    const Sequence<T, KV> sequence(a, shape, s, h, scratch(thread));
+    const Sequence<T, KV> sequence(a, shape, pool, s, h, length, scratch(thread));
     if (sequence.active() > 0)
       sequence.attend(split, place_partial(sequence.block, kept(split, h)));
   });
   pool.run(shape.Hkv, [&](int64_t h, int thread) {
-    const Sequence<T, KV> sequence(a, shape, s, h, scratch(thread));
+    const Sequence<T, KV> sequence(a, shape, pool, s, h, length, scratch(thread));
     const AttentionBlock total = place_partial(sequence.block, kept(0, h));
     if (sequence.active() > 0)
       for (int64_t i = 1; i < splits; ++i) join(total, place_partial(total, kept(i, h)));
@@ -157,7 +171,7 @@ void decode(const AttentionDecodeArgs& a, Pool& pool) {
     return;
   }
   pool.run(shape.S * Hkv, [&](int64_t part, int thread) {
-    all_splits<T, KV>(a, shape, part / Hkv, part % Hkv,
+    all_splits<T, KV>(a, shape, pool, part / Hkv, part % Hkv,
                       reinterpret_cast<float*>(pool.scratch(thread)));
   });
 }

@@ -7,6 +7,7 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "causal_conv.h"
 
+#include "../../core/index.h"
 #include "../../core/mamba.h"
 
 namespace ei::EI_ISA {
@@ -74,22 +75,27 @@ void run_all(const CausalConvArgs& a, Pool& pool) {
   const int64_t S = a.slots.shape[0], C = a.x.shape[1];
   const int64_t x_blocks = (a.x_channels + kBlock - 1) / kBlock;
   const int64_t blocks = x_blocks + (C - a.x_channels + kBlock - 1) / kBlock;
+  const ActiveSizes sizes{"causal_conv", a.seq_width,  "seq_width", a.x_sizes,
+                          "x_sizes",     a.x_channels, 16,          "sequence"};
   pool.run(S * blocks, [&](int64_t part, int) {
     const int64_t s = part / blocks, block = part % blocks;
-    const int32_t slot = a.slots.ptr<int32_t>()[s];
-    const int32_t* start = a.cu_seqlens.ptr<int32_t>() + s;
-    if (slot < 0 || start[1] == start[0]) return;
+    const int32_t slot = read_once(a.slots, s);
+    if (!inside(pool, "causal_conv", "slots", slot, -1, a.state.shape[0] - 1, "sequence", s))
+      return;
+    const Span span = span_of(pool, "causal_conv", a.cu_seqlens, s, a.x.shape[0]);
+    const int64_t tokens = span.end - span.begin;
+    if (slot < 0 || tokens == 0) return;
     int64_t first = block * kBlock, end = a.x_channels;
     if (block >= x_blocks) {
       first = a.x_channels + (block - x_blocks) * kBlock;
       end = C;
-    } else if (a.seq_width) {
-      end = a.x_sizes.ptr<int32_t>()[a.seq_width.ptr<int32_t>()[s]];
+    } else {
+      end = sizes.at(pool, s);
     }
     const int n = static_cast<int>(std::min<int64_t>(kBlock, end - first));
     if (n <= 0) return;
-    if (start[1] - start[0] == 1) return step_block<T, W>(a, start[0], slot, first, n);
-    run_block<T, W>(a, start[0], start[1] - start[0], slot, first, n);
+    if (tokens == 1) return step_block<T, W>(a, span.begin, slot, first, n);
+    run_block<T, W>(a, span.begin, tokens, slot, first, n);
   });
 }
 

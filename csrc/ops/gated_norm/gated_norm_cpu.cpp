@@ -8,6 +8,7 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "gated_norm.h"
 
+#include "../../core/index.h"
 #include "../../core/mamba.h"
 
 namespace ei::EI_ISA {
@@ -27,12 +28,14 @@ void norm_row(const GatedNormArgs& a, int64_t row, int kept_heads, float* gated)
 void gated_norm(const GatedNormArgs& a, Pool& pool) {
   const int64_t R = a.y.shape[0], channels = a.y.shape[1];
   const int64_t rows_per_part = std::max<int64_t>(1, 4096 / channels);
+  const ActiveSizes heads{"gated_norm", a.row_width,           "row_width", a.h_sizes,
+                          "h_sizes",    channels / a.head_dim, a.groups};
   pool.run((R + rows_per_part - 1) / rows_per_part, [&](int64_t part, int thread) {
     const int64_t first = part * rows_per_part;
     float* gated = reinterpret_cast<float*>(pool.scratch(thread));
     for (int64_t r = first; r < std::min(R, first + rows_per_part); ++r) {
-      const int kept = a.row_width ? a.h_sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r]]
-                                   : static_cast<int>(channels / a.head_dim);
+      const int kept = heads.at(pool, r);
+      if (kept < 0) continue;
       const bool y16 = a.y.dtype == DType::bf16, w16 = a.weight.dtype == DType::bf16;
       if (y16)
         w16 ? norm_row<bf16, bf16>(a, r, kept, gated) : norm_row<bf16, float>(a, r, kept, gated);

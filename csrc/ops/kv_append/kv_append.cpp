@@ -37,6 +37,7 @@ void kv_append_entry(const TensorArg& k, const TensorArg& v, const TensorArg& k_
   check(k_pages, "k_pages").shape({"pages", "Hkv", 64, "K"});
   check(k_pages, "k_pages").contiguous();
   check(v_pages, "v_pages").dtype({k_pages.dtype}).shape({"pages", "Hkv", 64, "K"}).contiguous();
+  check.range(check["K"], "head size K", 1, INT32_MAX);
   const int64_t row = check["Hkv"] * check["K"];
   if (k_pages.dtype == DType::u8)
     check(k, "k").dtype({DType::f32, DType::bf16});

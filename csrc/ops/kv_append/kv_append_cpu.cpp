@@ -5,7 +5,7 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "kv_append.h"
 
-#include "../../core/pool.h"
+#include "../../core/index.h"
 #include "../../core/vec.h"
 
 namespace ei::EI_ISA {
@@ -40,7 +40,7 @@ void kv_append(const KvAppendArgs& a, Pool& pool) {
   };
   pool.run((R + rows_per_part - 1) / rows_per_part, [&](int64_t part, int) {
     for (int64_t r = part * rows_per_part; r < std::min(R, (part + 1) * rows_per_part); ++r) {
-      const int32_t slot = a.slot_mapping.ptr<int32_t>()[r];
+      const int32_t slot = read_once(a.slot_mapping, r);
       if (slot == -1) continue;
       if (slot < -1 || slot >= pages * 64) {
         pool.fail("kv_append: slot_mapping must hold -1 or slots in [0, " +

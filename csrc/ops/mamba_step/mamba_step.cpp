@@ -21,6 +21,7 @@ Tensor columns(Tensor t, int64_t first, int64_t n) {
 // What ssm_step is given; binds S, H*P and C.
 SsmArgs recurrence(Checker& check, const Tensor& xbc, const Tensor& state, const Tensor& out) {
   check(state, "state").dtype({DType::f32, DType::f16}).shape({"slots", "H", "P", "N"});
+  check.range(check["N"], "N", 16, 256);
   const int64_t channels = check["H"] * check["P"];
   check.bind("H*P", channels);
   check(xbc, "xbc").dtype({DType::f32, DType::bf16}).shape({"S", "C"}).rows_dense();

@@ -17,6 +17,8 @@
 namespace ei::EI_ISA {
 namespace {
 
+constexpr const char* kOp = "mamba_step";
+
 // A row of a thread's own that every sequence finds at its own index.
 Tensor scratch_row(const Tensor& like, void* data) {
   Tensor t = like;
@@ -27,7 +29,7 @@ Tensor scratch_row(const Tensor& like, void* data) {
 
 // Groups [group, end) of one sequence.
 struct Part {
-  int64_t s, slot;
+  int64_t s, slot, before;      // before: tokens read
   int group, end, heads, kept;  // heads: of all groups, that are computed; kept: that `out` keeps
 };
 
@@ -75,9 +77,8 @@ void run_part(const MambaStepArgs& a, const Part& p, char* scratch) {
   own.B = scratch_row(m.B, mixed + channels);
   own.C = scratch_row(m.C, mixed + channels + bc);
   own.y = scratch_row(m.y, y);
-  const int64_t before = m.context ? m.context.ptr<int32_t>()[p.s] : 0;
   each_head(p, G, p.heads,
-            [&](int n) { ssm_head<T, TimeStep, State>(own, n, p.s, p.s + 1, p.slot, before); });
+            [&](int n) { ssm_head<T, TimeStep, State>(own, n, p.s, p.s + 1, p.slot, p.before); });
   const T* z = a.z.ptr<T>() + p.s * a.z.stride[0];
   T* out = m.y.ptr<T>() + p.s * m.y.stride[0];
   for (int g = p.group; g < p.end; ++g) {
@@ -95,19 +96,22 @@ void run_all(const MambaStepArgs& a, Pool& pool) {
   const int64_t wanted =
       std::min(G, std::max<int64_t>(1, 2 * pool.threads() / std::max<int64_t>(1, S)));
   const int64_t length = (G + wanted - 1) / wanted, runs = (G + length - 1) / length;
+  const Tensor& width = m.seq_width;
+  const ActiveSizes heads{kOp, width, "seq_width", m.h_sizes, "h_sizes", H, m.groups, "sequence"};
+  const ActiveSizes kept{kOp,         width, "seq_width", a.out_sizes,
+                         "out_sizes", H,     m.groups,    "sequence"};
   pool.run(S * runs, [&](int64_t part, int thread) {
     const int64_t s = part / runs, first = part % runs * length;
-    Part p{s,
-           m.slots.ptr<int32_t>()[s],
-           static_cast<int>(first),
-           static_cast<int>(std::min(G, first + length)),
-           static_cast<int>(H),
-           static_cast<int>(H)};
-    if (m.seq_width) {
-      const int32_t width = m.seq_width.ptr<int32_t>()[s];
-      p.heads = m.h_sizes.ptr<int32_t>()[width];
-      p.kept = a.out_sizes.ptr<int32_t>()[width];
-    }
+    const SsmPlace place = ssm_place(pool, kOp, m, s);
+    const Part p{s,
+                 place.slot,
+                 place.before,
+                 static_cast<int>(first),
+                 static_cast<int>(std::min(G, first + length)),
+                 heads.at(pool, s),
+                 kept.at(pool, s)};
+    if (p.heads < 0 || p.kept < 0) return;
+    if (!inside(pool, kOp, "out_sizes", p.kept, 0, p.heads, "sequence", s)) return;
     if (p.slot >= 0) return run_part<T, TimeStep, State>(a, p, pool.scratch(thread));
     T* out = m.y.ptr<T>() + s * m.y.stride[0];
     each_head(p, static_cast<int>(G), H,

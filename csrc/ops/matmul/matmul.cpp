@@ -45,7 +45,11 @@ void matmul_entry(const TensorArg& x, const TensorArg& w, int64_t K, const Tenso
   check(x, "x").dtype({DType::f32, DType::bf16}).shape({"R", "K"}).rows_dense();
   check(w, "w").dtype({DType::u8}).shape({"N tiles", (K + 63) / 64, "tile bytes"}).contiguous();
   int64_t N = 0;
-  for (const auto& [tile_row, column, rows] : segments) N = std::max(N, column + rows);
+  for (const auto& [tile_row, column, rows] : segments) {
+    check.range(rows, "segment rows", 1, INT32_MAX);
+    check.range(column, "segment column", 0, INT32_MAX);
+    N = std::max(N, column + rows);
+  }
   check.bind("N", N);
   check(out, "out").dtype({DType::f32, DType::bf16}).shape({"R", "N"}).rows_dense();
   check.range(K % 16, "K modulo 16", 0, 0);
@@ -64,8 +68,6 @@ void matmul_entry(const TensorArg& x, const TensorArg& w, int64_t K, const Tenso
   int64_t largest[kMaxSegments];
   for (const Segment& s : segments) {
     const auto [tile_row, column, rows] = s;
-    check.range(rows, "segment rows", 1, check["N"]);
-    check.range(column, "segment column", 0, check["N"] - rows);
     check.range(tile_row, "segment tile row", 0, check["N tiles"] - (rows + 63) / 64);
     largest[a.segments] = rows;
     a.tile_row[a.segments] = static_cast<int>(tile_row);

@@ -9,7 +9,7 @@
 #include "matmul.h"
 
 #include "../../core/gemm.h"
-#include "../../core/pool.h"
+#include "../../core/index.h"
 
 namespace ei::EI_ISA {
 namespace {
@@ -43,17 +43,42 @@ void write_row(Activation activation, float* sums, O* out, int wanted, int colum
   std::memset(static_cast<void*>(out + wanted), 0, (columns - wanted) * sizeof(O));
 }
 
+// What a block's rows use: columns of x, and outputs by segment (null: all of them).
+struct Active {
+  int k[kMaxRows];
+  const int32_t* n[kMaxRows];
+
+  // False when a row's width or a size is out of range.
+  bool find(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
+    const ActiveSizes sizes{"matmul",  a.row_width,  "row_width", a.k_sizes,
+                            "k_sizes", a.x.shape[1], 16};
+    for (int r = 0; r < rows; ++r) {
+      n[r] = nullptr;
+      if ((k[r] = sizes.at(pool, first_row + r)) < 0) return false;
+      if (!a.row_width) continue;
+      const int32_t width = read_once(a.row_width, first_row + r);
+      if (!inside(pool, "matmul", "row_width", width, 0, a.n_sizes.shape[0] - 1, "row",
+                  first_row + r))
+        return false;
+      n[r] = a.n_sizes.ptr<int32_t>() + static_cast<int64_t>(width) * a.segments;
+      for (int s = 0; s < a.segments; ++s)
+        if (!inside(pool, "matmul", "n_sizes", n[r][s], 0, a.rows[s], "row", first_row + r))
+          return false;
+    }
+    return true;
+  }
+};
+
 template <class X, class O>
 void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
   const int64_t K = a.x.shape[1], row_bytes = a.w.shape[1] * tile_bytes(a.w_dtype);
-  const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first_row : nullptr;
+  Active active;
+  if (!active.find(a, pool, first_row, rows)) return;
   int total_tiles = 0;
   for (int s = 0; s < a.segments; ++s) total_tiles += static_cast<int>(tiles(a.rows[s]));
   Panel panel;
   const auto source = [&](int r) { return a.x.ptr<X>() + (first_row + r) * a.x.stride[0]; };
-  const auto k = [&](int r) {
-    return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(K);
-  };
+  const auto k = [&](int r) { return active.k[r]; };
   const auto share = [&](int64_t n, const auto& f) { pool.run(n, f); };
   if (a.int8) {
     Int8Tile* coded = reinterpret_cast<Int8Tile*>(pool.scratch(0));
@@ -72,9 +97,8 @@ void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
     for (int tile = static_cast<int>(begin); tile < end; ++tile) {
       const TileRow t = locate(a, tile);
       const auto wanted = [&](int r) {
-        const int n =
-            width ? a.n_sizes.ptr<int32_t>()[width[r] * a.segments + t.segment] : a.rows[t.segment];
-        return std::clamp(n - t.first, 0, t.columns);
+        const int n = active.n[r] ? active.n[r][t.segment] : a.rows[t.segment];
+        return std::clamp(n, t.first, t.first + t.columns) - t.first;
       };
       const auto write = [&](int r, float* sums) {
         O* out = a.out.ptr<O>() + (first_row + r) * a.out.stride[0] + a.column[t.segment] + t.first;
@@ -89,7 +113,11 @@ void run_block(const MatmulArgs& a, Pool& pool, int64_t first_row, int rows) {
         tile_row(panel, {image, image + std::min(end - tile, in_segment) * row_bytes}, totals,
                  write, a.scale ? a.scale.ptr<float>()[t.segment] : 1.0f);
       else
-        for (int r = 0; r < rows; ++r) write(r, totals.sum);
+        for (int r = 0; r < rows; ++r) {
+          O* out =
+              a.out.ptr<O>() + (first_row + r) * a.out.stride[0] + a.column[t.segment] + t.first;
+          std::memset(static_cast<void*>(out), 0, t.columns * sizeof(O));
+        }
     }
   });
 }

@@ -12,6 +12,8 @@ namespace py = pybind11;
 namespace ei {
 namespace {
 
+constexpr int64_t kMostChannels = int64_t{1} << 24;  // bytes of a workspace are counted in 64 bits
+
 void check_ids(Checker& check, const Tensor& ids, int64_t E) {
   for (int64_t r = 0; r < ids.shape[0]; ++r)
     for (int64_t j = 0; j < ids.shape[1]; ++j) {
@@ -32,6 +34,9 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
   Checker check("moe_matmul");
   const Runner runner = runner_from(run);
   check.bind("D", D);  // what the weights take and give
+  check.bind("F", F);
+  check.range(D, "D", 0, kMostChannels);
+  check.range(F, "F", 0, kMostChannels);
   check(x, "x").dtype({DType::f32, DType::bf16}).shape({"R", "D"}).rows_dense();
   const int64_t D_tiles = (D + 63) / 64, F_tiles = (F + 63) / 64;
   check.range(D % 16, "D modulo 16", 0, 0);
@@ -46,6 +51,7 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
   check(out, "out").dtype({x.dtype}).shape({"R", "D"}).rows_dense();
   if (shared) check(shared, "shared").dtype({x.dtype}).shape({"R", "D"}).rows_dense();
   const int64_t R = check["R"], J = check["J"], E = check["E"];
+  for (const int64_t n : {R, J, E}) check.range(n, "R, J and E", 0, INT32_MAX);
   check.range(R * J, "R * J", 0, INT32_MAX);
   const int64_t bytes = moe_workspace(R, J, E, D, F, dtype_size(x.dtype)).bytes;
   check(workspace, "workspace")
@@ -55,7 +61,19 @@ void moe_matmul_entry(const TensorArg& x, const TensorArg& up, const TensorArg& 
       .require(workspace.numel() >= bytes,
                "hold the " + std::to_string(bytes) + " bytes that moe_workspace_bytes tells")
       .require(reinterpret_cast<uintptr_t>(workspace.data) % 16 == 0,
-               "start at a multiple of 16 bytes");
+               "start at a multiple of 16 bytes")
+      .apart({{"x", &x},
+              {"up", &up},
+              {"down", &down},
+              {"up_scale", &up_scale},
+              {"down_scale", &down_scale},
+              {"ids", &ids},
+              {"weights", &weights},
+              {"out", &out},
+              {"shared", &shared},
+              {"row_width", &row_width},
+              {"k_sizes", &k_sizes},
+              {"f_sizes", &f_sizes}});
   WidthCheck widths(check, row_width, !runner.step);
   widths.sizes(k_sizes, "k_sizes", D, 16);
   widths.sizes(f_sizes, "f_sizes", F, 16);

@@ -45,6 +45,7 @@ struct MoeWorkspace {
   int64_t begin;   // [E + 1] i32: first entry of each expert
   int64_t cursor;  // [max(E, R)] i32
   int64_t active;  // [E] i32: the experts that have entries
+  int64_t k, f;    // [R] i32: active sizes of each row
   int64_t middle;  // [n, F] of x's type, or [n, F tiles] as int8: relu(up x)^2
   int64_t result;  // [n, D] of x's type: down(middle); before that, [R, D tiles]: x as int8
   int64_t bytes;   // of everything
@@ -64,6 +65,8 @@ inline MoeWorkspace moe_workspace(int64_t R, int64_t J, int64_t E, int64_t D, in
   w.begin = take((E + 1) * 4);
   w.cursor = take((E > R ? E : R) * 4);
   w.active = take(E * 4);
+  w.k = take(R * 4);
+  w.f = take(R * 4);
   const int64_t f_tiles = (F + 63) / 64, d_tiles = (D + 63) / 64;
   w.middle = take(std::max(R * J * F * itemsize, R * J * f_tiles * kInt8TileBytes));
   w.result = take(std::max(R * J * D * itemsize, R * d_tiles * kInt8TileBytes));

@@ -10,6 +10,7 @@
 #include "moe_matmul.h"
 
 #include "../../core/gemm.h"
+#include "../../core/index.h"
 #include "../../core/pool.h"
 
 namespace ei::EI_ISA {
@@ -19,7 +20,7 @@ namespace {
 struct Moe {
   const MoeMatmulArgs& a;
   int R, J, E, D, F, active = 0;
-  int32_t *entry, *order, *begin, *cursor, *experts;
+  int32_t *entry, *order, *begin, *cursor, *experts, *k_of, *f_of;
   char *middle, *result;
 
   explicit Moe(const MoeMatmulArgs& args) : a(args) {
@@ -35,25 +36,41 @@ struct Moe {
     begin = reinterpret_cast<int32_t*>(base + w.begin);
     cursor = reinterpret_cast<int32_t*>(base + w.cursor);
     experts = reinterpret_cast<int32_t*>(base + w.active);
+    k_of = reinterpret_cast<int32_t*>(base + w.k);
+    f_of = reinterpret_cast<int32_t*>(base + w.f);
     middle = base + w.middle;
     result = base + w.result;
   }
-  int width(int row) const { return a.row_width ? a.row_width.ptr<int32_t>()[row] : 0; }
-  int k(int row) const { return a.row_width ? a.k_sizes.ptr<int32_t>()[width(row)] : D; }
-  int f(int row) const { return a.row_width ? a.f_sizes.ptr<int32_t>()[width(row)] : F; }
+  int k(int row) const { return k_of[row]; }
+  int f(int row) const { return f_of[row]; }
 };
 
-// Counting sort of the entries by expert. False when an id is out of range.
+// Looks up the active sizes of all rows. False when one is out of range.
+bool find_sizes(Moe& m, Pool& pool) {
+  const Tensor& rows = m.a.row_width;
+  const ActiveSizes k{"moe_matmul", rows, "row_width", m.a.k_sizes, "k_sizes", m.D, 16};
+  const ActiveSizes f{"moe_matmul", rows, "row_width", m.a.f_sizes, "f_sizes", m.F, 16};
+  for (int r = 0; r < m.R; ++r) {
+    m.k_of[r] = k.at(pool, r);
+    m.f_of[r] = f.at(pool, r);
+    if (m.k_of[r] < 0 || m.f_of[r] < 0) return false;
+  }
+  return true;
+}
+
+// Counting sort of the entries by expert. Each id is read once; until entries have their places,
+// the room for `order` keeps it. False when one is out of range.
 bool sort_entries(Moe& m, Pool& pool) {
   std::memset(m.begin, 0, (m.E + 1) * sizeof(int32_t));
   for (int r = 0; r < m.R; ++r)
     for (int j = 0; j < m.J; ++j) {
-      const int32_t id = m.a.ids.ptr<int32_t>()[r * m.a.ids.stride[0] + j];
+      const int32_t id = read_once(m.a.ids, r * m.a.ids.stride[0] + j);
       if (id < 0 || id >= m.E) {
         pool.fail("moe_matmul: ids must hold experts in [0, " + std::to_string(m.E) + "), got " +
                   std::to_string(id) + " at row " + std::to_string(r));
         return false;
       }
+      m.order[r * m.J + j] = id;
       ++m.begin[id + 1];
     }
   for (int e = 0; e < m.E; ++e) {
@@ -61,9 +78,7 @@ bool sort_entries(Moe& m, Pool& pool) {
     m.begin[e + 1] += m.begin[e];
     m.cursor[e] = m.begin[e];
   }
-  for (int r = 0; r < m.R; ++r)
-    for (int j = 0; j < m.J; ++j)
-      m.entry[m.cursor[m.a.ids.ptr<int32_t>()[r * m.a.ids.stride[0] + j]]++] = r * m.J + j;
+  for (int i = 0; i < m.R * m.J; ++i) m.entry[m.cursor[m.order[i]]++] = i;
   std::memset(m.cursor, 0, m.R * sizeof(int32_t));
   for (int p = 0; p < m.R * m.J; ++p) {
     const int r = m.entry[p] / m.J;
@@ -205,7 +220,7 @@ void run_all(Moe& m, Pool& pool) {
 
 void moe_matmul(const MoeMatmulArgs& a, Pool& pool) {
   Moe m(a);
-  if (m.R * m.J == 0 || !sort_entries(m, pool)) return;
+  if (m.R * m.J == 0 || !find_sizes(m, pool) || !sort_entries(m, pool)) return;
   a.x.dtype == DType::bf16 ? run_all<bf16>(m, pool) : run_all<float>(m, pool);
 }
 

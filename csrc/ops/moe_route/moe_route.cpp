@@ -30,6 +30,7 @@ void moe_route_entry(const TensorArg& x, const TensorArg& gate, int64_t E, int64
   check(weights, "weights").dtype({DType::f32}).shape({"R", "J"}).rows_dense();
   const int64_t J = check["J"];
   check.range(D % 16, "D modulo 16", 0, 0);
+  check.range(E, "E", 1, INT32_MAX);
   check.range(J, "experts per row J", 1, E);
   if (!std::isfinite(scaling_factor))
     check.fail("scaling_factor", "be finite", std::to_string(scaling_factor));

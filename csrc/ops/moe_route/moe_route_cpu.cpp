@@ -7,6 +7,7 @@
 #include "moe_route.h"
 
 #include "../../core/gemm.h"
+#include "../../core/index.h"
 #include "../../core/pool.h"
 
 namespace ei::EI_ISA {
@@ -43,15 +44,18 @@ void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, i
   const int64_t D = a.x.shape[1], E = a.bias.shape[0];
   const int J = static_cast<int>(a.ids.shape[1]);
   const int64_t padded = tiles(E) * kTile;
+  const ActiveSizes k{"moe_route", a.row_width, "row_width", a.k_sizes, "k_sizes", D, 16};
+  const ActiveSizes experts{"moe_route", a.row_width, "row_width", a.e_sizes, "e_sizes", E};
+  int columns[kRows];
+  for (int r = 0; r < rows; ++r)
+    if ((columns[r] = k.at(pool, first + r)) < 0) return;
   float* score = reinterpret_cast<float*>(pool.scratch(thread));
   float* select = score + rows * padded;
-  const int32_t* width = a.row_width ? a.row_width.ptr<int32_t>() + first : nullptr;
   Panel panel;
   fill_panel<X>(
       panel, DType::f32, rows, reinterpret_cast<char*>(select + padded),
       [&](int r) { return a.x.ptr<X>() + (first + r) * a.x.stride[0]; },
-      [&](int r) { return width ? a.k_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(D); },
-      Alone());
+      [&](int r) { return columns[r]; }, Alone());
   const V one = V::set(1.0f), zero = V::set(0.0f);
   share(tiles(E), [&](int64_t t, int = 0) {
     Totals totals;
@@ -64,7 +68,8 @@ void route_block(const MoeRouteArgs& a, Pool& pool, int thread, int64_t first, i
     });
   });
   for (int r = 0; r < rows; ++r) {
-    const int n = width ? a.e_sizes.ptr<int32_t>()[width[r]] : static_cast<int>(E);
+    const int n = experts.at(pool, first + r);
+    if (n < 0) return;
     if (n < J) {
       pool.fail("moe_route: e_sizes must keep at least J = " + std::to_string(J) +
                 " experts, got " + std::to_string(n) + " at row " + std::to_string(first + r));

@@ -19,6 +19,7 @@ void rms_norm_entry(const TensorArg& residual, const TensorArg& weight, const Te
   check(weight, "weight").dtype({DType::f32, DType::bf16}).shape({"D"}).contiguous();
   check(out, "out").dtype({residual.dtype}).shape({"R", "D"}).rows_dense();
   if (delta) check(delta, "delta").dtype({residual.dtype}).shape({"R", "D"}).rows_dense();
+  check.range(check["D"], "D", 16, INT32_MAX);
   check.range(check["D"] % 16, "D modulo 16", 0, 0);
   if (!(eps >= 0)) check.fail("eps", "be at least 0", std::to_string(eps));
   WidthCheck widths(check, row_width, !runner.step);

@@ -6,7 +6,7 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "rms_norm.h"
 
-#include "../../core/pool.h"
+#include "../../core/index.h"
 #include "../../core/vec.h"
 
 namespace ei::EI_ISA {
@@ -46,10 +46,11 @@ void norm_row(const RmsNormArgs& a, int64_t r, int n) {
 void rms_norm(const RmsNormArgs& a, Pool& pool) {
   const int64_t R = a.residual.shape[0], D = a.residual.shape[1];
   const int64_t rows_per_part = std::max<int64_t>(1, 16384 / D);
+  const ActiveSizes sizes{"rms_norm", a.row_width, "row_width", a.sizes, "sizes", D, 16};
   pool.run((R + rows_per_part - 1) / rows_per_part, [&](int64_t part, int) {
     for (int64_t r = part * rows_per_part; r < std::min(R, (part + 1) * rows_per_part); ++r) {
-      const int n =
-          a.row_width ? a.sizes.ptr<int32_t>()[a.row_width.ptr<int32_t>()[r]] : static_cast<int>(D);
+      const int n = sizes.at(pool, r);
+      if (n < 0) continue;
       const bool x16 = a.residual.dtype == DType::bf16, w16 = a.weight.dtype == DType::bf16;
       if (x16)
         w16 ? norm_row<bf16, bf16>(a, r, n) : norm_row<bf16, float>(a, r, n);

@@ -11,6 +11,6 @@
 
 namespace ei::EI_ISA {
 
-void ssm_scan(const SsmArgs& a, Pool& pool) { ssm_run(a, pool); }
+void ssm_scan(const SsmArgs& a, Pool& pool) { ssm_run("ssm_scan", a, pool); }
 
 }  // namespace ei::EI_ISA
