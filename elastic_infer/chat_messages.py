@@ -153,8 +153,8 @@ def _parse_arguments(calls: Any, where: str) -> None:
 
 
 def iterates_over_parts(template: nodes.Template) -> bool:
-    """Whether a template looks into a list of content parts: whether it loops over the content of
-    a message, or picks from it, be it by way of variables and macros."""
+    """Tells if a template looks into a list of content parts: if it loops over the content of a
+    message, or picks from it, be it by way of variables and macros."""
     names = _content_names(template)
     for loop in template.find_all(nodes.For):
         if _is_content(loop.iter, names):
@@ -187,7 +187,7 @@ def _content_names(template: nodes.Template) -> set[str]:
 
 
 def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
-    """Whether an expression is the content of a message: itself, a part of the list, a filtered
+    """Tells if an expression is the content of a message: itself, a part of the list, a filtered
     list, or one of two choices."""
     if isinstance(node, nodes.Name):
         return node.name in names

@@ -50,7 +50,8 @@ class TooMuch(Exception):
 
 
 class _Budget(threading.local):
-    """What is left to the template that this thread runs; None outside of a run."""
+    """Limits of the template that this thread runs, as far as they are left; no steps outside of a
+    run."""
 
     steps: int | None = None
     made = 0

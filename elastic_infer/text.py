@@ -129,7 +129,7 @@ class StreamRule:
         return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
     def whole_characters(self, token_ids: list[int]) -> bool:
-        """Whether the byte tokens among these are whole UTF-8 characters."""
+        """Tells if the byte tokens among these are whole UTF-8 characters."""
         run = (self.backend.id_to_token(i)[3:5] for i in token_ids if self.is_byte(i))
         try:
             return bool(bytes.fromhex("".join(run)).decode())
@@ -192,7 +192,7 @@ class Detokenizer:
     The cost of a token does not grow with the length of the sequence.
 
     `eager` gives a run of byte-fallback tokens out as soon as it is whole characters, for streams
-    whose end nobody tells. A bad byte after it is then a character of its own, where decoding
+    whose end is not known. A bad byte after it is then a character of its own, where decoding
     all at once would take the run before it for bad too.
     """
 

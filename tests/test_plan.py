@@ -356,6 +356,10 @@ def test_policies_refused(value: object) -> None:
             "think=M, answer=L, budget=64, grace=2, policy=exact",
             Plan.think_answer("M", "L", think_tokens=64, grace=2, policy="exact"),
         ),
+        (
+            "think=M,answer=L,prompt_phase=undecided",
+            Plan.think_answer("M", "L", prompt_phase="undecided"),
+        ),
         ("narrow=S,wide=L,threshold=1.5", Plan.by_uncertainty("S", "L", 1.5)),
         ("narrow=S,wide=L,threshold=1,hold=3", Plan.by_uncertainty("S", "L", 1, hold=3)),
     ],
