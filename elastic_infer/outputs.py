@@ -97,7 +97,8 @@ class Choice:
     reasoning: the text of the tokens whose phase is "thinking", without think tags and the white
         space around it; None where there is no thinking block.
     answer: the text of the tokens whose phase is "answer", without white space ahead of it after
-        a thinking block; no think tag is ever in it. None without a tokenizer.
+        a thinking block; no think tag is ever in it. None without a tokenizer. Where the vocabulary
+        has no tokens for the tags, both are found by the text of the tags.
     token_ids: the generated tokens, forced ones included.
     logprobs: {token id: (log-probability, rank)} per token, None for a forced one; None as a
         whole unless asked for.

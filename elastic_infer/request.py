@@ -51,11 +51,13 @@ class Branch:
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
+        self._phases = plan.phases()
         self.text: TextStream | None = None
         if tokenizer is not None:
-            skip = params.skip_special_tokens
-            self.text = TextStream(tokenizer, params.stop, tags, skip)
-        self._phases = plan.phases()
+            skip, spelled = params.skip_special_tokens, None
+            if self._phases is None and _spelled(plan.plan):
+                spelled = plan.plan.start_tag, plan.plan.end_tag
+            self.text = TextStream(tokenizer, params.stop, tags, skip, spelled)
 
     @property
     def ready(self) -> bool:
@@ -93,9 +95,10 @@ class Branch:
         found. hidden: the token ends the text and is no part of it."""
         if self.text is None:
             return None
-        shown, hit = ("", None) if hidden else self.text.push(token_id, phase, search)
+        inside = self.request.params.stop_in_thinking
+        shown, hit = ("", None) if hidden else self.text.push(token_id, phase, search, inside)
         if hit is None and (last or hidden):
-            more, hit = self.text.finish(search)
+            more, hit = self.text.finish(search, inside)
             shown += more
         if hit is not None:
             self.finish_reason, self.stop_reason = "stop", hit
@@ -109,9 +112,9 @@ class Branch:
         if self._phases is not None:
             begun = self.plan.prompt_is_thinking or self._phases.opened
             return self.text.split(begun)
-        start, end = self.plan.plan.start_tag, self.plan.plan.end_tag
-        if isinstance(start, str) and isinstance(end, str):
-            return split_reasoning(self.text.text, start, end, self.plan.prompt_is_thinking)
+        plan = self.plan.plan
+        if _spelled(plan):
+            return split_reasoning(self.text.text, plan.start_tag, plan.end_tag, False)
         return None, self.text.text
 
     def choice(self) -> Choice:
@@ -134,6 +137,11 @@ class Branch:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
+
+
+def _spelled(plan: Plan) -> bool:
+    """Tells if both think tags are text."""
+    return isinstance(plan.start_tag, str) and isinstance(plan.end_tag, str)
 
 
 @dataclass(eq=False)

@@ -427,8 +427,7 @@ class Scheduler:
         if branch.finish_reason is None and branch.is_full(count, self.model.max_length):
             branch.finish_reason = "length"
         ended = branch.finish_reason is not None
-        search = may_stop and (phase != "thinking" or params.stop_in_thinking)
-        text = branch.push_text(token, phase, ended, hidden, search)
+        text = branch.push_text(token, phase, ended, hidden, may_stop)
         top = drawn.logprobs if drawn else None
         logprob = top[token][0] if top else None
         branch.emit(Token(token, text, branch.width, phase, forced, logprob, top))

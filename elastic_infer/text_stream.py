@@ -20,6 +20,32 @@ _TAG = "tag"
 _CONTEXT = 8  # tokens of a loaded sequence that may hold the beginning of a character
 
 
+class _Block:
+    """Finds a thinking block in text whose tags are spelled by several tokens.
+
+    thinking: whether the text so far ends in the block.
+    """
+
+    def __init__(self, start: str, end: str) -> None:
+        self._start, self._end, self._text = start, end, ""
+        self._done = self.thinking = False
+
+    def push(self, text: str) -> None:
+        """Reads more text."""
+        if self._done or not text:
+            return
+        self._text += text
+        if not self.thinking:
+            begun = self._text.lstrip()
+            self.thinking = begun.startswith(self._start)
+            self._done = not self.thinking and not self._start.startswith(begun)
+            self._text = begun[len(self._start) :] if self.thinking else begun
+        if self.thinking and self._end in self._text:
+            self.thinking, self._done = False, True
+        elif self.thinking:
+            self._text = self._text[-len(self._end) :]
+
+
 class TextStream:
     """The text of one choice, token by token, and which part of it is reasoning or answer.
 
@@ -33,12 +59,15 @@ class TextStream:
         stop: Sequence[str],
         tags: Collection[int],
         skip_special_tokens: bool = True,
+        spelled: tuple[str, str] | None = None,
     ) -> None:
         """Starts an empty text.
 
         tokenizer: decodes. stop: strings that end the text. tags: ids of the think tags, which
-        stay in the text. skip_special_tokens: leave other special tokens out.
+        stay in the text. skip_special_tokens: leave other special tokens out. spelled: the think
+        tags where the vocabulary has no tokens for them: blocks are found in the text then.
         """
+        self._block = None if spelled is None else _Block(*spelled)
         self._tokenizer, self._tags = tokenizer, frozenset(tags)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, tags)
         self._stops = StopStrings(stop)
@@ -47,21 +76,33 @@ class TextStream:
         self._pieces: list[str] = []
         self._now = _LEAD
 
-    def push(self, token_id: int, phase: Phase | None, search: bool) -> tuple[str, str | None]:
+    def push(
+        self, token_id: int, phase: Phase | None, search: bool, inside: bool = False
+    ) -> tuple[str, str | None]:
         """Adds a token.
 
         token_id, phase: the token and the phase that it belongs to.
-        search: whether stop strings may end the text in it.
+        search: whether stop strings may end the text in it; in a block of spelled tags they do
+            not, unless `inside`.
+        inside: whether stop strings are looked for in thinking.
         Returns (text that is final, stop string found or None).
         """
         if token_id in self._tags:
             before, tag = self._tag(token_id)
+            search = search and (inside or phase != "thinking")
             return self._add([(self._now, before), (_TAG, tag)], search)
         self._now = phase or _LEAD
-        return self._add([(self._now, self._detokenizer.push(token_id))], search)
+        text = self._detokenizer.push(token_id)
+        if self._block is not None:
+            thinking = self._block.thinking
+            self._block.push(text)
+            search = search and (inside or not (thinking or self._block.thinking))
+        return self._add([(self._now, text)], search and (inside or phase != "thinking"))
 
-    def finish(self, search: bool) -> tuple[str, str | None]:
+    def finish(self, search: bool, inside: bool = False) -> tuple[str, str | None]:
         """Ends the text. Returns (the text that was held back, stop string found in it or None)."""
+        thinking = self._block.thinking if self._block is not None else self._now == "thinking"
+        search = search and (inside or not thinking)
         shown, hit = self._add([(self._now, self._detokenizer.finish())], search)
         if hit is None:
             shown += self._give(self._stops.finish())

@@ -3,12 +3,18 @@ the same, whatever the model says, the plan forces and the caller stops at."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import tokenizers
 from engines import END_THINK, EOS, THINK, script, text_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from elastic_infer import InvalidRequest, Plan, SamplingParams
+from elastic_infer.text_stream import TextStream
+from elastic_infer.tokenizer import Tokenizer
 
 TURN = EOS + 1  # a second special token
 TAGS = (THINK, END_THINK)
@@ -169,6 +175,40 @@ def test_a_stop_string_around_a_special_token_is_refused(engine):
         engine.generate("x", SamplingParams(stop=["\n<|turn|>"]))
     out = say(engine, [*b"a\n", TURN], "x", stop=["\n<|turn|>"], skip_special_tokens=False)
     assert (out.text, out.stop_reason) == ("a", "\n<|turn|>")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lead=st.sampled_from(["", "\n ", "x"]), thought=st.text("aE<>/", max_size=8),
+    answer=st.text("aE ", max_size=8), cuts=st.lists(st.integers(1, 9), max_size=9),
+    inside=st.booleans(),
+)  # fmt: skip
+def test_tags_that_no_token_stands_for(lead, thought, answer, cuts, inside):
+    """A vocabulary without think tags: the text is split by the text of the tags, however tokens
+    cut it, and stop strings are looked for after the block."""
+    whole = f"{lead}<think>{thought}</think>{answer}"
+    pieces, at = [], 0
+    for cut in [*cuts, len(whole)]:
+        pieces.append(whole[at : at + cut])
+        at += cut
+    # The first token after a tag may hold a part of it: here none does.
+    pieces = [p for piece in pieces for p in re.split(r"(?<=>)", piece) if p]
+    words = {"[U]": 0, "w": 1}
+    for piece in pieces:
+        words.setdefault(piece, len(words))
+    made = tokenizers.Tokenizer(models.WordLevel(words, "[U]"))
+    made.decoder = decoders.Fuse()
+    stream = TextStream(Tokenizer(made), ["E"], (), spelled=("<think>", "</think>"))
+    shown, hit = "", None
+    for piece in pieces:
+        text, hit = stream.push(words[piece], None, True, inside)
+        shown += text
+        if hit:
+            break
+    end = whole.index("</think>") + len("</think>")
+    first = whole.find("E", 0 if inside or lead == "x" else end)
+    assert (shown, hit) == ((whole, None) if first < 0 else (whole[:first], "E"))
+    assert stream.text == shown
 
 
 # -- where the phase begins -------------------------------------------------------------------
