@@ -18,7 +18,7 @@ from elastic_infer.checkpoint import (
 )
 from elastic_infer.config import LAYER_KEYS, ModelConfig, Width, parse_widths, width_to_dict
 from elastic_infer.errors import CheckpointError, WidthError
-from elastic_infer.files import read_json, user_path
+from elastic_infer.files import is_folder, read_json, user_path
 from elastic_infer.slicing import (
     EMBEDDING,
     Selection,
@@ -241,9 +241,9 @@ def write_widths(
         CheckpointError: the file would lie in a download cache, or its folder is missing.
         WidthError: the table does not fit the checkpoint.
     """
-    path = Path(target).expanduser()
-    if path.suffix == ".json" and not path.is_dir():
-        if not path.parent.is_dir():
+    path = user_path(target, "write_widths: target")
+    if path.suffix == ".json" and not is_folder(path):
+        if not is_folder(path.parent):
             raise CheckpointError(f"write_widths: target must lie in a folder, got {path}")
         if is_download_cache(path.parent):
             raise CheckpointError(

@@ -132,14 +132,14 @@ def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
 
     Raises: CheckpointError.
     """
-    require_file(path, what, limit)
+    size = require_file(path, what, limit)
     try:
         with open(path, "rb") as stream:
-            data = stream.read(limit + 1)
+            data = stream.read(size + 1)
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"{what} must be readable, got: {error}") from error
-    if len(data) > limit:
-        raise CheckpointError(f"{what} must be at most {limit} bytes long, got more")
+    if len(data) > size:
+        raise CheckpointError(f"{what} must stay as it is while it is read, got more")
     return data
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -22,9 +21,9 @@ from elastic_infer.files import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     foreign,
+    parse_json,
     read_json,
     read_text,
-    require_file,
 )
 from elastic_infer.param_checks import encodable
 from elastic_infer.text import StreamRule, check_growth
@@ -135,10 +134,9 @@ class Tokenizer:
         path = folder / TOKENIZER
         if not os.path.lexists(path):
             return None
-        require_file(path, f"{TOKENIZER}:", _TOKENIZER_BYTES)
         with foreign(f"{TOKENIZER}: must be a tokenizer"):
             # Before it is loaded: added tokens are normalized then.
-            _check_growth(path.read_bytes())
+            _check_growth(path)
             backend = tokenizers.Tokenizer.from_file(str(path))
         config = _read_json(folder / TOKENIZER_CONFIG)
         special_map = _read_json(folder / SPECIAL_TOKENS)
@@ -299,10 +297,11 @@ def _chat_arguments(tools: Any, arguments: Any) -> dict[str, Any]:
     return given if tools is None else {**given, "tools": tools}
 
 
-def _check_growth(content: bytes) -> None:
+def _check_growth(path: Path) -> None:
     """Refuses a tokenizer.json that could make very much of little text."""
-    if b"Replace" in content or b"\\u" in content:  # else there is no need to read it twice
-        made = json.loads(content)
+    content = read_text(path, f"{TOKENIZER}:", _TOKENIZER_BYTES)
+    if "Replace" in content or "\\u" in content:  # else there is no need to read it twice
+        made = parse_json(content, f"{TOKENIZER}:", dict)
         for part in ("normalizer", "decoder"):
             check_growth(part, made.get(part))
 

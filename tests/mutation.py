@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -73,7 +74,7 @@ def mutate_json(rng: random.Random, value: Any) -> Any:
             from_holder, from_key = rng.choice(places)
             holder[key] = json.loads(json.dumps(from_holder[from_key]))
         else:
-            holder[key] = rng.choice(ODD)
+            holder[key] = copy.deepcopy(rng.choice(ODD))  # another mutation may lie in it
     return top[0]
 
 

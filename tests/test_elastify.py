@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
 
+import mutation
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from elastic_infer.cli.elastify import answer_budget, numbers, stages
 from elastic_infer.config import count_parameters, full_width
 from elastic_infer.elastify import pipeline
 from elastic_infer.elastify.budget import (
+    ROUTER_NAME,
     LearnedSizes,
     add_width,
     width_for_budget,
@@ -32,7 +35,7 @@ from elastic_infer.elastify.pipeline import elastify
 from elastic_infer.elastify.router import Router
 from elastic_infer.elastify.settings import Settings, Stage
 from elastic_infer.elastify.torch_model import ElasticNemotronH
-from elastic_infer.errors import CheckpointError, InvalidRequest, WidthError
+from elastic_infer.errors import CheckpointError, ElasticError, InvalidRequest, WidthError
 from elastic_infer.slicing import slice_checkpoint
 
 ARGUMENTS = ["--steps", "4,2", "--sequence-length", "12,16", "--batch-size", "4,2"]
@@ -201,6 +204,19 @@ def learned(per_layer: bool = True) -> LearnedSizes:
     names = {"L": 1.0, "M": 0.7, "S": 0.4}
     widths = {name: router.width(budget, name) for name, budget in names.items()}
     return LearnedSizes(router, cost, widths, {"L": 0.0, "M": 0.2, "S": 0.6})
+
+
+def test_a_router_with_one_thing_wrong_loads_or_is_refused(tmp_path):
+    """Every damaged or odd elastic_router.json: it gives widths, or an error of the library."""
+    sizes = learned()
+    sizes.save(tmp_path)
+    path = tmp_path / ROUTER_NAME
+    data = path.read_bytes()
+    assert LearnedSizes.load(tmp_path, sizes.router.config).candidates()
+    for seed in range(100):
+        path.write_bytes(mutation.mutate_text(random.Random(f"router {seed}"), data))
+        with contextlib.suppress(ElasticError):
+            LearnedSizes.load(tmp_path, sizes.router.config).candidates()
 
 
 def test_every_budget_gets_the_dearest_learnt_width_below_it():

@@ -26,7 +26,7 @@ from elastic_infer.derive import write_widths
 from elastic_infer.elastify.costs import Cost, parse_bytes, parse_parameters
 from elastic_infer.elastify.router import Router
 from elastic_infer.errors import CheckpointError, InvalidRequest, WidthError, shown
-from elastic_infer.files import read_json
+from elastic_infer.files import foreign, is_file, read_json
 from elastic_infer.writing import write_json
 
 __all__ = ["Answer", "LearnedSizes", "add_width", "width_for_budget", "width_for_text"]
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 ROUTER_NAME = "elastic_router.json"
 VERSION = 1
+_WIDEST_NETWORK = 4096  # inner width of a router's networks, before they are made
 PATH_POINTS = 400  # router inputs tried between two trained budgets
 
 
@@ -96,32 +97,37 @@ class LearnedSizes:
         Raises:
             CheckpointError: there is none, or it is damaged or does not fit the checkpoint.
         """
-        from elastic_infer.config import parse_widths
-
         path = Path(folder) / ROUTER_NAME
-        if not path.is_file():
+        if not is_file(path):
             raise CheckpointError(
                 f"budget: {folder} must hold {ROUTER_NAME}, which `elastic-infer elastify` "
                 "writes, got none: a budget needs a learnt router"
             )
-        data = read_json(path)
+        data = read_json(path, kind=dict)
+        rule = f"budget: {path} must be the router of this checkpoint"
         try:
-            if data["version"] != VERSION:
-                raise CheckpointError(f"budget: {path} must be of version 1, got {data['version']}")
-            choices = data["choices"]
-            options = {"per_layer": data["per_layer"], "inner": data["inner"]}
-            router = Router(config, data["budgets"], choices, **options)
-            weights = {name: torch.tensor(rows) for name, rows in data["weights"].items()}
-            router.load_state_dict(weights)
-            widths = parse_widths(config, data["widths"])
-            losses = {name: float(loss) for name, loss in data["losses"].items() if name in widths}
-            return cls(router, Cost(**data["cost"]), widths, losses, bool(data["held_out"]))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"budget: {path} must be the router of this checkpoint, got {error!r}"
-            ) from error
+            with foreign(rule):
+                return cls._from_dict(data, config, path)
+        except (WidthError, InvalidRequest) as error:  # sizes that this checkpoint has not
+            raise CheckpointError(f"{rule}, got {error}") from error
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any], config: ModelConfig, path: Path) -> LearnedSizes:
+        """Raises what comes of it where a value is missing or of another type."""
+        from elastic_infer.config import parse_widths
+
+        if data["version"] != VERSION:
+            got = shown(data["version"])
+            raise CheckpointError(f"budget: {path} must be of version 1, got {got}")
+        options = {"per_layer": data["per_layer"], "inner": data["inner"]}
+        if not 0 < options["inner"] <= _WIDEST_NETWORK:
+            raise ValueError(f"inner = {shown(options['inner'])}")
+        router = Router(config, data["budgets"], data["choices"], **options)
+        weights = {name: torch.tensor(rows) for name, rows in data["weights"].items()}
+        router.load_state_dict(weights)
+        widths = parse_widths(config, data["widths"])
+        losses = {name: float(loss) for name, loss in data["losses"].items() if name in widths}
+        return cls(router, Cost(**data["cost"]), widths, losses, bool(data["held_out"]))
 
     def candidates(self) -> list[Width]:
         """Every width that the router gives on the way through its trained budgets.
