@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from elastic_infer.checkpoint import (
     resolve_folder,
 )
 from elastic_infer.config import LAYER_KEYS, ModelConfig, Width, parse_widths, width_to_dict
-from elastic_infer.errors import CheckpointError, WidthError
+from elastic_infer.errors import CheckpointError, WidthError, shown
 from elastic_infer.files import is_folder, read_json, user_path
 from elastic_infer.slicing import (
     EMBEDDING,
@@ -29,7 +30,7 @@ from elastic_infer.slicing import (
 )
 from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME, Axis, TensorFiles
 from elastic_infer.torch_modes import plain_torch
-from elastic_infer.writing import make_folder, write_json
+from elastic_infer.writing import make_folder, write_whole
 
 __all__ = ["derive_widths", "write_widths"]
 
@@ -127,8 +128,8 @@ def _derive_one(full: ModelConfig, part: ModelConfig, name: str) -> Width:
             if key == "pattern" and len(got) != len(want):
                 hint = "; a slice that skips layers is no width (its cache would lack them)"
             raise CheckpointError(
-                f"derive_widths: {key} of {name} must be {want!r} as in the full checkpoint, got "
-                f"{got!r}{hint}"
+                f"derive_widths: {key} of {name} must be {shown(want)} as in the full checkpoint, "
+                f"got {shown(got)}{hint}"
             )
     if part.tie_word_embeddings and not full.tie_word_embeddings:
         raise CheckpointError(
@@ -239,7 +240,7 @@ def write_widths(
 
     Raises:
         CheckpointError: the file would lie in a download cache, or its folder is missing.
-        WidthError: the table does not fit the checkpoint.
+        WidthError: the table does not fit the checkpoint, or is none.
     """
     path = user_path(target, "write_widths: target")
     if path.suffix == ".json" and not is_folder(path):
@@ -258,6 +259,12 @@ def write_widths(
         if is_download_cache(folder):
             path = config_folder(config_home) / f"{checkpoint.fingerprint}.json"
             make_folder(path.parent, "write_widths")
-    write_json(path, table, "write_widths")
+    try:
+        text = json.dumps(table, indent=2)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WidthError(
+            f"write_widths: table must be what JSON can hold, got {shown(table)} ({error})"
+        ) from error
+    write_whole(path, text + "\n", "write_widths")
     logger.info("write_widths: wrote %s", path)
     return path

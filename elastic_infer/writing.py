@@ -91,10 +91,10 @@ class Stream:
 
     def write(self, data: Any) -> int:
         """Writes all of the bytes. Raises: OSError."""
-        left = memoryview(data).cast("B")
-        size = len(left)
+        view = memoryview(data)
+        size, left = view.nbytes, view.cast("B") if view.nbytes else view
         try:
-            while left:
+            while size and left:
                 left = left[os.write(self._descriptor, left) :]
         except OSError as error:
             self.failed = error
@@ -253,7 +253,11 @@ def _remove_left(path: Path) -> None:
     """Removes partial files of `path` that have no living writer."""
     folder, stem = os.fsencode(path.parent), _stem(path)
     pattern = re.compile(re.escape(stem) + rb"[0-9a-f]{16}\.partial")
-    for name in os.listdir(folder):
+    try:
+        names = os.listdir(folder)
+    except PermissionError:  # a folder that may be written to and not listed
+        return
+    for name in names:
         if not pattern.fullmatch(name):
             continue
         partial = os.path.join(folder, name)

@@ -13,6 +13,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,7 +21,7 @@ from engines import base_config, base_widths, draw, open_engine
 from faulty import Disk, Killed, content
 from typer.testing import CliRunner
 
-from elastic_infer import CheckpointError, writing
+from elastic_infer import CheckpointError, WidthError, writing
 from elastic_infer.checkpoint import Checkpoint
 from elastic_infer.cli import app
 from elastic_infer.derive import write_widths
@@ -349,6 +350,35 @@ def test_folders_files_pipes_and_devices(tmp_path):
     assert (tmp_path / "link").read_text() == "new" and (tmp_path / "target").read_text() == "kept"
     with pytest.raises(CheckpointError, match="must be writable"):
         append_line(tmp_path / "none" / "file", "x", "test")
+
+
+def test_a_folder_that_cannot_be_listed_is_written_to(tmp_path, monkeypatch):
+    def refused(folder):
+        raise PermissionError(errno.EACCES, "no listing")
+
+    monkeypatch.setattr("os.listdir", refused)
+    assert write_whole(tmp_path / "file", "x").read_text() == "x"
+
+
+@pytest.mark.parametrize("empty", [np.empty(0, np.int32), np.empty((0, 4)), np.empty((3, 0)), b""])
+def test_empty_pieces_are_written(tmp_path, empty):
+    write_whole(tmp_path / "f", lambda stream: (stream.write(b"a"), stream.write(empty)))
+    assert (tmp_path / "f").read_bytes() == b"a"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{1, 2}, {"widths": object()}, [10**5000], {(1, 2): 3}],
+    ids=["set", "object", "int", "key"],
+)
+def test_a_width_table_that_is_no_json_is_refused(tmp_path, table):
+    with pytest.raises(WidthError, match="table must be what JSON can hold"):
+        write_widths(table, tmp_path / "t.json")
+    knot = {}
+    knot["again"] = knot
+    with pytest.raises(WidthError, match="table must be what JSON can hold"):
+        write_widths(knot, tmp_path / "t.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_a_library_on_a_full_disk_names_the_disk(disk, tmp_path):
