@@ -13,7 +13,7 @@ from .model import DRAW_FIELDS, Draw
 from .ops.sample import sample
 from .outputs import TopLogprobs
 from .request import Branch
-from .sampling import SamplingParams, top_logprobs
+from .sampling import SamplingParams, row_stats, top_logprobs
 from .user_calls import as_failure
 
 
@@ -39,10 +39,12 @@ def _truncation(params: SamplingParams) -> tuple[float, int, float, float]:
     return temperature, min(params.top_k, MOST_TOP_K), params.top_p, params.min_p
 
 
-def entropy_of(row: torch.Tensor, temperature: float) -> float:
-    """Entropy in nats of softmax(row / temperature); of softmax(row) when sampling is greedy."""
-    logp = torch.log_softmax(row / (temperature or 1.0), 0)
-    return float(-(logp.exp() * logp).nan_to_num(0.0).sum())
+def entropy_of(row: torch.Tensor, temperature: float, run=None) -> float:
+    """Entropy in nats of softmax(row / temperature); of softmax(row) when sampling is greedy.
+
+    row: float32 [V]. run: a Pool, or None for one thread: it changes no bit.
+    """
+    return row_stats(row, temperature or 1.0, run)[1]
 
 
 class Sampler:
@@ -98,9 +100,10 @@ class Sampler:
             token = -1 if i in failures else ids[i]
             logprobs, entropy = None, None
             if wanted is not None and token >= 0:
-                logprobs = top_logprobs(raw[i], token, wanted)
+                logprobs = top_logprobs(raw[i], token, wanted, self._run)
             if branch.plan.plan.needs_entropy and token >= 0:
-                entropy = entropy_of(processed.get(i, raw[i]), _truncation(params)[0])
+                temperature, *_ = _truncation(params)
+                entropy = entropy_of(processed.get(i, raw[i]), temperature, self._run)
                 entropy = entropy if math.isfinite(entropy) else None
             result.append(Drawn(token, logprobs, entropy))
         return result

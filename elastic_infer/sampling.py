@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from elastic_infer.errors import InvalidRequest, shown
+from elastic_infer.ops.softmax_stats import softmax_stats
 from elastic_infer.outputs import Phase, TopLogprobs
 from elastic_infer.param_checks import (
     MOST_BAD_WORDS,
@@ -455,16 +456,27 @@ def _shortest(sequences: list[list[int]]) -> list[list[int]]:
     return kept
 
 
-def top_logprobs(row: torch.Tensor, token_id: int, k: int) -> TopLogprobs:
+def row_stats(row: torch.Tensor, temperature: float, run=None) -> tuple[float, float]:
+    """(log-sum-exp, entropy) of row / temperature, summed in an order that no thread changes.
+
+    row: float32 [V]. run: a Pool, or None for one thread.
+    """
+    log_sum, entropy = torch.empty(2, 1)
+    softmax_stats(row[None], torch.tensor([temperature]), log_sum, entropy, run=run)
+    return log_sum.item(), entropy.item()
+
+
+def top_logprobs(row: torch.Tensor, token_id: int, k: int, run=None) -> TopLogprobs:
     """The log-probability and rank of a token and of the k likeliest.
 
     row: float [V], the logits before any processing.
     token_id: the sampled token; it comes first in the result.
     k: how many of the likeliest follow, the likeliest first; 0 for none.
+    run: a Pool, or None for one thread: it changes no bit.
     Returns {token id: (log-probability, rank)}; rank 1 is the likeliest, equal logits share one.
     """
     values = row.float()
-    total = torch.logsumexp(values, dim=0)
+    total, _ = row_stats(values, 1.0, run)
     ids = [token_id]
     if k > 0:
         ids += torch.topk(values, min(k, values.numel())).indices.tolist()

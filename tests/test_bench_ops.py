@@ -26,6 +26,7 @@ CASES = {
     "moe_route": {"R": 6, "D": 32, "E": 8, "J": 2, "k": (32,), "e": (8,), "ties": False},
     "nvfp4_quantize": {"N": 3, "K": 32, "scale": "own", "kind": "normal"},
     "fp8_quantize": {"N": 3, "K": 32, "scale": "own"},
+    "softmax_stats": {"R": 6, "V": 90},
     "moe_matmul": {"R": 6, "D": 32, "E": 4, "J": 2, "F": 32, "k": (32,), "f": (32,),
                    "shared": True},
 }  # fmt: skip

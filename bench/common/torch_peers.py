@@ -310,11 +310,24 @@ def sample(a: Arguments) -> Peer:
     return run
 
 
+def softmax_stats(a: Arguments) -> Peer:
+    """Division, log_softmax, and sums over it."""
+
+    def run():
+        z = a["logits"] / a["temperature"][:, None]
+        logp = z.log_softmax(-1)
+        a["log_sum"][:] = z[:, 0] - logp[:, 0]
+        a["entropy"][:] = -(logp.exp() * logp).sum(-1)
+
+    return run
+
+
 PEERS: dict[str, Callable[[Arguments], Peer]] = {
     f.__name__: f
     for f in (
         embed, rms_norm, matmul, causal_conv, ssm_step, ssm_scan, gated_norm, mamba_step,
         kv_append, attention_decode, attention_prefill, moe_route, moe_matmul, sample,
+        softmax_stats,
         nvfp4_quantize, fp8_quantize,
     )
 }  # fmt: skip

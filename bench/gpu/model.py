@@ -44,8 +44,8 @@ class RandomCheckpoint:
         sizes = [_kept(n, axis) for n, axis in zip(spec.shape, (rows, cols, *spec.shape[2:]))]
         return draw_values(spec.kind, tuple(sizes), spec.dtype, self._generator)
 
-    def scalar(self, name: str) -> float | None:
-        """No scales of a cache are stored."""
+    def kv_factor(self, layer: int, kind: str) -> float | None:
+        """No factors of a cache are stored."""
         return None
 
     def format_of(self, name: str) -> str:
