@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 from elastic_infer.errors import InvalidRequest, shown
+from elastic_infer.value_checks import is_real
 
 __all__ = [
     "MOST_BAD_WORDS", "MOST_LOGPROBS", "MOST_STOPS", "biases_of", "check_int", "check_number",
@@ -45,12 +45,6 @@ def check_int(
         raise fail(name, f"be {none}an int {bounds}", value)
 
 
-def _is_number(value: Any) -> bool:
-    # Compared as they are: ints of any size can be, and NaN and infinity are neither.
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and -math.inf < value < math.inf
-
-
 def check_number(
     name: str, value: Any, rule: str, holds: Callable[[float], bool], positive: bool = False
 ) -> None:
@@ -58,7 +52,7 @@ def check_number(
 
     positive: whether zero would break the rule.
     """
-    if not _is_number(value) or not holds(value):
+    if not is_real(value) or not holds(value):
         raise fail(name, f"be a finite number {rule}", value)
     if value > FLOAT32_MOST or (positive and value < FLOAT32_LEAST):
         bounds = f"{FLOAT32_LEAST if positive else 0:.4g} to {FLOAT32_MOST:.4g}"
@@ -119,7 +113,7 @@ def biases_of(name: str, value: Any) -> dict[int, float]:
     for token_id, number in bias.items():
         if not is_int(token_id) or token_id < 0:
             raise fail(name, "have token ids (ints >= 0) as keys", token_id)
-        if not _is_number(number) or not -100 <= number <= 100:
+        if not is_real(number) or not -100 <= number <= 100:
             raise fail(f"{name}[{shown(token_id)}]", "be a number in [-100, 100]", number)
     return bias
 

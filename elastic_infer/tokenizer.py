@@ -112,7 +112,7 @@ class Tokenizer:
         self._templates = ChatTemplates(chat_template)
 
     def most_characters(self, tokens: int) -> int:
-        """How many characters of text so many tokens can hold."""
+        """How many characters of text so many tokens can hold, if the tokenizer drops none."""
         return tokens * self._longest
 
     @cached_property
