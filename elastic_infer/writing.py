@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_infer.errors import CheckpointError, shown
-from elastic_infer.files import read_json
+from elastic_infer.files import read_json, user_path
 
 __all__ = [
     "Stream",
@@ -76,10 +76,7 @@ def _checked(what: str, path: Any) -> Path:
         encoded = b"\0"
     if b"\0" in encoded or not encoded:
         raise CheckpointError(f"{what}: path must be a file's or folder's, got {shown(path)}")
-    try:
-        return Path(os.fsdecode(path)).expanduser()
-    except RuntimeError as error:  # no home of that user
-        raise CheckpointError(f"{what}: path must be a known place, got {shown(path)}") from error
+    return user_path(os.fsdecode(path), f"{what}: path")
 
 
 class Stream:
