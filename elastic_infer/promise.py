@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from queue import Empty, SimpleQueue
-from threading import TIMEOUT_MAX
 from typing import Any
+
+# Seconds. Python does not see a signal that comes when a wait has begun in Python's eyes and not
+# yet in the system's; so every wait is looked after again.
+_LOOK = 0.5
 
 
 class Promise:
@@ -57,10 +60,11 @@ class Promise:
             self._alarms.append(alarm)  # before the second look, so that no setting is missed
             try:
                 if not self.done:
-                    left = None if until is None else max(0.0, until - time.monotonic())
-                    alarm.get(timeout=left if left is None else min(left, TIMEOUT_MAX))
+                    left = _LOOK if until is None else max(0.0, until - time.monotonic())
+                    alarm.get(timeout=min(left, _LOOK))
             except Empty:
-                return self.done
+                if until is not None and time.monotonic() >= until:
+                    return self.done
             finally:
                 self._alarms.remove(alarm)
         return True

@@ -98,8 +98,7 @@ class Worker:
                 self._arrivals.extend(requests)
         self._inbox.put(None)
         if self._finished:  # the thread may not have seen them
-            for request in requests:
-                request.abandon(closed_error(request))
+            _abandon(self._arrivals, closed_error)
 
     def call(self, job: Callable[[], Any], wait_for_room: bool = False) -> Any:
         """Runs `job` between two passes and returns its result; when that is a Reader, the logits
@@ -359,9 +358,10 @@ class Worker:
 
 def _abandon(queue: deque[Request], error_of: Callable[[Request], Exception]) -> None:
     """Ends requests that have no place in the cache yet."""
-    while queue:
-        request = queue.popleft()
-        request.abandon(error_of(request))
+    with suppress(IndexError):  # callers may do the same at the end
+        while True:
+            request = queue.popleft()
+            request.abandon(error_of(request))
 
 
 def _closed() -> RequestCancelled:
