@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import elastic_infer.ops  # noqa: F401  (the tensor conversion registers with it)
+from bench.gpu import ptxas
 from elastic_infer.ops import _laws, registry
 from elastic_infer.ops._laws import make, one_width, small_cases
 
@@ -79,6 +80,14 @@ def installed(module):
             m._C = c
         module.configure()
         module.device()
+
+
+def kernel_names(file: Path) -> dict[int, str]:
+    """Readable names of the functions of a module, by their addresses in it."""
+    said = subprocess.run(["nm", str(file)], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in said.splitlines() if len(line.split()) == 3]
+    found = [(int(address, 16), name) for address, kind, name in rows if kind in "tTwW"]
+    return dict(zip((a for a, _ in found), ptxas.readable([n for _, n in found]), strict=True))
 
 
 def check_orders(module, spec, case, dtype):

@@ -15,6 +15,7 @@ def default_order():
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["barrier", "copy", "multiply", "votes", "unwritten_shared",
+                                  "static_and_dynamic", "all_shared", "rows_of_grid",
                                   "overlap"])  # fmt: skip
 def test_right_kernels(name, order):
     emu.configure(threads=order, blocks=order)
@@ -61,12 +62,30 @@ def test_missing_wait_reads_nan():
         ("misaligned", "16-byte read of memory that is not aligned to 16 bytes, in thread 0 of"),
         ("missing_launch_wait", "a thread returned before it waited for the launches ahead"),
         ("partial_warp", "32 to 1024 threads in whole warps, got 48"),
+        ("static_and_dynamic_untold", "at most 49152 bytes .*, got 49152 dynamic and 1024 static"),
+        ("static_beyond_all", "at most 166912 bytes .*, got 165904 dynamic and 1024 static"),
+        ("dynamic_beyond_all", "at most 166912 bytes of shared memory, got 166913"),
+        ("wide_arguments", "arguments must have at most 4096 bytes, got 4100"),
+        ("tall_grid", "1 to 65535 along y and z, got 1 x 65536 x 1"),
     ],
 )
 def test_mistakes_are_reported(name, message):
     with pytest.raises(RuntimeError, match=message):
         emu.selftest(name)
     assert emu.selftest("barrier") == "ok"  # and the next launch is not affected
+
+
+@pytest.mark.parametrize(
+    "capability, kilobytes", [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)]
+)
+def test_shared_memory_is_that_of_the_compute_capability(capability, kilobytes):
+    emu.device(compute_capability=capability)
+    try:
+        assert emu.selftest("all_shared") == "ok"
+        with pytest.raises(RuntimeError, match=f"at most {kilobytes * 1024} bytes of shared"):
+            emu.selftest("dynamic_beyond_all")
+    finally:
+        emu.device()
 
 
 # What runs the fibers where there is no assembly for them (any processor but x86-64).

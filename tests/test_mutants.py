@@ -115,7 +115,8 @@ MUTANTS = {
     ),
     # segments of a scan
     "a segment knows nothing of those before it": (
-        "ssm_scan", OPS + "ssm_scan/ssm_scan.cu", "h[i] = decay * h[i] + end[i]", "h[i] = end[i]",
+        "ssm_scan", OPS + "ssm_scan/ssm_scan.cu",
+        "h[i] = fused(decay, h[i], end[i])", "h[i] = end[i]",
     ),
     "a segment fades by its last chunk alone": (
         "ssm_scan", OPS + "ssm_scan/ssm_scan.cu",

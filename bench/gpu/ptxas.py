@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import ptxas_report  # noqa: E402
 
 ARCHITECTURES = ("80", "90a", "100f", "120f")
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", "-Xcompiler", "-Wall", "-cubin"]
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-Xptxas", "-v", "-Xcompiler", "-Wall",
+         "-cubin"]  # fmt: skip
 
 
 def sources() -> list[Path]:

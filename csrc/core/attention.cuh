@@ -135,7 +135,7 @@ struct WarpRows {
         total += s[n][j];
       }
       m[i] = top;
-      l[i] = l[i] * fade + sum_lanes<4>(total);
+      l[i] = fused(l[i], fade, sum_lanes<4>(total));
       EI_UNROLL
       for (int c = 0; c < kHead / 8; ++c) o[c][2 * i] *= fade, o[c][2 * i + 1] *= fade;
     }
@@ -179,14 +179,14 @@ struct PlainRow {
         float k[4];
         load_floats(key + c, k);
         EI_UNROLL
-        for (int i = 0; i < 4; ++i) part[i] += room.q[c + i] * k[i];
+        for (int i = 0; i < 4; ++i) part[i] = fused(room.q[c + i], k[i], part[i]);
       }
       score = (part[0] + part[1]) + (part[2] + part[3]);
     }
     const float top = max_lanes(fmaxf(m, score));
     const float base = finite_maximum(top), fade = expf(m - base), p = expf(score - base);
     room.p[lane] = p;
-    l = l * fade + sum_lanes(p);
+    l = fused(l, fade, sum_lanes(p));
     m = top;
     EI_UNROLL
     for (int k = 0; k < kSteps; ++k) o[k] *= fade;
@@ -196,7 +196,7 @@ struct PlainRow {
       const float weight = room.p[j - first];
       EI_UNROLL
       for (int k = 0; k < kSteps; ++k)
-        if (lane + k * kWarp < head) o[k] += weight * to_float(value[lane + k * kWarp]);
+        if (lane + k * kWarp < head) o[k] = fused(weight, to_float(value[lane + k * kWarp]), o[k]);
     }
     sync_warp();  // before p is written again
   }

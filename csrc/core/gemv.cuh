@@ -54,7 +54,7 @@ struct Gemv {
         float value[V];
         load_floats(x + r * pitch + k + within, value);
         EI_UNROLL
-        for (int i = 0; i < V; ++i) sums[r] += weight[i] * value[i];
+        for (int i = 0; i < V; ++i) sums[r] = fused(weight[i], value[i], sums[r]);
       }
     }
     EI_UNROLL
@@ -115,8 +115,9 @@ struct StepSums<R, float> {
       for (int r = 0; r < R; ++r) EI_UNROLL
       for (int j = 0; j < 4; ++j) {
         const Bytes8 two = load8(x + r * pitch + s * kRun + pair_column(lane, j));
-        d[r][j % 2] += float_from_bits(a[j] << 16) * float_from_bits(two.word[0]);
-        d[r][j % 2] += float_from_bits(a[j] & 0xffff0000u) * float_from_bits(two.word[1]);
+        float& sum = d[r][j % 2];
+        sum = fused(float_from_bits(a[j] << 16), float_from_bits(two.word[0]), sum);
+        sum = fused(float_from_bits(a[j] & 0xffff0000u), float_from_bits(two.word[1]), sum);
       }
     }
   }

@@ -11,8 +11,8 @@ constexpr int kTaps = 4, kHistory = kTaps - 1;
 EI_DEVICE float convolved(float bias, const float (&weight)[kTaps],
                           const float (&history)[kHistory], float now) {
   float sum = bias;
-  for (int k = 0; k < kHistory; ++k) sum = sum + weight[k] * history[k];
-  return silu(sum + weight[kHistory] * now);
+  for (int k = 0; k < kHistory; ++k) sum = fused(weight[k], history[k], sum);
+  return silu(fused(weight[kHistory], now, sum));
 }
 
 constexpr int kNormThreads = 128;  // that have channels; a block may have more
@@ -39,7 +39,7 @@ EI_DEVICE void norm_group(const T* y, const T* z, T* out, int H, int P, int G, i
     load(z + place(c), gate);
     for (int i = 0; i < V; ++i) {
       u[i] *= silu(gate[i]);
-      squares += u[i] * u[i];
+      squares = fused(u[i], u[i], squares);
       gated[c + i] = u[i];
     }
   }

@@ -73,6 +73,17 @@ using ei::to_float;
 EI_DEVICE float to_float(float x) { return x; }
 EI_DEVICE float to_float(bf16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
+// a b + c, rounded once. Kernels are compiled with --fmad=false, so that this is the only way to one:
+// what is written decides the bits, wherever it is inlined.
+// PTX: "Floating Point Instructions: fma" (.rn).
+EI_DEVICE float fused(float a, float b, float c) {
+#if defined(__CUDACC__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
 // Two floats as bfloat16, `low` in the low half; to nearest, ties to even.
 // PTX: "Data Movement and Conversion Instructions: cvt" (cvt.rn.bf16x2.f32 d, a, b puts a on top).
 EI_DEVICE uint32_t pack_bf16(float low, float high) {

@@ -1,5 +1,7 @@
 // The part of prim.cuh that concerns blocks of one launch, and launches, among each other.
 #pragma once
+#include <algorithm>
+
 #include "prim.cuh"
 
 namespace ei::cuda {
@@ -19,6 +21,19 @@ EI_DEVICE int arrive(int32_t* counter) {
 #else
   return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
 #endif
+}
+
+// Rows (or others of which there may be many) along y of a grid, and where there are more than it
+// takes, along z too: then blocks may be left over, whose row is beyond the last.
+constexpr int64_t kMostGridY = 65535;  // and z; x takes 2^31 - 1
+inline dim3 grid_of_rows(int64_t x, int64_t rows) {
+  const int64_t y = std::min(rows, kMostGridY);
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y),
+              static_cast<unsigned>(y ? (rows + y - 1) / y : 0));
+}
+// The row of a block of such a grid.
+EI_DEVICE int64_t row_of_grid() {
+  return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
 }
 
 // Waits until the launches ahead of this one have ended and what they wrote can be seen; at once in

@@ -83,8 +83,8 @@ struct StateRows {
       load_floats(C + column(j), c);
       for (int p = 0; p < kSsmRows; ++p)
         for (int i = 0; i < 4; ++i) {
-          h[p][j][i] = t.decay * h[p][j][i] + (t.dt * x[p]) * b[i];
-          y[p] += h[p][j][i] * c[i];
+          h[p][j][i] = fused(t.decay, h[p][j][i], (t.dt * x[p]) * b[i]);
+          y[p] = fused(h[p][j][i], c[i], y[p]);
         }
     }
     for (int p = 0; p < kSsmRows; ++p) y[p] = sum_lanes(y[p]);
@@ -106,7 +106,7 @@ EI_DEVICE void step_rows(StateRows<kSteps>& rows, const SsmArgs& a, int64_t toke
   rows.step(B, C, decaying_step(a, token, head), x, sums);
   const float skip = a.D.ptr<float>()[head];
   for (int p = 0; p < kSsmRows; ++p)  // one lane per row writes it
-    if (rows.lane == p) from_float(sums[p] + skip * x[p], y[p]);
+    if (rows.lane == p) from_float(fused(skip, x[p], sums[p]), y[p]);
 }
 
 // Tokens [begin, end) of sequence s, one head, state rows [first, first + kSsmRows), by one warp.

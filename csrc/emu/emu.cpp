@@ -153,6 +153,7 @@ class Worker {
     failure_.clear();
     at_barrier_ = 0;
     objects_.clear();
+    static_bytes_ = 0;
     dynamic_ = nan_memory(launch.shared_bytes);
     while (static_cast<int>(fibers_.size()) < count_) fibers_.push_back(new_fiber());
     warps_.assign(count_ / kLanes, Warp());
@@ -226,6 +227,12 @@ class Worker {
   void* object(const void* site, size_t bytes) {
     for (auto& o : objects_)
       if (o.first == site) return o.second.get();
+    static_bytes_ += (bytes + 15) / 16 * 16;
+    const size_t most = shared_limit(launch_->told);
+    if (static_bytes_ + launch_->shared_bytes > most)
+      abandon("a block must have at most " + std::to_string(most) +
+              " bytes of shared memory, got " + std::to_string(launch_->shared_bytes) +
+              " dynamic and " + std::to_string(static_bytes_) + " static");
     objects_.emplace_back(site, nan_memory(bytes));
     return objects_.back().second.get();
   }
@@ -344,6 +351,7 @@ class Worker {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Warp> warps_;
   std::vector<std::pair<const void*, Memory>> objects_;
+  size_t static_bytes_ = 0;
   Memory dynamic_;
   Context own_;
   const void* own_stack_ = nullptr;
@@ -372,14 +380,10 @@ std::unique_ptr<Worker> take_worker() {
 class Begun {
  public:
   explicit Begun(const Launch& launch) : launch_(launch) {
+    check(launch);
     const dim3 grid = launch.grid, block = launch.block;
     const int threads = static_cast<int>(block.x * block.y * block.z);
-    if (threads % kLanes || threads < kLanes || threads > 1024)
-      throw std::runtime_error("a block must have 32 to 1024 threads in whole warps, got " +
-                               std::to_string(threads));
     blocks_ = static_cast<int64_t>(grid.x) * grid.y * grid.z;
-    if (blocks_ < 1 || grid.y > 65535 || grid.z > 65535)
-      throw std::runtime_error("a grid must have 1 to 65535 blocks along y and z, none empty");
     thread_order_ = ordered(threads, settings().threads);
     block_order_ = ordered(static_cast<int>(blocks_), settings().blocks);
   }

@@ -7,7 +7,9 @@
 // lets all go on. So the order in which threads run between barriers is ours to choose: a kernel
 // whose result depends on it (a missing barrier) differs between orders.
 //
-// What it finds: reads of shared memory that was never written (it is NaN before every block),
+// What it finds: launches that a driver refuses (blocks, grids, arguments, and shared memory, static
+// and dynamic together, beyond what the compute capability has), reads of shared memory that was
+// never written (it is NaN before every block),
 // cp.async whose wait is missing (the destination is NaN until the wait), launches that read too
 // early what the one ahead of them writes, divergent barriers and warp operations (reported with
 // how many threads stand where), misaligned wide accesses, and, under AddressSanitizer, everything
@@ -66,11 +68,37 @@ const Here& here();
 // body() once per CUDA thread. `early`: it may begin before the launch ahead of it has ended.
 struct Launch {
   dim3 grid, block;
-  size_t shared_bytes;
+  size_t shared_bytes;  // dynamic
   std::function<void()> body;
   bool early = false;
+  bool told = true;  // that a block may have more shared memory than 48 KiB
+  size_t argument_bytes = 0;
+  const void* kernel = nullptr;
 };
 using Launches = std::vector<Launch>;  // what stands for a captured graph
+
+// Most bytes of a block's shared memory on a device of the settings' compute capability, static
+// and dynamic together. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
+// Capability".
+size_t shared_limit(bool told);
+
+// Throws std::runtime_error where a driver refuses a launch whatever its kernel is.
+void check(const Launch& launch);
+
+// What a kernel's launches had in common, for tests that compare them with the assembler's word.
+struct Listed {
+  const void* kernel;
+  unsigned threads;
+  size_t shared_bytes;
+  bool told;
+};
+// The different launches since the last call. From now on, with `only`, launches are listed and
+// checked but not run.
+std::vector<Listed> take_list(bool only);
+
+// Checks a launch, and runs it or appends it to `recording`. What a kernel's static objects add to
+// its shared memory is known, and checked, when it runs.
+void submit(Launches* recording, const Launch& launch);
 
 // Runs launches in order. Of one that may begin early some blocks run up to their wait before the
 // launch ahead of it does any work, so that they see nothing of it. Throws std::runtime_error if a

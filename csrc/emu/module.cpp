@@ -1,6 +1,7 @@
 // The Python module `_emu`: the same functions as `_C`, checks included, but every op runs its CUDA
 // kernels through the emulator on CPU tensors, and the CPU's memory stands for a device's
 // (device.cpp). For tests; never installed.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -48,6 +49,23 @@ PYBIND11_MODULE(_emu, m) {
       py::arg("compute_capability") = 80,
       "What the ops are told of the device and of the wish for batch-invariant sums.");
   m.def("fibers", &emu::fibers, "What switches stacks: assembly, or ucontext.");
+  m.def(
+      "take_list",
+      [](bool only) {
+        std::vector<std::tuple<int64_t, unsigned, size_t, bool>> found;
+        for (const emu::Listed& l : emu::take_list(only)) {
+          Dl_info module;
+          if (!dladdr(l.kernel, &module)) throw std::logic_error("a kernel of no module");
+          found.emplace_back(
+              static_cast<const char*>(l.kernel) - static_cast<char*>(module.dli_fbase), l.threads,
+              l.shared_bytes, l.told);
+        }
+        return found;
+      },
+      py::arg("only") = false,
+      "The different launches since the last call, each as (address of the kernel in the module, "
+      "threads, bytes of dynamic shared memory, whether the kernel is told that these may be "
+      "many). From now on, with `only`, launches are listed and checked but not run.");
   m.def("has_kernel",
         [](const std::string& op) { return find_cuda_kernel(op.c_str()) != nullptr; });
   m.def("selftest", emu::selftest, py::arg("name"), py::call_guard<py::gil_scoped_release>(),

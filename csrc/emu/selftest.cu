@@ -254,6 +254,58 @@ std::string run_misaligned() {
   launch({}, misaligned, dim3(1), 32, 0, reinterpret_cast<const float*>(in.data()), out.data());
   return "ok";
 }
+// ---- what a driver refuses
+
+struct Kilobyte {
+  char bytes[1024];
+};
+__global__ void both_kinds() {
+  EI_SHARED(Kilobyte, fixed);
+  EI_DYNAMIC_SHARED(char, room);
+  fixed.bytes[threadIdx.x] = room[threadIdx.x] = 0;
+}
+struct Wide {
+  char bytes[4100];
+};
+__global__ void wide(Wide) {}
+__global__ void nothing() {}
+__global__ void count_row(int rows, int* seen) {
+  const int64_t r = row_of_grid();
+  if (r < rows && threadIdx.x == 0) ++seen[r];
+}
+
+// 48 KiB of dynamic shared memory and one more of static; kTold: as launches of the library are.
+template <bool kTold>
+std::string run_both_kinds() {
+  if (kTold)
+    launch({}, both_kinds, dim3(2), 64, 48 * 1024);
+  else
+    emu::run_all({emu::Launch{dim3(2), dim3(64), 48 * 1024, both_kinds, false, false}});
+  return "ok";
+}
+// All that a block may have, and `more` bytes of dynamic memory.
+template <int kMore>
+std::string run_all_shared() {
+  launch({}, both_kinds, dim3(2), 64, static_cast<int64_t>(emu::shared_limit(true)) + kMore);
+  return "ok";
+}
+std::string run_wide() {
+  launch({}, wide, dim3(1), 32, 0, Wide());
+  return "ok";
+}
+std::string run_tall() {
+  launch({}, nothing, dim3(1, 65536), 32, 0);
+  return "ok";
+}
+std::string run_rows() {
+  constexpr int kCount = 65537;
+  std::vector<int> seen(kCount);
+  launch({}, count_row, grid_of_rows(1, kCount), 32, 0, kCount, seen.data());
+  for (int n : seen)
+    if (n != 1) return "a row was met " + std::to_string(n) + " times";
+  return "ok";
+}
+
 // ---- launches that overlap
 
 __global__ void produce(float* x) {
@@ -314,6 +366,14 @@ std::string selftest(const std::string& name) {
       {"products_overwritten", run_products<Mistake::overwritten>},
       {"order", run_order},
       {"partial_warp", run_half_block},
+      {"static_and_dynamic", run_both_kinds<true>},
+      {"static_and_dynamic_untold", run_both_kinds<false>},
+      {"all_shared", run_all_shared<-1024>},
+      {"static_beyond_all", run_all_shared<-1008>},
+      {"dynamic_beyond_all", run_all_shared<1>},
+      {"wide_arguments", run_wide},
+      {"tall_grid", run_tall},
+      {"rows_of_grid", run_rows},
       {"overlap", run_follow<Reads::after>},
       {"early_read", run_follow<Reads::before>},
       {"missing_launch_wait", run_follow<Reads::without>},

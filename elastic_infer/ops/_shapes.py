@@ -92,6 +92,8 @@ SHAPES: dict[str, list[dict]] = {
         *_segments(),
         {"lengths": (70,), "H": 1, "P": 80, "N": 144, "G": 1, "widths": (1,)},  # beyond chunks
         {"lengths": (70,), "H": 1, "P": 80, "N": 144, "G": 1, "widths": (1,), "state": "f16"},
+        {"lengths": (9,), "H": 1, "P": 80, "N": 64, "G": 1, "widths": (1,)},
+        {"lengths": (9,), "H": 1, "P": 80, "N": 64, "G": 1, "widths": (1,), "state": "f16"},
     ],
     "ssm_step": [
         {"lengths": (1, 1), "H": 4, "P": 64, "N": 128, "G": 2, "widths": (2, 4), "step": True},
@@ -116,6 +118,7 @@ SHAPES: dict[str, list[dict]] = {
         {"lengths": (200, 64), "Hq": 32, "Hkv": 2, "K": 128, "widths": (32, 16)},
         {"lengths": (200, 64), "Hq": 32, "Hkv": 2, "K": 128, "widths": (32, 16), "kv": "fp8"},
         {"lengths": (70,), "Hq": 2, "Hkv": 1, "K": 192, "widths": None},
+        {"lengths": (70,), "Hq": 2, "Hkv": 1, "K": 192, "widths": None, "kv": "fp8"},
     ],
     "attention_prefill": [
         {"tokens": (9, 30), "context": (128, 3), "Hq": 16, "Hkv": 2, "K": 128, "widths": (8, 16)},
@@ -129,6 +132,7 @@ SHAPES: dict[str, list[dict]] = {
             "kv": "fp8",
         },
         {"tokens": (5,), "context": (64,), "Hq": 2, "Hkv": 1, "K": 192, "widths": None},
+        {"tokens": (5,), "context": (9,), "Hq": 2, "Hkv": 1, "K": 192, "widths": None, "kv": "fp8"},
     ],
     "moe_route": [
         {"R": 9, "D": 2688, "E": 128, "J": 6, "k": (1920, 2688), "e": (128, 100), "ties": False}

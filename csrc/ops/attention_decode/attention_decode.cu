@@ -200,12 +200,12 @@ __global__ void __launch_bounds__(kThreads)
     EI_UNROLL
     for (int w = 0; w < kWarps; ++w) {
       weight[w] = exp2_fast(found.m[w][i] - finite_maximum(m));
-      l += found.l[w][i] * weight[w];
+      l = fused(found.l[w][i], weight[w], l);
     }
     finish<bf16>(a, p, s, h + (first_row + i) * p.Hkv, m, l, lane, kWarp, [&](int c) {
       float o = 0.0f;
       EI_UNROLL
-      for (int w = 0; w < kWarps; ++w) o += found.o[w][i][c] * weight[w];
+      for (int w = 0; w < kWarps; ++w) o = fused(found.o[w][i][c], weight[w], o);
       return o;
     });
   }
@@ -245,12 +245,12 @@ __global__ void __launch_bounds__(kThreads)
   EI_UNROLL
   for (int w = 0; w < kWarps; ++w) {
     weight[w] = exp2_fast(found.m[w] - finite_maximum(top));
-    total += found.l[w] * weight[w];
+    total = fused(found.l[w], weight[w], total);
   }
   finish<T>(a, p, s, n, top, total, threadIdx.x, kThreads, [&](int c) {
     float sum = 0.0f;
     EI_UNROLL
-    for (int w = 0; w < kWarps; ++w) sum += found.o[w][c] * weight[w];
+    for (int w = 0; w < kWarps; ++w) sum = fused(found.o[w][c], weight[w], sum);
     return sum;
   });
 }
@@ -265,14 +265,15 @@ __global__ void __launch_bounds__(kThreads)
   const int n = blockIdx.x, length = a.lengths.ptr<int32_t>()[s];
   const int keys = keys_of_split(p, length), splits = (length + keys - 1) / keys;
   const float* all = p.partial + (s * p.Hkv * p.group + n) * p.splits * (p.K + 2);
+  const auto of = [&](int i) { return all + i * (p.K + 2); };  // a split: o, then m and l
   float m = kNothingSeen, l = 0.0f;
-  for (int i = 0; i < splits; ++i) m = fmaxf(m, all[i * (p.K + 2) + p.K]);
+  for (int i = 0; i < splits; ++i) m = fmaxf(m, of(i)[p.K]);
   for (int i = 0; i < splits; ++i)
-    l += all[i * (p.K + 2) + p.K + 1] * exp2_fast(all[i * (p.K + 2) + p.K] - finite_maximum(m));
+    l = fused(of(i)[p.K + 1], exp2_fast(of(i)[p.K] - finite_maximum(m)), l);
   for (int c = threadIdx.x; c < p.K; c += kThreads) {
     float o = 0.0f;
     for (int i = 0; i < splits; ++i)
-      o += all[i * (p.K + 2) + c] * exp2_fast(all[i * (p.K + 2) + p.K] - finite_maximum(m));
+      o = fused(of(i)[c], exp2_fast(of(i)[p.K] - finite_maximum(m)), o);
     from_float(l > 0.0f || l != l ? o / l * a.v_scale : 0.0f, row<T>(a.out, s)[n * p.K + c]);
   }
 }
@@ -296,6 +297,7 @@ void launch_typed(const AttentionDecodeArgs& a, const Plan& p, const CudaCall& c
 }
 
 void launch_attention_decode(const AttentionDecodeArgs& a, const CudaCall& call) {
+  require_grid("attention_decode", "lengths", a.lengths);
   require_aligned("attention_decode", "q", a.q);
   require_aligned("attention_decode", "k_pages", a.k_pages);
   require_aligned("attention_decode", "v_pages", a.v_pages);

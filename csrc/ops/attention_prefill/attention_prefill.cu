@@ -179,6 +179,7 @@ void launch_typed(const AttentionPrefillArgs& a, const CudaCall& call) {
 }
 
 void launch_attention_prefill(const AttentionPrefillArgs& a, const CudaCall& call) {
+  require_grid("attention_prefill", "context", a.context);
   require_aligned("attention_prefill", "q", a.q);
   require_aligned("attention_prefill", "out", a.out);
   require_aligned("attention_prefill", "k_pages", a.k_pages);

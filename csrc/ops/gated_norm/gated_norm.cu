@@ -40,6 +40,7 @@ void launch_gated_norm(const GatedNormArgs& a, const CudaCall& call) {
   require_aligned("gated_norm", "out", a.out);
   const dim3 grid(static_cast<unsigned>(a.y.shape[0]), static_cast<unsigned>(a.groups));
   const int64_t shared = a.y.shape[1] / a.groups * 4;
+  require_shared("gated_norm", "y", a.y, shared);
   const bool w16 = a.weight.dtype == DType::bf16;
   if (a.y.dtype == DType::bf16)
     launch(call, w16 ? norm<bf16, bf16> : norm<bf16, float>, grid, kThreads, shared, a);

@@ -151,9 +151,11 @@ __global__ void __launch_bounds__(kThreads) step(const __grid_constant__ MambaSt
 }
 
 void launch_mamba_step(const MambaStepArgs& a, const CudaCall& call) {
+  require_grid("mamba_step", "slots", a.ssm.slots);
   require_aligned("mamba_step", "state", a.ssm.state);
   require_aligned("mamba_step", "z", a.z);
   require_aligned("mamba_step", "out", a.ssm.y);
+  require_shared("mamba_step", "out", a.ssm.y, a.ssm.y.shape[1] / a.ssm.groups * 4);
   const int64_t P = a.ssm.state.shape[2], of_group = a.ssm.state.shape[1] / a.ssm.groups;
   const dim3 grid(static_cast<unsigned>(ceil_div(P, kRows) * of_group),
                   static_cast<unsigned>(a.ssm.groups), static_cast<unsigned>(a.ssm.slots.shape[0]));

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     few_rows(const __grid_constant__ MatmulArgs a, bool early) {
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, x);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * R;
+  const int64_t first_row = row_of_grid() * R;  // beyond the rows: nothing is wanted
   const int rows = static_cast<int>(min(static_cast<int64_t>(R), a.x.shape[0] - first_row));
   const Place p = locate<G::kBlockOutputs>(a, blockIdx.x);
   int columns = 0, widest = 0;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   });
 }
 
-// Rows of x of one block of few_rows, for R rows in all.
+// Rows of x of one block of few_rows, for R rows in all, and their bytes of shared memory.
 template <class X, class W>
 int few_per_block(int64_t R, const CudaCall& call) {
   if (call.batch_invariant) return kGemvRows;
@@ -85,24 +85,26 @@ int few_per_block(int64_t R, const CudaCall& call) {
   return !kQuantised<W> && R == 2 ? 2 : kGemvRows;
 }
 template <class X, class W>
-int64_t few_shared(const MatmulArgs& a, const CudaCall& call) {
-  return few_per_block<X, W>(a.x.shape[0], call) * int64_t{sizeof(X)} *
-         Gemv<W>::pitch(static_cast<int>(a.x.shape[1]));
+int64_t few_shared(const MatmulArgs& a, int64_t per_block) {
+  return per_block * int64_t{sizeof(X)} * Gemv<W>::pitch(static_cast<int>(a.x.shape[1]));
 }
-constexpr int64_t kCodeShared = 96 * 1024;  // what few_rows may use: there is another kernel
+constexpr int64_t kFewShared = kLeastShared - kFewStatic;
 
 template <class X, class W, class O>
 void launch_few(const MatmulArgs& a, const CudaCall& call) {
-  const int64_t R = a.x.shape[0], per_block = few_per_block<X, W>(R, call);
+  const int64_t R = a.x.shape[0];
+  int64_t per_block = few_per_block<X, W>(R, call);
+  // Long rows one by one: the sums of a row are the same.
+  if (few_shared<X, W>(a, per_block) > kFewShared) per_block = 1;
+  require_shared("matmul", "x", a.x, few_shared<X, W>(a, per_block));
   auto* kernel = per_block == 1 ? few_rows<1, X, W, O> : few_rows<kGemvRows, X, W, O>;
   if constexpr (!kQuantised<W>) {
     if (per_block == 2) kernel = few_rows<2, X, W, O>;
   } else if constexpr (std::is_same_v<X, bf16>) {
     if (per_block == kCodeRows) kernel = few_rows<kCodeRows, X, W, O>;
   }
-  const dim3 grid(blocks_of(a, Gemv<W>::kBlockOutputs),
-                  static_cast<unsigned>(ceil_div(R, per_block)));
-  launch_early(call, kernel, grid, kGemvThreads, few_shared<X, W>(a, call), a,
+  const dim3 grid = grid_of_rows(blocks_of(a, Gemv<W>::kBlockOutputs), ceil_div(R, per_block));
+  launch_early(call, kernel, grid, kGemvThreads, few_shared<X, W>(a, per_block), a,
                call.dependent_launch);
 }
 
@@ -118,8 +120,8 @@ void launch_output(const MatmulArgs& a, const CudaCall& call) {
   const int64_t R = a.x.shape[0];
   if (a.x.dtype == DType::f32) return launch_few<float, W, O>(a, call);
   if constexpr (!std::is_same_v<W, float>) {
-    const bool few = kQuantised<W> ? R <= kCodeRows && few_shared<bf16, W>(a, call) <= kCodeShared
-                                   : R <= kGemvRows;
+    const bool few = R <= (kQuantised<W> ? kCodeRows : kGemvRows) &&
+                     few_shared<bf16, W>(a, few_per_block<bf16, W>(R, call)) <= kFewShared;
     if (few && !call.batch_invariant) return launch_few<bf16, W, O>(a, call);
     with_shape(R, call.batch_invariant,
                [&](auto shape) { launch_shape<decltype(shape), W, O>(a, call); });
@@ -133,6 +135,7 @@ void launch_weight(const MatmulArgs& a, const CudaCall& call) {
 
 void launch_matmul(const MatmulArgs& a, const CudaCall& call) {
   require_aligned("matmul", "x", a.x);
+  require_aligned("matmul", "w", a.w);
   switch (a.w_dtype) {
     case DType::f32: return launch_weight<float>(a, call);
     case DType::bf16: return launch_weight<bf16>(a, call);
@@ -204,6 +207,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_codes(const __grid_constant
 static_assert(kPackThreads == kTile * 4, "a thread of pack_codes has one block scale");
 
 void launch_pack(const PackArgs& a, const CudaCall& call) {
+  require_aligned("matmul_pack", "image", a.image);
   const dim3 grid(static_cast<unsigned>(ceil_div(a.source.shape[0], kTile)),
                   static_cast<unsigned>(a.image.shape[1]));
   if (a.w_dtype == DType::nvfp4) return launch(call, pack_codes<Nvfp4>, grid, kPackThreads, 0, a);

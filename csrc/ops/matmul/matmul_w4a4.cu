@@ -52,6 +52,7 @@ int64_t workspace(const MatmulArgs& a, const CudaCall&) {
 
 void launch_w4a4(const MatmulArgs& a, const CudaCall& call) {
   require_aligned("matmul", "x", a.x);
+  require_aligned("matmul", "w", a.w);
   const int64_t R = a.x.shape[0];
   const Codes x(call.workspace, R, a.w.shape[1]);
   launch(call, a.x.dtype == DType::bf16 ? quantise<bf16> : quantise<float>,

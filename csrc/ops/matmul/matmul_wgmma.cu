@@ -126,6 +126,7 @@ void launch_shape(const MatmulArgs& a, const CudaCall& call) {
 // Every sum is one accumulator that takes the columns in ascending order, in either shape.
 void launch_wgmma(const MatmulArgs& a, const CudaCall& call) {
   require_aligned("matmul", "x", a.x);
+  require_aligned("matmul", "w", a.w);
   if (a.x.shape[0] <= 128) return launch_shape<Tokens128Group>(a, call);
   launch_shape<Tokens256Group>(a, call);
 }

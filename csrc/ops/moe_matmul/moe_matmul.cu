@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
   begin_kernel();
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, x);
-  const int p = blockIdx.y, r = p / m.J;
+  const int p = static_cast<int>(row_of_grid()), r = p / m.J;
+  if (r >= m.R) return;
   const int columns = hidden_of(a, r), wanted = width_of(a, r);
   const int first = blockIdx.x * G::kBlockOutputs;
   const int e = id_of(a, r, p % m.J);
@@ -63,7 +64,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
   begin_kernel();
   using G = Gemv<W>;
   EI_DYNAMIC_SHARED(X, middle);
-  const int r = blockIdx.y;
+  const int r = static_cast<int>(row_of_grid());
+  if (r >= m.R) return;
   const int columns = width_of(a, r), wanted = hidden_of(a, r);
   const int pitch = G::pitch(columns);
   int* sorted = reinterpret_cast<int*>(middle + static_cast<int64_t>(m.J) * pitch);
@@ -85,7 +87,8 @@ __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     if (e < 0 || e >= m.E) continue;
     float sum[1];
     G::template dot<1>(expert_row<W>(a.down, e, of_warp), middle + j * pitch, pitch, columns, sum);
-    total += rounded<X>(scaled<W>(sum[0], a.down_scale, e)) * row<float>(a.weights, r)[j];
+    total =
+        fused(rounded<X>(scaled<W>(sum[0], a.down_scale, e)), row<float>(a.weights, r)[j], total);
   }
   const int lane = threadIdx.x % kWarp, n = of_warp + lane / G::kLanes;
   if (!writes_output<W>() || n >= m.D) return;
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(kCombineThreads)
       float v[V];
       load(result + static_cast<int64_t>(p) * m.D + c, v);
       EI_UNROLL
-      for (int k = 0; k < V; ++k) total[k] += v[k] * weight;
+      for (int k = 0; k < V; ++k) total[k] = fused(v[k], weight, total[k]);
     }
     if (a.shared && c < wanted) {
       float v[V];
@@ -199,14 +202,21 @@ __global__ void __launch_bounds__(kCombineThreads)
 
 // ---- launches
 
+// Bytes of shared memory of down_few.
+template <class X, class W>
+int64_t down_shared(const Moe& m) {
+  return m.J * (Gemv<W>::pitch(m.F) * int64_t{sizeof(X)} + int64_t{sizeof(int)});
+}
+
 template <class X, class W>
 void launch_few(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
-  const int64_t d_pitch = Gemv<W>::pitch(m.D), f_pitch = Gemv<W>::pitch(m.F);
-  const dim3 up(static_cast<unsigned>(ceil_div(m.F, Gemv<W>::kBlockOutputs)), m.R * m.J);
-  const dim3 down(static_cast<unsigned>(ceil_div(m.D, Gemv<W>::kBlockOutputs)), m.R);
-  launch_early(call, up_few<X, W>, up, kGemvThreads, d_pitch * int64_t{sizeof(X)}, a, m);
-  launch_early(call, down_few<X, W>, down, kGemvThreads,
-               m.J * (f_pitch * int64_t{sizeof(X)} + int64_t{sizeof(int)}), a, m);
+  const int64_t up_shared = Gemv<W>::pitch(m.D) * int64_t{sizeof(X)};
+  require_shared("moe_matmul", "x", a.x, up_shared);
+  require_shared("moe_matmul", "ids", a.ids, down_shared<X, W>(m));
+  const dim3 up = grid_of_rows(ceil_div(m.F, Gemv<W>::kBlockOutputs), int64_t{m.R} * m.J);
+  const dim3 down = grid_of_rows(ceil_div(m.D, Gemv<W>::kBlockOutputs), m.R);
+  launch_early(call, up_few<X, W>, up, kGemvThreads, up_shared, a, m);
+  launch_early(call, down_few<X, W>, down, kGemvThreads, down_shared<X, W>(m), a, m);
 }
 
 template <class Shape, class W>
@@ -228,9 +238,10 @@ void launch_many(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
 template <class W>
 void launch_weight(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call) {
   if (a.x.dtype == DType::f32) return launch_few<float, W>(a, m, call);
-  if constexpr (!std::is_same_v<W, float>)
-    m.R <= kGemvRows && !call.batch_invariant ? launch_few<bf16, W>(a, m, call)
-                                              : launch_many<W>(a, m, call);
+  if constexpr (!std::is_same_v<W, float>) {
+    const bool few = m.R <= kGemvRows && down_shared<bf16, W>(m) <= kLeastShared - kFewStatic;
+    few && !call.batch_invariant ? launch_few<bf16, W>(a, m, call) : launch_many<W>(a, m, call);
+  }
 }
 
 void launch_moe_matmul(const MoeMatmulArgs& a, const CudaCall& call) {

@@ -115,11 +115,13 @@ dim3 expert_grid(const Moe& m, int outputs) {
 void launch_sort(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call);
 void launch_combine(const MoeMatmulArgs& a, const Moe& m, const CudaCall& call);
 
-// Refuses tensors whose rows do not start at multiples of 16 bytes.
+// Refuses tensors that kernels read 16 bytes at a time and that are not aligned so.
 inline void require_aligned_rows(const MoeMatmulArgs& a) {
   require_aligned("moe_matmul", "x", a.x);
   require_aligned("moe_matmul", "shared", a.shared);
   require_aligned("moe_matmul", "out", a.out);
+  require_aligned("moe_matmul", "up", a.up);
+  require_aligned("moe_matmul", "down", a.down);
 }
 
 }  // namespace ei::cuda

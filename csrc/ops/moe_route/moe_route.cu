@@ -38,7 +38,7 @@ template <int R, class X>
 __global__ void __launch_bounds__(kGemvThreads, kGemvBlocks)
     score(const __grid_constant__ MoeRouteArgs a, float* scores, bool early) {
   EI_DYNAMIC_SHARED(X, x);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * R;
+  const int64_t first_row = row_of_grid() * R;  // beyond the rows: nothing is wanted
   const int rows = static_cast<int>(min(static_cast<int64_t>(R), a.x.shape[0] - first_row));
   int columns = 0, experts = 0;
   for (int r = 0; r < rows; ++r) {
@@ -119,11 +119,15 @@ __global__ void __launch_bounds__(kChoiceWarps* kWarp)
 template <class X>
 void launch_scores(const MoeRouteArgs& a, const CudaCall& call, float* scores) {
   const int64_t R = a.x.shape[0], pitch = ceil_div(a.x.shape[1], kTile) * kTile;
-  const int per_block = R == 1 && !call.batch_invariant ? 1 : kGemvRows;
-  const dim3 grid(static_cast<unsigned>(ceil_div(a.bias.shape[0], Gate::kBlockOutputs)),
-                  static_cast<unsigned>(ceil_div(R, per_block)));
+  const int64_t row_bytes = pitch * int64_t{sizeof(X)};
+  // Long rows one by one: the sums of a row are the same.
+  const bool fit = kGemvRows * row_bytes <= kLeastShared - kFewStatic;
+  const int per_block = (R == 1 && !call.batch_invariant) || !fit ? 1 : kGemvRows;
+  require_shared("moe_route", "x", a.x, per_block * row_bytes);
+  const dim3 grid =
+      grid_of_rows(ceil_div(a.bias.shape[0], Gate::kBlockOutputs), ceil_div(R, per_block));
   launch_early(call, per_block == 1 ? score<1, X> : score<kGemvRows, X>, grid, kGemvThreads,
-               per_block * pitch * int64_t{sizeof(X)}, a, scores, call.dependent_launch);
+               per_block * row_bytes, a, scores, call.dependent_launch);
 }
 
 int64_t workspace_bytes(const MoeRouteArgs& a, const CudaCall&) {
@@ -132,6 +136,7 @@ int64_t workspace_bytes(const MoeRouteArgs& a, const CudaCall&) {
 
 void launch_moe_route(const MoeRouteArgs& a, const CudaCall& call) {
   require_aligned("moe_route", "x", a.x);
+  require_aligned("moe_route", "gate", a.gate);
   float* scores = reinterpret_cast<float*>(call.workspace);
   if (a.x.dtype == DType::bf16)
     launch_scores<bf16>(a, call, scores);

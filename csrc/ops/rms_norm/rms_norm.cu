@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) norm(const __grid_constant__ RmsNorm
       for (int i = 0; i < V; ++i) v[i] = rounded<T>(v[i] + d[i]);
       store(x + c, v);
     }
-    for (int i = 0; i < V; ++i) squares += v[i] * v[i];
+    for (int i = 0; i < V; ++i) squares = fused(v[i], v[i], squares);
   }
   const float total = sum_block(squares, shared.sums);
   const float scale = 1.0f / sqrtf(total / static_cast<float>(n) + a.eps);

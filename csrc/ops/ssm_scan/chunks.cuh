@@ -287,8 +287,8 @@ struct WarpOutput {
         const uint32_t x =
             *reinterpret_cast<const uint32_t*>(in.x + chunk_place<kMostP>(t, n) + b.lane % 4 * 4);
         *reinterpret_cast<uint32_t*>(out + n * 8 + b.lane % 4 * 2) =
-            pack_bf16(y[n][2 * i] + skip * float_from_bits(x << 16),
-                      y[n][2 * i + 1] + skip * float_from_bits(x & 0xffff0000u));
+            pack_bf16(fused(skip, float_from_bits(x << 16), y[n][2 * i]),
+                      fused(skip, float_from_bits(x & 0xffff0000u), y[n][2 * i + 1]));
       }
     }
   }

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
     store(g.states + at * size + value, h);
     EI_UNROLL
     for (int i = 0; i < 4; ++i) {
-      h[i] = decay * h[i] + end[i];
+      h[i] = fused(decay, h[i], end[i]);
       if constexpr (sizeof(State) == 2)
         h[i] = rounded_state(
             h[i], state_key(a, read_before(a, s) + cut.last(k) - cut.begin, head) + value + i);
@@ -261,6 +261,7 @@ __global__ void __launch_bounds__(kThreads) scan_tokens(const __grid_constant__ 
 }
 
 void launch_ssm_scan(const SsmArgs& a, const CudaCall& call) {
+  require_grid("ssm_scan", "slots", a.slots);
   require_aligned("ssm_scan", "x", a.x);
   require_aligned("ssm_scan", "B", a.B);
   require_aligned("ssm_scan", "C", a.C);

@@ -30,6 +30,9 @@ __global__ void __launch_bounds__(kThreads) step(const __grid_constant__ SsmArgs
 }
 
 void launch_ssm_step(const SsmArgs& a, const CudaCall& call) {
+  require_grid("ssm_step", "slots", a.slots);
+  require_aligned("ssm_step", "B", a.B);
+  require_aligned("ssm_step", "C", a.C);
   require_aligned("ssm_step", "state", a.state);
   const dim3 grid(static_cast<unsigned>(a.state.shape[2] / kRows),
                   static_cast<unsigned>(a.state.shape[1]), static_cast<unsigned>(a.slots.shape[0]));
