@@ -10,11 +10,17 @@ from .devices import CPU, Device, Shared, Sizes
 from .ops.moe_matmul import moe_workspace_bytes
 from .weights import activation_columns
 
-LOGIT_ROWS = 256  # logits are computed for at most this many rows at a time
+LOGIT_ROWS = 256  # whose logits are computed at a time, where no pass has more sequences
+
+
+def logit_rows(segments: int) -> int:
+    """Rows whose logits are computed at a time: at least one of each of `segments` sequences."""
+    return max(LOGIT_ROWS, segments)
 
 
 class Buffers:
-    """Activations of passes of up to `rows` tokens: every op writes before another reads.
+    """Activations of passes of up to `rows` tokens of up to `segments` sequences: every op writes
+    before another reads.
 
     config, served: the model and its served width. dtype: of activations. device: where they are.
     """
@@ -25,6 +31,7 @@ class Buffers:
         served: Width,
         dtype: torch.dtype,
         rows: int,
+        segments: int,
         device: Device = CPU,
     ):
         D, zeros = served.hidden_size, device.zeros
@@ -48,9 +55,10 @@ class Buffers:
         self.expert_ids = zeros(rows, J, dtype=torch.int32)
         self.expert_weights = zeros(rows, J)
         self.workspace = zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)
-        self.gathered = zeros(LOGIT_ROWS, D, dtype=dtype)
-        self.logits = zeros(LOGIT_ROWS, config.vocab_size)
-        self.drawn = zeros(LOGIT_ROWS, dtype=torch.int32)
+        head = logit_rows(segments)
+        self.gathered = zeros(head, D, dtype=dtype)
+        self.logits = zeros(head, config.vocab_size)
+        self.drawn = zeros(head, dtype=torch.int32)
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +83,7 @@ def batch_tables(rows: int, segments: int, max_length: int) -> Sizes:
         "feed": (segments,), "ids": (rows,), "row_mode": (rows,), "slot_mapping": (rows,),
         "seq_mode": (segments,), "slots": (segments,), "lengths": (segments,),
         "context": (segments,), "cu_seqlens": (segments + 1,), "cu_prefill": (segments + 1,),
-        "logit_rows": (LOGIT_ROWS,), "logit_mode": (LOGIT_ROWS,),
+        "logit_rows": (logit_rows(segments),), "logit_mode": (logit_rows(segments),),
         "page_table": (segments, -(-max_length // PAGE)),
     }  # fmt: skip
 
@@ -86,7 +94,7 @@ def working_bytes(
     """Bytes that passes of `rows` tokens of `segments` sequences of up to `length` tokens need
     beside weights and cache."""
     with torch.device("meta"):  # sizes only, no memory
-        activations = Buffers(config, served, dtype, rows).nbytes
+        activations = Buffers(config, served, dtype, rows, segments).nbytes
     return activations + Shared.nbytes(batch_tables(rows, segments, length))
 
 

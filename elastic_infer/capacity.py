@@ -12,7 +12,8 @@ from .cache_dtypes import CacheDtypes, item_size
 from .config import ModelConfig, Width, kv_bytes_per_token
 from .errors import InvalidRequest, OutOfCapacity, shown
 
-MAX_ROWS = 256  # sequences of one pass
+MAX_ROWS = 1024  # sequences of one pass
+DEFAULT_ROWS = 64  # where no max_num_seqs is given
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,17 @@ def plan_capacity(
     available: int | None = None,
 ) -> Capacity:
     """Limits that fit together, such that a sequence of max_model_len tokens always fits. By
-    default half of the free memory is for the cache, and no more than 64 sequences of full length
-    can use; without a max_model_len it is the model's context, or what fits of it. `available`: on
-    a GPU, what there is for the cache.
+    default half of the free memory is for the cache, and no more than DEFAULT_ROWS sequences of
+    full length can use; without a max_model_len it is the model's context, or what fits of it.
+    `available`: on a GPU, what there is for the cache.
 
     Raises: InvalidRequest for a limit out of range; OutOfCapacity if a sequence cannot fit.
     """
+    check_limits(
+        config, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_memory_bytes
+    )
     length = config.max_position_embeddings if max_model_len is None else max_model_len
-    _check("max_model_len", length, 2, config.max_position_embeddings)
-    wanted = 64 if max_num_seqs is None else max_num_seqs
-    _check("max_num_seqs", wanted, 1, MAX_ROWS)
-    _check("max_num_batched_tokens", max_num_batched_tokens, wanted + PAGE, 1 << 20)
-    if kv_cache_memory_bytes is not None:
-        _check("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, 1 << 50)
+    wanted = DEFAULT_ROWS if max_num_seqs is None else max_num_seqs
     budget = kv_cache_memory_bytes
     if budget is None:
         budget = free_memory() // 2 if available is None else available
@@ -111,6 +110,27 @@ def plan_capacity(
     rows = min(wanted, slots)
     pages = min(rows * per_sequence + 1, (budget - slots * slot) // page) if page else 1
     return Capacity(length, rows, max_num_batched_tokens, int(pages), int(slots))
+
+
+def check_limits(
+    config: ModelConfig,
+    max_model_len: int | None,
+    max_num_seqs: int | None,
+    max_num_batched_tokens: int,
+    kv_cache_memory_bytes: int | None,
+) -> None:
+    """Refuses limits that are out of range for any device.
+
+    Raises: InvalidRequest.
+    """
+    if max_model_len is not None:
+        _check("max_model_len", max_model_len, 2, config.max_position_embeddings)
+    if max_num_seqs is not None:
+        _check("max_num_seqs", max_num_seqs, 1, MAX_ROWS)
+    least = (DEFAULT_ROWS if max_num_seqs is None else max_num_seqs) + PAGE
+    _check("max_num_batched_tokens", max_num_batched_tokens, least, 1 << 20)
+    if kv_cache_memory_bytes is not None:
+        _check("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, 1 << 50)
 
 
 def _check(name: str, value: object, low: int, high: int) -> None:

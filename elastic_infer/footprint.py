@@ -10,7 +10,7 @@ import torch
 from .buffers import working_bytes
 from .cache import PAGE
 from .cache_dtypes import CacheDtypes, item_size
-from .capacity import slot_bytes
+from .capacity import DEFAULT_ROWS, slot_bytes
 from .config import (
     ATTENTION,
     MAMBA,
@@ -188,7 +188,7 @@ def fit(
     """
     weights = weight_bytes(config, width, dtype, formats)
     rows = max_num_batched_tokens
-    working = working_bytes(config, width, dtype, rows, min(rows, 64), length)
+    working = working_bytes(config, width, dtype, rows, min(rows, DEFAULT_ROWS), length)
     dtypes = dtypes or CacheDtypes.of(dtype)
     slot = slot_bytes(config, width, dtypes)
     page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))

@@ -15,7 +15,7 @@ import torch
 from . import _C
 from .cache import Cache
 from .cache_dtypes import FP8, CacheDtypes, cache_dtypes
-from .capacity import Capacity, plan_capacity
+from .capacity import Capacity, check_limits, plan_capacity
 from .checkpoint import Checkpoint
 from .config import Width, widest
 from .devices import Device, choose_device
@@ -95,6 +95,10 @@ def _load(
         raise InvalidRequest(str(error)) from None
     config = checkpoint.config
     check_activations(options.activation_quantization, device, checkpoint.formats)
+    check_limits(
+        config, options.max_model_len, options.max_num_seqs, options.max_num_batched_tokens,
+        options.kv_cache_memory_bytes,
+    )  # fmt: skip
     dtypes = cache_dtypes(config, kind, options.kv_cache_dtype, options.mamba_ssm_cache_dtype)
     _tell_missing_factors(checkpoint, dtypes)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
@@ -214,7 +218,7 @@ def _available(
         return None
     return cache_budget(
         device, checkpoint.config, checkpoint.widths, served, dtype, options.max_model_len,
-        options.max_num_batched_tokens, options.gpu_memory_utilization,
+        options.max_num_seqs, options.max_num_batched_tokens, options.gpu_memory_utilization,
         options.kv_cache_memory_bytes, checkpoint.formats, cache,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from . import _C, mamba
-from .buffers import LOGIT_ROWS, Buffers, batch_tables
+from .buffers import Buffers, batch_tables, logit_rows
 from .cache import PAGE, Cache, Sequence
 from .cache_dtypes import FP8
 from .config import ModelConfig, Width
@@ -72,8 +72,9 @@ class Segment:
 class Result:
     """Logits of a pass: float32 [rows, V], and per segment (in the order given) its rows of it.
 
-    A view of a buffer that the next pass overwrites, except for more than LOGIT_ROWS rows. drawn:
-    int32 [rows] tokens drawn from them as each segment's `draw` says, after steps on a device.
+    A view of a buffer that the next pass overwrites, except for more than `Model.logit_rows` rows.
+    drawn: int32 [rows] tokens drawn from them as each segment's `draw` says, after steps on a
+    device.
     """
 
     logits: torch.Tensor
@@ -129,7 +130,10 @@ class Model:
         self.activation_quantization = activation_quantization
         self.tables = WidthTables(config, widths, weights.served, device.place)
         self.max_tokens, self.max_segments, self.max_length = max_tokens, max_segments, max_length
-        self.buffers = Buffers(config, weights.served, weights.dtype, max_tokens, device)
+        self.logit_rows = logit_rows(max_segments)
+        self.buffers = Buffers(
+            config, weights.served, weights.dtype, max_tokens, max_segments, device
+        )
         self.batch = Shared(device, batch_tables(max_tokens, max_segments, max_length), sides=2)
         self._pages: list[tuple[int, ...]] = []  # what the device's page table holds, by row
         # Rows in which a side of the host has an older page table than the device.
@@ -236,7 +240,7 @@ class Model:
                 write(name, [getattr(s.draw, name) for s in segments])
             write("feed", [s.feed for s in segments] + [-1] * (len(ids) - shape.steps))
         if shape.rows > shape.steps:
-            self._fill_logit_rows(self._wanted_rows(segments)[0][:LOGIT_ROWS])
+            self._fill_logit_rows(self._wanted_rows(segments)[0][: self.logit_rows])
         self.batch.upload("page_table" if new_pages else "logit_mode")
 
     def _fill_pages(self, segments: list[Segment]) -> bool:
@@ -266,10 +270,10 @@ class Model:
 
     def recorded_size(self, steps: int) -> int:
         """Rows of the recorded pass that serves `steps` sequences: all sizes have their own on a
-        CPU; on a GPU those up to 16, then multiples of 4 to 64 and of 16 beyond."""
+        CPU; on a GPU those up to 16, then multiples of 4 to 64, of 16 to 256 and of 32 beyond."""
         if self.device.is_cpu or steps <= 16:
             return steps
-        grain = 4 if steps <= 64 else 16
+        grain = 4 if steps <= 64 else 16 if steps <= 256 else 32
         return min(-(-steps // grain) * grain, max(steps, self.max_segments))
 
     def _replay(self, steps: int) -> None:
@@ -315,12 +319,12 @@ class Model:
         return rows, spans
 
     def _logits(self, segments: list[Segment]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """Logits of a pass that was just run, in blocks of at most LOGIT_ROWS rows (in host memory
+        """Logits of a pass that was just run, in blocks of at most logit_rows rows (in host memory
         when there are several), and the rows of each segment."""
         rows, spans = self._wanted_rows(segments)
         b, batch, blocks = self.buffers, self.batch, []
-        for start in range(0, len(rows), LOGIT_ROWS):
-            part = rows[start : start + LOGIT_ROWS]
+        for start in range(0, len(rows), self.logit_rows):
+            part = rows[start : start + self.logit_rows]
             n = len(part)
             if start:  # the first ones came with the tables of the pass
                 batch.settle()
@@ -329,7 +333,7 @@ class Model:
             embed(batch.logit_rows[:n], b.normed, b.gathered[:n], run=self.pool)
             self._head(self.pool, b.gathered[:n], batch.logit_mode[:n])
             logits = b.logits[:n]
-            blocks.append(logits.to("cpu", copy=True) if len(rows) > LOGIT_ROWS else logits)
+            blocks.append(logits.to("cpu", copy=True) if len(rows) > self.logit_rows else logits)
         if len(blocks) > 1:
             return torch.cat(blocks), spans
         return (blocks[0] if blocks else b.logits[:0]), spans

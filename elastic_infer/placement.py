@@ -9,7 +9,7 @@ import torch
 from .buffers import working_bytes
 from .cache import PAGE
 from .cache_dtypes import CacheDtypes, item_size
-from .capacity import MAX_ROWS, slot_bytes
+from .capacity import DEFAULT_ROWS, slot_bytes
 from .config import ModelConfig, Width, kv_bytes_per_token
 from .devices import Device
 from .errors import OutOfCapacity
@@ -23,6 +23,7 @@ def cache_budget(
     served: Width,
     dtype: torch.dtype,
     max_model_len: int | None,
+    max_num_seqs: int | None,
     max_num_batched_tokens: int,
     gpu_memory_utilization: float,
     kv_cache_memory_bytes: int | None,
@@ -41,6 +42,7 @@ def cache_budget(
     free, total = device.memory()
     room = min(free, int(total * gpu_memory_utilization) - (total - free))
     length = max_model_len or config.max_position_embeddings
+    segments = DEFAULT_ROWS if max_num_seqs is None else max_num_seqs
     dtypes = dtypes or CacheDtypes.of(dtype)
     page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))
 
@@ -48,7 +50,7 @@ def cache_budget(
         """Bytes of weights, buffers and the least cache."""
         least = slot_bytes(config, width, dtypes) + page
         rows = max_num_batched_tokens
-        working = working_bytes(config, width, dtype, rows, min(rows, MAX_ROWS), length)
+        working = working_bytes(config, width, dtype, rows, segments, length)
         return weight_bytes(config, width, dtype, formats), working, kv_cache_memory_bytes or least
 
     weights, working, cache = parts(served)

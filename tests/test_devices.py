@@ -79,8 +79,8 @@ def budget(tmp_path, free, total, share=0.9, kv=None, **formats):
     with open_engine(tmp_path, device="cpu", **formats) as engine:
         served, cache = engine._model.weights.served, engine._model.cache
         return placement.cache_budget(
-            Small(free, total), engine.config, engine.widths, served, torch.float32, 512, 128,
-            share, kv, dtypes=cache.dtypes,
+            Small(free, total), engine.config, engine.widths, served, torch.float32, 512, 16,
+            128, share, kv, dtypes=cache.dtypes,
         )  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def test_what_can_never_fit_is_refused(engine):
     [
         ({"max_model_len": 0}, r"max_model_len must be an int in \[2, 512\], got 0"),
         ({"max_model_len": 513}, r"max_model_len must be an int in \[2, 512\], got 513"),
-        ({"max_num_seqs": 0}, r"max_num_seqs must be an int in \[1, 256\], got 0"),
+        ({"max_num_seqs": 0}, r"max_num_seqs must be an int in \[1, 1024\], got 0"),
         ({"max_num_seqs": 2.5}, r"max_num_seqs must be an int .* got 2.5"),
         ({"max_num_batched_tokens": 70}, r"max_num_batched_tokens must be .* \[80, .* got 70"),
         ({"kv_cache_memory_bytes": -1}, r"kv_cache_memory_bytes must be .* got -1"),

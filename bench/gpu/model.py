@@ -13,7 +13,6 @@ from bench.common.models import draw_values, tensor_specs
 from bench.gpu.setting import Setting
 from bench.gpu.shapes import model_of
 from bench.gpu.timing import free_bytes
-from elastic_infer.buffers import LOGIT_ROWS
 from elastic_infer.cache import PAGE, Cache, Sequence
 from elastic_infer.capacity import slot_bytes
 from elastic_infer.config import ModelConfig, Width, kv_bytes_per_token, widest
@@ -104,15 +103,10 @@ class Loaded:
 
     def variant(self, graphs: bool = True, dependent_launch: bool = False) -> Model:
         """A model over the same weights and cache."""
-        model = Model(
+        return Model(
             self.config, self.weights, list(self.widths.values()), self.cache, self.pool, self.rows,
             self.batch, self.length, self.device, graphs, dependent_launch,
         )  # fmt: skip
-        if self.batch > LOGIT_ROWS:  # more sequences than the engine gives a pass
-            zeros = self.device.zeros
-            model.buffers.logits = zeros(self.batch, self.config.vocab_size)
-            model.buffers.drawn = zeros(self.batch, dtype=torch.int32)
-        return model
 
     @contextmanager
     def sequences(
