@@ -64,7 +64,7 @@ def test_missing_wait_reads_nan():
         ("partial_warp", "32 to 1024 threads in whole warps, got 48"),
         ("static_and_dynamic_untold", "at most 49152 bytes .*, got 49152 dynamic and 1024 static"),
         ("static_beyond_all", "at most 166912 bytes .*, got 165904 dynamic and 1024 static"),
-        ("dynamic_beyond_all", "at most 166912 bytes of shared memory, got 166913"),
+        ("dynamic_beyond_all", "at most 166912 bytes of shared memory, got 166913 dynamic"),
         ("wide_arguments", "arguments must have at most 4096 bytes, got 4100"),
         ("tall_grid", "1 to 65535 along y and z, got 1 x 65536 x 1"),
     ],

@@ -42,6 +42,7 @@ CASES = {
                             "ties": False},
     "rms_norm": lambda n: {"R": n, "D": 48, "widths": (16, 48), "delta": True},
     "sample": lambda n: {"R": n, "V": 33},
+    "softmax_stats": lambda n: {"R": n, "V": 33},
     "ssm_scan": lambda n: HEADS | {"lengths": lengths(n, 1, 2, 0)},
     "ssm_step": lambda n: HEADS | {"lengths": (1,) * n, "step": True},
 }  # fmt: skip

@@ -1,6 +1,7 @@
 // Every machine instruction that the kernels name, once: as PTX under nvcc, and beside it what it
 // means as plain C++, which the emulator (csrc/emu) runs. Nothing else contains inline PTX, but for
-// prim_convert.cuh, its part for small floats, and prim_native.cuh, that for single architectures.
+// prim_convert.cuh, its part for small floats and fused(), and prim_native.cuh, that for single
+// architectures.
 // "PTX:" gives the title of the section of NVIDIA's "Parallel Thread Execution ISA" manual.
 #pragma once
 #include <type_traits>
@@ -72,17 +73,6 @@ using ei::from_float;
 using ei::to_float;
 EI_DEVICE float to_float(float x) { return x; }
 EI_DEVICE float to_float(bf16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
-
-// a b + c, rounded once. Kernels are compiled with --fmad=false, so that this is the only way to one:
-// what is written decides the bits, wherever it is inlined.
-// PTX: "Floating Point Instructions: fma" (.rn).
-EI_DEVICE float fused(float a, float b, float c) {
-#if defined(__CUDACC__)
-  return __fmaf_rn(a, b, c);
-#else
-  return std::fma(a, b, c);
-#endif
-}
 
 // Two floats as bfloat16, `low` in the low half; to nearest, ties to even.
 // PTX: "Data Movement and Conversion Instructions: cvt" (cvt.rn.bf16x2.f32 d, a, b puts a on top).

@@ -1,4 +1,5 @@
-// The part of prim.cuh (which includes it) that converts 8-bit and 16-bit floats of the cache.
+// The part of prim.cuh (which includes it) that converts 8-bit and 16-bit floats of the cache, and
+// the one operation that fuses.
 #pragma once
 
 namespace ei::cuda {
@@ -53,6 +54,17 @@ EI_DEVICE uint32_t pack_e4m3(float low, float high) {
   from_float(low, code[0]);
   from_float(high, code[1]);
   return code[0].bits | static_cast<uint32_t>(code[1].bits) << 8;
+#endif
+}
+
+// a b + c, rounded once. Kernels are compiled with --fmad=false: nothing else fuses, and what is
+// written decides the bits, wherever it is inlined.
+// PTX: "Floating Point Instructions: fma" (.rn).
+EI_DEVICE float fused(float a, float b, float c) {
+#if defined(__CUDACC__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
 #endif
 }
 

@@ -152,8 +152,7 @@ class Worker {
     count_ = static_cast<int>(order.size());
     failure_.clear();
     at_barrier_ = 0;
-    objects_.clear();
-    static_bytes_ = 0;
+    objects_.clear(), static_bytes_ = 0;
     dynamic_ = nan_memory(launch.shared_bytes);
     while (static_cast<int>(fibers_.size()) < count_) fibers_.push_back(new_fiber());
     warps_.assign(count_ / kLanes, Warp());
@@ -228,11 +227,8 @@ class Worker {
     for (auto& o : objects_)
       if (o.first == site) return o.second.get();
     static_bytes_ += (bytes + 15) / 16 * 16;
-    const size_t most = shared_limit(launch_->told);
-    if (static_bytes_ + launch_->shared_bytes > most)
-      abandon("a block must have at most " + std::to_string(most) +
-              " bytes of shared memory, got " + std::to_string(launch_->shared_bytes) +
-              " dynamic and " + std::to_string(static_bytes_) + " static");
+    if (const std::string wrong = beyond_shared(*launch_, static_bytes_); !wrong.empty())
+      abandon(wrong);
     objects_.emplace_back(site, nan_memory(bytes));
     return objects_.back().second.get();
   }

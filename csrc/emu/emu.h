@@ -7,10 +7,10 @@
 // lets all go on. So the order in which threads run between barriers is ours to choose: a kernel
 // whose result depends on it (a missing barrier) differs between orders.
 //
-// What it finds: launches that a driver refuses (blocks, grids, arguments, and shared memory, static
-// and dynamic together, beyond what the compute capability has), reads of shared memory that was
-// never written (it is NaN before every block),
-// cp.async whose wait is missing (the destination is NaN until the wait), launches that read too
+// What it finds: launches that a driver refuses (blocks, grids, arguments, and shared memory beyond
+// what the compute capability has, static and dynamic together), reads of shared memory that was
+// never written (it is NaN before every block), cp.async whose wait is missing (the destination is
+// NaN until the wait), launches that read too
 // early what the one ahead of them writes, divergent barriers and warp operations (reported with
 // how many threads stand where), misaligned wide accesses, and, under AddressSanitizer, everything
 // out of bounds.
@@ -81,6 +81,9 @@ using Launches = std::vector<Launch>;  // what stands for a captured graph
 // and dynamic together. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
 // Capability".
 size_t shared_limit(bool told);
+
+// Empty, or what a driver says of the shared memory of a launch whose kernel has static objects.
+std::string beyond_shared(const Launch& launch, size_t static_bytes);
 
 // Throws std::runtime_error where a driver refuses a launch whatever its kernel is.
 void check(const Launch& launch);

@@ -30,6 +30,14 @@ size_t shared_limit(bool told) {
   return (capability >= 90 && capability < 120 ? 227 : 99) * size_t{1024};
 }
 
+std::string beyond_shared(const Launch& launch, size_t static_bytes) {
+  const size_t most = shared_limit(launch.told);
+  if (launch.shared_bytes + static_bytes <= most) return "";
+  return "a block must have at most " + std::to_string(most) + " bytes of shared memory, got " +
+         std::to_string(launch.shared_bytes) + " dynamic and " + std::to_string(static_bytes) +
+         " static";
+}
+
 void check(const Launch& launch) {
   const auto refuse = [](const std::string& what, const std::string& got) {
     throw std::runtime_error("CUDA kernel launch: " + what + ", got " + got);
@@ -46,10 +54,8 @@ void check(const Launch& launch) {
   if (launch.argument_bytes > kMostArgumentBytes)
     refuse("arguments must have at most " + std::to_string(kMostArgumentBytes) + " bytes",
            std::to_string(launch.argument_bytes));
-  if (launch.shared_bytes > shared_limit(launch.told))
-    refuse("a block must have at most " + std::to_string(shared_limit(launch.told)) +
-               " bytes of shared memory",
-           std::to_string(launch.shared_bytes));
+  if (const std::string wrong = beyond_shared(launch, 0); !wrong.empty())
+    throw std::runtime_error("CUDA kernel launch: " + wrong);
 }
 
 std::vector<Listed> take_list(bool only) {
