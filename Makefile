@@ -7,7 +7,7 @@ PYTEST = $(PY) -m pytest
 
 .DEFAULT_GOAL := help
 EMU = $(PY) tools/progress.py "the emulated kernels" $(dir $(PY))cmake --build build/emu --target _emu -j2
-.PHONY: help env build cuda demo emu test test-emu test-emu-asan test-slow test-all test-asan ptxas lint format docs bench gpu-check wheel clean
+.PHONY: help env build cuda demo emu test test-loaded test-emu test-emu-asan test-slow test-all test-asan ptxas lint format docs bench gpu-check wheel clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,11 @@ emu: env ## the CUDA kernels on an emulated GPU, for the tests
 
 test: env emu ## the tests: at most 10 minutes on 2 cores
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
+
+LOADED = engine limits scheduling switching sequences ahead batching plan plans streams \
+  bad_requests interrupts examples
+test-loaded: env emu ## the engine's tests, three times beside four busy loops: none depends on pace
+	$(PY) tools/loaded.py $(PYTEST) -x -m "not slow" $(LOADED:%=tests/test_%.py) $(TEST_ARGS)
 
 test-emu: env emu ## only the tests of the CUDA kernels, emulated
 	$(PYTEST) tests/test_emulator.py tests/test_cuda_ops.py tests/test_cuda_shapes.py \

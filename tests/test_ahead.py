@@ -17,6 +17,7 @@ from engines import (
     assert_all_free,
     base_engine,
     draw,
+    held,
     run_read,
     script,
     sized_engine,
@@ -138,7 +139,8 @@ def test_results_are_those_of_the_cpu(folder, jobs, expected, limits, seed):
     """Greedy and sampled, of all widths, plans and policies, that stop in mid-batch, fork, fill the
     context, and are admitted as others end."""
     with late_engine(folder, seed=seed, **limits) as engine:
-        requests = [engine.submit(*job) for job in jobs]
+        with held(engine):
+            requests = [engine.submit(*job) for job in jobs]
         assert [summaries(r.result()) for r in requests] == expected
         # Nor has anything come to those that ended while their next row was in the air.
         assert [summaries(r.output()) for r in requests] == expected
@@ -150,7 +152,8 @@ def test_cuda_kernels_give_the_same_tokens(folder, jobs, expected):
     """Their bits depend on the number of rows, which differs where a branch stopped."""
     with late_engine(folder, module=emu) as engine:
         some = [0, 1, 2, 4]
-        requests = [engine.submit(*jobs[i]) for i in some]
+        with held(engine):
+            requests = [engine.submit(*jobs[i]) for i in some]
         found = [r.result().choices[0] for r in requests]
         assert [c.token_ids for c in found] == [expected[i][0][0][0] for i in some]
         assert [c.finish_reason for c in found] == [expected[i][0][0][3] for i in some]
@@ -286,7 +289,8 @@ def test_preemption(tmp_path, cpu):
     wanted = [summaries(cpu.generate(p, a, plan=plan)) for p, a, plan in jobs]
     for pages in (5, 7):
         with late_engine(tmp_path, sized_engine, pages=pages, slots=8, max_num_seqs=4) as engine:
-            requests = [engine.submit(*job) for job in jobs]
+            with held(engine):
+                requests = [engine.submit(*job) for job in jobs]
             assert [summaries(r.result()) for r in requests] == wanted
             stats = engine.stats()
             assert stats["preemptions"] > 0 and stats["passes_ahead"] > 50
@@ -328,10 +332,10 @@ def test_cancelling_and_closing_in_flight(folder):
         assert {r.result().finish_reason for r in requests} <= {"cancelled", "length"}
     with late_device(Late()) as device:
         engine = base_engine(folder, device="cuda")
-        request = engine.submit(PROMPT, SamplingParams(temperature=0.0, ignore_eos=True))
-        for _, _ in zip(range(5), request):
-            pass
-        engine.close()
+        with held(engine) as hold:
+            request = engine.submit(PROMPT, SamplingParams(temperature=0.0, ignore_eos=True))
+            assert hold.step(5) == 5
+            engine.close()
         with pytest.raises(RequestCancelled, match="the engine was closed"):
             request.result()
         assert device._done == device._given, "what flew has landed"

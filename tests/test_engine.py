@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from engines import (
     assert_all_free,
     base_engine,
     draw,
+    held,
+    in_threads,
     open_engine,
     script,
     text_engine,
@@ -140,20 +143,19 @@ def test_submit_returns_at_once_and_can_be_iterated_twice(engine):
     tokens = list(request)
     assert list(request) == [] and request.done
     assert request.result().token_ids == [t.id for t in tokens]
-    with pytest.raises(TimeoutError, match="no result after 0"):
+    with held(engine), pytest.raises(TimeoutError, match="no result after 0"):
         engine.submit("go", SamplingParams(max_tokens=400, ignore_eos=True)).result(timeout=0)
 
 
 def test_calls_from_many_threads_share_batches(engine):
     alone = [engine.generate(f"q{i}", GREEDY, width="SML"[i % 3]).token_ids for i in range(12)]
-    passes, got = engine.stats()["passes"], [None] * 12
-
-    def call(i):
-        got[i] = engine.generate(f"q{i}", GREEDY, width="SML"[i % 3]).token_ids
-
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(12)]
-    [t.start() for t in threads], [t.join() for t in threads]
-    assert got == alone
+    passes = engine.stats()["passes"]
+    with held(engine) as hold:
+        calls = in_threads(
+            *(partial(engine.generate, f"q{i}", GREEDY, width="SML"[i % 3]) for i in range(12))
+        )
+        hold.arrived(requests=12)
+    assert [out.token_ids for out in calls()] == alone
     assert engine.stats()["passes"] - passes < 12 * 12
 
 
@@ -360,9 +362,10 @@ def test_an_open_engine_does_not_keep_python_from_ending(tmp_path):
 def test_use_after_close_is_refused(tmp_path):
     engine = open_engine(write_text_model(tmp_path))
     sequence = engine.open("abc")
-    running = engine.submit("x", SamplingParams(max_tokens=400, ignore_eos=True))
-    next(iter(running))
-    engine.close()
+    with held(engine) as hold:
+        running = engine.submit("x", SamplingParams(max_tokens=400, ignore_eos=True))
+        assert hold.step() == 1
+        engine.close()
     with pytest.raises(RequestCancelled, match="the engine was closed"):
         running.result()
     for call in (
