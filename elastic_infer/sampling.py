@@ -449,11 +449,13 @@ def _bad_sequences(
 
 def _shortest(sequences: list[list[int]]) -> list[list[int]]:
     """The sequences without those that end in another one, which bars them already."""
-    kept: list[list[int]] = []
+    kept: dict[tuple[int, ...], list[int]] = {}
+    lengths: set[int] = set()
     for ids in sorted(sequences, key=len):
-        if not any(ids[-len(other) :] == other for other in kept):
-            kept.append(ids)
-    return kept
+        if not any(tuple(ids[-length:]) in kept for length in lengths):
+            kept[tuple(ids)] = ids
+            lengths.add(len(ids))
+    return list(kept.values())
 
 
 def row_stats(row: torch.Tensor, temperature: float, run=None) -> tuple[float, float]:
@@ -461,8 +463,9 @@ def row_stats(row: torch.Tensor, temperature: float, run=None) -> tuple[float, f
 
     row: float32 [V]. run: a Pool, or None for one thread.
     """
-    log_sum, entropy = torch.empty(2, 1)
-    softmax_stats(row[None], torch.tensor([temperature]), log_sum, entropy, run=run)
+    given = [[temperature], [0.0], [0.0]]
+    by, log_sum, entropy = torch.tensor(given, dtype=torch.float32, device="cpu")
+    softmax_stats(row[None], by, log_sum, entropy, run=run)
     return log_sum.item(), entropy.item()
 
 
