@@ -41,7 +41,7 @@ def cell(text: str) -> str:
 
 
 def default_of(parameter: Any) -> str:
-    """What is used where the option is left out; empty where nothing is."""
+    """Value of an option that is left out; empty where there is none."""
     value = parameter.default
     if parameter.required:
         return "required"

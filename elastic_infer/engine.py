@@ -123,7 +123,7 @@ class Engine:
             isa: instruction set of the CPU kernels: "auto", "portable", "avx2" or "avx512".
             batch_invariant: demand that results of a row do not depend, to the bit, on what shares
                 its batch, nor on how prompts are cut into passes. On a CPU they never do. On a
-                GPU it costs speed with few rows (see DESIGN, section 12); without it, bits depend
+                GPU it costs speed with few rows (see docs/design/cuda.md); without it, bits depend
                 on the number of rows there.
             enforce_eager: on a GPU, launch the kernels of every pass one by one, without graphs.
             activation_quantization: what products with NVFP4 weights do to their activations:

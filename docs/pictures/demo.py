@@ -44,7 +44,7 @@ def columns(words: str) -> int:
 
 
 def legend(sizes: dict[str, int], used: list[str], right: float) -> list[str]:
-    """What the colours mean, with the bytes behind them."""
+    """Meaning of the colours, with the bytes behind them."""
     most = max(sizes.values())
     narrow, wide = used[0], used[-1]
     return [
