@@ -25,14 +25,15 @@ from .errors import (
 )
 
 if TYPE_CHECKING:  # for type checkers, and for the documentation, which reads sources alone
-    from .checkpoint import Checkpoint
-    from .config import Width
-    from .engine import Engine
+    from .checkpoint.checkpoint import Checkpoint
+    from .checkpoint.widths import Width
+    from .engine.engine import Engine
+    from .engine.session import EngineSequence
     from .outputs import Choice, Output, Token
-    from .plan import Plan, Policy
-    from .request import Request
-    from .sampling import SamplingParams
-    from .session import EngineSequence
+    from .plans.decision import Policy
+    from .plans.plan import Plan
+    from .sampling.params import SamplingParams
+    from .scheduling.request import Request
 
 __version__ = "0.1.0"
 

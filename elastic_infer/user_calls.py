@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from elastic_infer.errors import ElasticError, InvalidRequest, RequestFailed, printable
-from elastic_infer.files import foreign
+from .errors import ElasticError, InvalidRequest, RequestFailed, printable
+from .files.reading import foreign
 
 _MARK = "_raised_by_a_user_of_elastic_infer"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from elastic_infer.errors import InvalidRequest, shown
+from .errors import InvalidRequest, shown
 
 __all__ = ["check_count", "check_real", "is_real"]
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 
 from elastic_infer import Engine, demo_model
-from elastic_infer.elastify.reasoner.evaluate import SEED, evaluate, think_answer, wilson
-from elastic_infer.elastify.reasoner.task import held_out_problems
+from elastic_infer.reasoner.evaluate import SEED, evaluate, think_answer, wilson
+from elastic_infer.reasoner.task import held_out_problems
 
 
 def budget(text: str) -> int | None:

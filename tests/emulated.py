@@ -12,8 +12,9 @@ import torch
 
 import elastic_infer.ops  # noqa: F401  (the tensor conversion registers with it)
 from bench.gpu import ptxas
-from elastic_infer.ops import _laws, registry
-from elastic_infer.ops._laws import make, one_width, small_cases
+from elastic_infer.ops import registry
+from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.testing.laws import make, one_width, small_cases
 
 ROOT = Path(__file__).parents[1]
 CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]

@@ -16,11 +16,11 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from elastic_infer.batching import chunk_length
-from elastic_infer.capacity import Capacity
-from elastic_infer.engine import Engine
-from elastic_infer.model import Segment
-from elastic_infer.switching import Read
+from elastic_infer.engine.engine import Engine
+from elastic_infer.model.model import Segment
+from elastic_infer.scheduling.batching import chunk_length
+from elastic_infer.scheduling.switching import Read
+from elastic_infer.sizing.capacity import Capacity
 
 # Token ids of the byte-level vocabulary of `text_engine`; the byte b is token b.
 THINK, END_THINK, EOS = 256, 257, 258

@@ -16,7 +16,7 @@ import torch
 
 from elastic_infer import _C, ops
 from elastic_infer.ops import Pool, Step, registry
-from elastic_infer.ops._laws import make, small_cases
+from elastic_infer.ops.testing.laws import make, small_cases
 
 LOW, HIGH = -(2**31), 2**31 - 1
 # Tables of indices and sizes, by what the functions call them.

@@ -10,11 +10,11 @@ from unittest import mock
 
 from emulated import installed
 
-from elastic_infer.cache import PAGE, Cache
-from elastic_infer.devices import Device
-from elastic_infer.model import Model, Result
-from elastic_infer.reading import Reader
-from elastic_infer.sampler import Sampler
+from elastic_infer.cache.cache import PAGE, Cache
+from elastic_infer.device.device import Device
+from elastic_infer.model.model import Model, Result
+from elastic_infer.scheduling.reader import Reader
+from elastic_infer.scheduling.sampler import Sampler
 
 # What works on the device's memory without being asked to wait in a line.
 AT_ONCE = [

@@ -10,8 +10,9 @@ from emulated import built, installed, load
 from engines import base_engine, draw
 
 from elastic_infer import Plan, SamplingParams
-from elastic_infer.ops import _laws, registry
-from elastic_infer.ops._laws import LawBroken, small_cases
+from elastic_infer.ops import registry
+from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.testing.laws import LawBroken, small_cases
 
 emu = load(built())
 BF16 = torch.bfloat16

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_infer.batching import Candidate, Limits, StepCosts, chunk_length, form_batch
+from elastic_infer.scheduling.batching import Candidate, Limits, StepCosts, chunk_length, form_batch
 
 
 def flat_cost(width, rows):

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from test_torch_model import random_model
 
-from elastic_infer.config import ModelConfig, full_width, parse_widths
-from elastic_infer.elastify.reasoner.design import reasoner_config
-from elastic_infer.elastify.reasoner.task import held_out_problems, is_held_out
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import full_width, parse_widths
 from elastic_infer.errors import InvalidRequest
+from elastic_infer.reasoner.design import reasoner_config
+from elastic_infer.reasoner.task import held_out_problems, is_held_out
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,7 +82,7 @@ TABLE = {"S": {"hidden_size": 48, "mamba_num_heads": 4}, "L": {}}
 
 
 def checks() -> list:
-    from elastic_infer.elastify.reasoner.data import Batch
+    from elastic_infer.reasoner.data import Batch
 
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, 48, (4, 17), generator=generator)

@@ -10,7 +10,7 @@ import torch
 
 from bench.common import models
 from bench.llama import process
-from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.checkpoint.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,16 @@ from engines import base_config, base_engine, base_widths, draw, open_engine
 from safetensors.torch import load_file, save_file
 
 from elastic_infer import _C, InvalidRequest, SamplingParams
-from elastic_infer.cache import PAGE, Run, append_run
-from elastic_infer.cache_dtypes import CacheDtypes, cache_dtypes
-from elastic_infer.capacity import slot_bytes
-from elastic_infer.config import ModelConfig, full_width
+from elastic_infer.cache.cache import PAGE, Run, append_run
+from elastic_infer.cache.dtypes import CacheDtypes, cache_dtypes
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.errors import CheckpointError
 from elastic_infer.ops import Pool
 from elastic_infer.ops._ssm import round_stochastic
 from elastic_infer.ops.ssm_scan import ssm_scan
 from elastic_infer.ops.ssm_step import ssm_step
+from elastic_infer.sizing.capacity import slot_bytes
 
 H, P, N, G = 4, 32, 48, 2
 

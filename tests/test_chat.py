@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from test_tokenizer import CALL, CHATS, NAMED, TEMPLATE, TOOLS, backend, write
 
-from elastic_infer.chat_sandbox import Sandbox
 from elastic_infer.errors import InvalidRequest
-from elastic_infer.tokenizer import Tokenizer
+from elastic_infer.text.sandbox import Sandbox
+from elastic_infer.text.tokenizer import Tokenizer
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from elastic_infer import errors
-from elastic_infer.config import ModelConfig, full_width, kv_bytes_per_token, state_bytes
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import full_width, kv_bytes_per_token, state_bytes
 from elastic_infer.errors import CheckpointError
 
 PATTERN = "MEM*-E"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from emulated import built, installed, kernels, load
 
-from elastic_infer.ops import _laws
-from elastic_infer.ops._laws import small_cases
+from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.testing.laws import small_cases
 
 emu = load(built())
 

@@ -13,8 +13,8 @@ from commands import run
 
 from elastic_infer import Engine, InvalidRequest, demo_model
 from elastic_infer.cli import demo, demo_table
-from elastic_infer.elastify.reasoner import evaluate as evaluation
-from elastic_infer.elastify.reasoner.task import held_out_problems, read_answer
+from elastic_infer.reasoner import evaluate as evaluation
+from elastic_infer.reasoner.task import held_out_problems, read_answer
 
 # evaluation --------------------------------------------------------------------------------------
 

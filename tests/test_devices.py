@@ -7,9 +7,10 @@ import pytest
 import torch
 from engines import open_engine, write_text_model
 
-from elastic_infer import devices, placement
-from elastic_infer.devices import CPU, Device, ReadBack, Shared, choose_device
+from elastic_infer.device import device as devices
+from elastic_infer.device.device import CPU, Device, ReadBack, Shared, choose_device
 from elastic_infer.errors import InvalidRequest, OutOfCapacity
+from elastic_infer.sizing import fit as placement
 
 
 def build(monkeypatch, architectures=("90a",), unusable="", torch_has_cuda=False):

@@ -16,7 +16,9 @@ import torch
 from test_router import CHOICES
 from test_torch_model import random_model
 
-from elastic_infer.config import ModelConfig, full_width, parse_widths, slice_config
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.slicing import slice_state_dict
+from elastic_infer.checkpoint.widths import full_width, parse_widths, slice_config
 from elastic_infer.elastify import distill, losses
 from elastic_infer.elastify.corpus import Corpus
 from elastic_infer.elastify.distill import Distiller, evaluate
@@ -25,7 +27,6 @@ from elastic_infer.elastify.plot import plot_metrics
 from elastic_infer.elastify.settings import Settings, Stage
 from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
-from elastic_infer.slicing import slice_state_dict
 
 HERE = Path(__file__).parent
 

@@ -16,10 +16,11 @@ from test_torch_model import assert_close, random_model
 from tiny import tiny_config, transformers_model, write_tiny
 from typer.testing import CliRunner
 
-from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.slicing import slice_checkpoint
+from elastic_infer.checkpoint.widths import count_parameters, full_width
 from elastic_infer.cli import app
 from elastic_infer.cli.elastify import answer_budget, numbers, stages
-from elastic_infer.config import count_parameters, full_width
 from elastic_infer.elastify import pipeline
 from elastic_infer.elastify.budget import (
     ROUTER_NAME,
@@ -36,7 +37,6 @@ from elastic_infer.elastify.router import Router
 from elastic_infer.elastify.settings import Settings, Stage
 from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.errors import CheckpointError, ElasticError, InvalidRequest, WidthError
-from elastic_infer.slicing import slice_checkpoint
 
 ARGUMENTS = ["--steps", "4,2", "--sequence-length", "12,16", "--batch-size", "4,2"]
 ARGUMENTS += ["--probabilities", "0.5,0.3,0.2", "--calibration", "6", "--device", "cpu"]

@@ -18,11 +18,12 @@ from engines import (
 )
 from quantized import write_quantised
 
-from elastic_infer import Engine, Plan, SamplingParams, demo_model, loading
-from elastic_infer.devices import Shared
-from elastic_infer.model import Model, Segment
-from elastic_infer.sampler import Sampler
-from elastic_infer.switching import Read
+from elastic_infer import Engine, Plan, SamplingParams, demo_model
+from elastic_infer.device.device import Shared
+from elastic_infer.engine import loading
+from elastic_infer.model.model import Model, Segment
+from elastic_infer.scheduling.sampler import Sampler
+from elastic_infer.scheduling.switching import Read
 
 emu = load(built())
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)

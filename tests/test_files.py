@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import elastic_infer
-from elastic_infer import checkpoint, files
-from elastic_infer.checkpoint import Checkpoint, resolve_folder
+from elastic_infer.checkpoint import checkpoint
+from elastic_infer.checkpoint.checkpoint import Checkpoint, resolve_folder
+from elastic_infer.engine.loading import read_generation_config
 from elastic_infer.errors import CheckpointError, ElasticError
-from elastic_infer.loading import read_generation_config
-from elastic_infer.tokenizer import Tokenizer
+from elastic_infer.files import reading as files
+from elastic_infer.text.tokenizer import Tokenizer
 
 PACKAGE = Path(elastic_infer.__file__).parent
 NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False)

@@ -45,7 +45,7 @@ def test_prefill_floor(width, ms):
 
 
 def test_one_sequence_reads_what_the_library_says_a_token_reads():
-    from elastic_infer.footprint import bytes_per_token
+    from elastic_infer.sizing.footprint import bytes_per_token
 
     config, widths = shapes.model_of(shapes.THIRTY)
     for width in widths.values():

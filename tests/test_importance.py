@@ -14,7 +14,7 @@ from elastic_infer.elastify.importance import (
     measure_importance,
     score_shapes,
 )
-from elastic_infer.elastify.torch_model import rms_norm
+from elastic_infer.elastify.torch_ops import rms_norm
 from elastic_infer.errors import CheckpointError, InvalidRequest
 
 

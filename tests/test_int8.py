@@ -11,10 +11,11 @@ from quantized import identity, write_quantised
 
 from elastic_infer import _C, Plan, SamplingParams, demo_model
 from elastic_infer.errors import InvalidRequest
-from elastic_infer.ops import Pool, Step, _laws, registry
+from elastic_infer.ops import Pool, Step, registry
 from elastic_infer.ops._activations import int8
 from elastic_infer.ops._spec import case_id
 from elastic_infer.ops.matmul import INT8, TiledWeight, matmul
+from elastic_infer.ops.testing import laws as _laws
 
 BF16 = torch.bfloat16
 SPECS = registry()

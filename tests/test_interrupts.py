@@ -13,7 +13,7 @@ import pytest
 from engines import HANG, assert_all_free, base_engine, draw, held
 
 from elastic_infer import EngineFault, InvalidRequest, RequestCancelled, SamplingParams
-from elastic_infer.promise import Promise
+from elastic_infer.scheduling.promise import Promise
 
 LONG = SamplingParams(max_tokens=400, ignore_eos=True, seed=1)
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True, seed=1)

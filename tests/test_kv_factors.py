@@ -11,12 +11,12 @@ import torch
 from engines import base_config, base_widths, draw, open_engine
 from safetensors.torch import load_file, save_file
 
-from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.slicing import slice_checkpoint
 from elastic_infer.elastify.pipeline import export_elastic
 from elastic_infer.elastify.sorting import random_order, sort_checkpoint
 from elastic_infer.errors import CheckpointError
-from elastic_infer.quantization.write import choose_formats, quantize_checkpoint
-from elastic_infer.slicing import slice_checkpoint
+from elastic_infer.quantize.write import choose_formats, quantize_checkpoint
 
 LAYER = 2  # the attention layer of `base_config`
 AT = f"backbone.layers.{LAYER}.mixer."

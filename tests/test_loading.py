@@ -15,9 +15,9 @@ import torch
 from engines import base_config, base_engine, base_widths, draw, open_engine, text_engine
 
 from elastic_infer import CheckpointError, InvalidRequest, SamplingParams, WidthError
-from elastic_infer.checkpoint import Checkpoint
-from elastic_infer.derive import derive_widths
-from elastic_infer.slicing import slice_checkpoint, tensor_selections
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.derive import derive_widths
+from elastic_infer.checkpoint.slicing import slice_checkpoint, tensor_selections
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -73,7 +73,7 @@ def test_max_width_reads_and_keeps_nothing_outside(folder, expected):
 
 def test_max_width_of_the_file_reads_little(folder, monkeypatch):
     """Seen at the file itself: no row, expert or column outside the width is touched."""
-    from elastic_infer.tensor_files import TensorFiles
+    from elastic_infer.checkpoint.tensor_files import TensorFiles
 
     touched = {}
     plain = TensorFiles.tensor

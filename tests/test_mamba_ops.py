@@ -6,14 +6,15 @@ import torch
 from emulated import ORDERS, built, installed, load
 
 from elastic_infer import _C
-from elastic_infer.ops import Pool, _laws, registry
-from elastic_infer.ops._shapes import SHAPES
+from elastic_infer.ops import Pool, registry
 from elastic_infer.ops._spec import case_id
 from elastic_infer.ops.causal_conv import causal_conv
 from elastic_infer.ops.gated_norm import gated_norm
 from elastic_infer.ops.mamba_step import mamba_step, parts
 from elastic_infer.ops.ssm_scan import ssm_scan
 from elastic_infer.ops.ssm_step import ssm_step
+from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.testing.shapes import SHAPES
 
 H, P, N, G = 4, 32, 32, 2
 CHANNELS = H * P + 2 * G * N

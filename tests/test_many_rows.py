@@ -9,9 +9,10 @@ from emulated import built, installed, kernels, load
 from engines import base_engine, draw
 
 from elastic_infer import SamplingParams
-from elastic_infer.model import Segment
-from elastic_infer.ops import _laws, registry
+from elastic_infer.model.model import Segment
+from elastic_infer.ops import registry
 from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul, moe_workspace_bytes
+from elastic_infer.ops.testing import laws as _laws
 
 emu = load(built())
 WIDTHS = ("S", "M", "L")

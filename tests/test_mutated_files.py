@@ -21,7 +21,8 @@ import tiny
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from elastic_infer import ElasticError, Engine, SamplingParams, config
+from elastic_infer import ElasticError, Engine, SamplingParams
+from elastic_infer.checkpoint import config
 from elastic_infer.cli import inspection
 
 SECONDS, MEGABYTES = 30, 1500  # of one file; what is right takes a hundredth

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from elastic_infer import _C
-from elastic_infer.ops import Pool, Step, _laws, registry
-from elastic_infer.ops._laws import assert_close, copy, make, small_cases, wide
+from elastic_infer.ops import Pool, Step, registry
 from elastic_infer.ops._spec import case_id
+from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.testing.laws import assert_close, copy, make, small_cases, wide
 
 SPECS = registry()
 

@@ -17,11 +17,11 @@ import tiny
 import torch
 from engines import open_engine, run_read
 
-import elastic_infer.model as model_module
+import elastic_infer.model.model as model_module
 from elastic_infer import SamplingParams
-from elastic_infer.config import full_width
-from elastic_infer.model import Segment, Shape
-from elastic_infer.switching import Read
+from elastic_infer.checkpoint.widths import full_width
+from elastic_infer.model.model import Segment, Shape
+from elastic_infer.scheduling.switching import Read
 
 LENGTH, GENERATED, MARGIN = 75, 6, 1e-5
 

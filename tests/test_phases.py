@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from elastic_infer import InvalidRequest, Plan, SamplingParams
-from elastic_infer.text_stream import TextStream
-from elastic_infer.tokenizer import Tokenizer
+from elastic_infer.text.stream import TextStream
+from elastic_infer.text.tokenizer import Tokenizer
 
 TURN = EOS + 1  # a second special token
 TAGS = (THINK, END_THINK)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_infer.errors import InvalidRequest, WidthError
-from elastic_infer.plan import Decision, Plan, PlanRun, PlanView, Policy, as_plan, parse_plan
+from elastic_infer.plans.decision import Decision, PlanView, Policy
+from elastic_infer.plans.plan import Plan, as_plan, parse_plan
+from elastic_infer.plans.runs import PlanRun
 
 WIDTHS = ["S", "M", "L"]
 SPACE, NEWLINE, WORD, START, END, TAGGY = 0, 1, 2, 3, 4, 5

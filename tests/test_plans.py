@@ -20,7 +20,8 @@ from engines import (
     write_text_model,
 )
 
-from elastic_infer import InvalidRequest, Plan, Policy, SamplingParams, WidthError, switching
+from elastic_infer import InvalidRequest, Plan, Policy, SamplingParams, WidthError
+from elastic_infer.scheduling import switching
 
 NEWLINE = ord("\n")
 POLICIES = ["carry", "exact", "window(8)"]
@@ -136,7 +137,7 @@ def test_window_equals_carry_at_its_snapshot(engine):
     tokens = prompt + out.token_ids
 
     def by_hand():
-        from elastic_infer.switching import Read
+        from elastic_infer.scheduling.switching import Read
 
         sequence = cache.open(track=True)
         run_read(model, sequence, Read(prompt, "S", "prefill"))

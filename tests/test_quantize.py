@@ -12,8 +12,11 @@ from quantized import dequantise
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.slicing import slice_checkpoint, tensor_selections
+from elastic_infer.checkpoint.tensor_files import Selection, take
 from elastic_infer.cli import app
+from elastic_infer.codes import BLOCK, Packed, decode_e4m3, round_e2m1
 from elastic_infer.elastify.corpus import IteratorData
 from elastic_infer.elastify.pipeline import elastify
 from elastic_infer.elastify.settings import Settings, Stage
@@ -21,23 +24,15 @@ from elastic_infer.elastify.sorting import random_order, sort_checkpoint
 from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
 from elastic_infer.ops.fp8_quantize import fp8_quantize
 from elastic_infer.ops.nvfp4_quantize import nvfp4_quantize
-from elastic_infer.quantization.distill import DistillSettings, _Rounded, distill_quantized
-from elastic_infer.quantization.formats import BLOCK, Packed, decode_e4m3, round_e2m1
-from elastic_infer.quantization.search import (
+from elastic_infer.quantize.distill import DistillSettings, _Rounded, distill_quantized
+from elastic_infer.quantize.search import (
     block_importance,
     held_blocks,
     quantize_fp8,
     quantize_nvfp4,
     quantize_with,
 )
-from elastic_infer.quantization.write import (
-    GROUPS,
-    Quantizer,
-    choose_formats,
-    quantize_checkpoint,
-)
-from elastic_infer.slicing import slice_checkpoint, tensor_selections
-from elastic_infer.tensor_files import Selection, take
+from elastic_infer.quantize.write import GROUPS, Quantizer, choose_formats, quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

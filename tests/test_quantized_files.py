@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from quantized import dequantise, write_quantised
 from safetensors.torch import load_file, save_file
 
-from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.patterns import matches, regex_problem
+from elastic_infer.checkpoint.published import modelopt_config, read_published
+from elastic_infer.checkpoint.slicing import slice_checkpoint, tensor_selections
+from elastic_infer.checkpoint.tensor_files import take
+from elastic_infer.codes import encode_e2m1, round_e2m1, unpack_e2m1
 from elastic_infer.errors import CheckpointError
-from elastic_infer.quantization.formats import encode_e2m1, round_e2m1, unpack_e2m1
-from elastic_infer.quantization.patterns import matches, regex_problem
-from elastic_infer.quantization.published import modelopt_config, read_published
-from elastic_infer.slicing import slice_checkpoint, tensor_selections
-from elastic_infer.tensor_files import take
 
 MIXED = {"experts": "nvfp4", "lm_head": "nvfp4", "q_proj": "nvfp4", "k_proj": "nvfp4",
          "v_proj": "nvfp4", "o_proj": "fp8", "in_proj": "fp8", "out_proj": "nvfp4"}  # fmt: skip

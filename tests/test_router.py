@@ -8,8 +8,8 @@ from test_importance import batches
 from test_torch_model import TABLE, assert_close, random_model
 from tiny import tiny_config, tiny_state_dict, tiny_widths
 
-from elastic_infer.config import (
-    ModelConfig,
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import (
     count_parameters,
     full_width,
     kv_bytes_per_token,

@@ -18,7 +18,7 @@ from engines import (
 )
 
 from elastic_infer import NonFiniteLogits, Plan, RequestCancelled, SamplingParams
-from elastic_infer.batching import GRID
+from elastic_infer.scheduling.batching import GRID
 
 
 def plans():

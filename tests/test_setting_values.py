@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_infer import ElasticError, InvalidRequest, WidthError
-from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.slicing import slice_checkpoint
 from elastic_infer.elastify.costs import Cost, parse_bytes, parse_parameters
 from elastic_infer.elastify.distill import _identity
 from elastic_infer.elastify.pipeline import calibration_batches
 from elastic_infer.elastify.router import check_budgets, check_choices
 from elastic_infer.elastify.settings import Settings, Stage
-from elastic_infer.quantization.distill import DistillSettings
-from elastic_infer.quantization.write import Quantizer, choose_formats
-from elastic_infer.slicing import slice_checkpoint
+from elastic_infer.quantize.distill import DistillSettings
+from elastic_infer.quantize.write import Quantizer, choose_formats
 
 big = st.tuples(st.sampled_from([1, -1]), st.sampled_from([400, 5000])).map(
     lambda pair: pair[0] * 10 ** pair[1]

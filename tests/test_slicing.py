@@ -10,17 +10,17 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from elastic_infer.checkpoint import Checkpoint
-from elastic_infer.derive import derive_widths
-from elastic_infer.errors import CheckpointError, WidthError
-from elastic_infer.slicing import (
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.derive import derive_widths
+from elastic_infer.checkpoint.slicing import (
     hull,
     is_uniform,
     slice_checkpoint,
     slice_state_dict,
     tensor_selections,
 )
-from elastic_infer.tensor_files import take
+from elastic_infer.checkpoint.tensor_files import take
+from elastic_infer.errors import CheckpointError, WidthError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -336,7 +336,7 @@ def perturb(folder, change):
 
 
 def test_derive_names_the_perturbed_tensor(tmp_path, monkeypatch):
-    import elastic_infer.derive as derive
+    import elastic_infer.checkpoint.derive as derive
 
     _, checkpoint = make(
         tmp_path, 0, per_layer=False, hybrid_override_pattern="M*E", n_groups=2,

@@ -11,8 +11,9 @@ from test_importance import batches
 from test_torch_model import assert_close, random_model
 from tiny import tiny_config, tiny_state_dict, tiny_widths, transformers_model, write_tiny
 
-from elastic_infer.checkpoint import Checkpoint
-from elastic_infer.config import ModelConfig, parse_widths
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import parse_widths
 from elastic_infer.elastify.importance import measure_importance
 from elastic_infer.elastify.sorting import (
     head_order,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_text import byte_level, sentencepiece_like
 
 from elastic_infer import SamplingParams
-from elastic_infer.text_stream import StepText
+from elastic_infer.text.stream import StepText
 
 BYTES, WORDS = byte_level(), sentencepiece_like()
 EURO = [BYTES.encode(c)[0] for c in "a"] + BYTES.encode("€ é😀")

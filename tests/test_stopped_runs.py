@@ -18,7 +18,7 @@ import torch
 from faulty import Disk, Killed, content
 
 from elastic_infer import CheckpointError
-from elastic_infer.checkpoint import Checkpoint
+from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.elastify.pipeline import elastify
 from elastic_infer.elastify.settings import Settings, Stage
 

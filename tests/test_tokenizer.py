@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from elastic_infer.errors import CheckpointError, InvalidRequest
-from elastic_infer.tokenizer import Tokenizer, eos_ids_from_folder
+from elastic_infer.text.tokenizer import Tokenizer, eos_ids_from_folder
 
 # Shaped like the template of a Nemotron Nano: a system block that is always there, tools as XML,
 # calls and responses, reasoning dropped from earlier turns, thinking switched on and off.

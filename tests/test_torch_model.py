@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from elastic_infer.config import ModelConfig, parse_widths, slice_config
-from elastic_infer.elastify.torch_model import ElasticNemotronH, ssd_scan
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.slicing import slice_state_dict
+from elastic_infer.checkpoint.widths import parse_widths, slice_config
+from elastic_infer.elastify.torch_model import ElasticNemotronH
+from elastic_infer.elastify.torch_ops import ssd_scan
 from elastic_infer.errors import CheckpointError, InvalidRequest
-from elastic_infer.slicing import slice_state_dict
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,9 +11,9 @@ import torch
 from engines import assert_all_free, open_engine, write_text_model
 
 from elastic_infer import Checkpoint, Plan, SamplingParams
-from elastic_infer.derive import derive_widths
-from elastic_infer.quantization.write import choose_formats, quantize_checkpoint
-from elastic_infer.slicing import slice_checkpoint
+from elastic_infer.checkpoint.derive import derive_widths
+from elastic_infer.checkpoint.slicing import slice_checkpoint
+from elastic_infer.quantize.write import choose_formats, quantize_checkpoint
 
 
 @contextmanager

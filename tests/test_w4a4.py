@@ -21,10 +21,11 @@ from w4a4 import (
     spec_of,
 )
 
-from elastic_infer.ops import _laws, registry
-from elastic_infer.ops._shapes import NATIVE
+from elastic_infer.ops import registry
 from elastic_infer.ops.matmul import TiledWeight, matmul
 from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul, moe_workspace_bytes
+from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.testing.shapes import NATIVE
 
 emu = load(built())
 BF16 = torch.bfloat16

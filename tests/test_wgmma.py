@@ -6,9 +6,10 @@ import pytest
 import torch
 from emulated import built, check_orders, check_poisons, installed, load
 
-from elastic_infer.ops import _laws, registry
-from elastic_infer.ops._shapes import NATIVE
+from elastic_infer.ops import registry
 from elastic_infer.ops.matmul import TiledWeight, matmul
+from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.testing.shapes import NATIVE
 
 emu = load(built())
 BF16, SPEC = torch.bfloat16, registry()["matmul"]

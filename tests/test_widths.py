@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import nano_sizes
 
-from elastic_infer.config import (
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import (
     LAYER_KEYS,
-    ModelConfig,
     Width,
     count_parameters,
     default_width_name,

@@ -21,16 +21,17 @@ from engines import base_config, base_widths, draw, open_engine
 from faulty import Disk, Killed, content
 from typer.testing import CliRunner
 
-from elastic_infer import CheckpointError, WidthError, writing
-from elastic_infer.checkpoint import Checkpoint
+from elastic_infer import CheckpointError, WidthError
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.derive import write_widths
+from elastic_infer.checkpoint.slicing import slice_checkpoint
+from elastic_infer.checkpoint.tensor_files import save_tensors
 from elastic_infer.cli import app
-from elastic_infer.derive import write_widths
 from elastic_infer.elastify.sorting import random_order, sort_checkpoint
 from elastic_infer.elastify.torch_model import ElasticNemotronH
-from elastic_infer.quantization.write import choose_formats, quantize_checkpoint
-from elastic_infer.slicing import slice_checkpoint
-from elastic_infer.tensor_files import save_tensors
-from elastic_infer.writing import append_line, new_folder, write_json, write_whole
+from elastic_infer.files import writing
+from elastic_infer.files.writing import append_line, new_folder, write_json, write_whole
+from elastic_infer.quantize.write import choose_formats, quantize_checkpoint
 
 WAYS = ("full", "fails", "killed")
 PACKAGE = Path(writing.__file__).parent

@@ -10,9 +10,10 @@ import torch
 from emulated import ORDERS, check_overlap
 from quantized import dequantise, numpy_nvfp4
 
-from elastic_infer.ops import _laws, registry
 from elastic_infer.ops import matmul as module
+from elastic_infer.ops import registry
 from elastic_infer.ops.moe_matmul import plain_weights
+from elastic_infer.ops.testing import laws as _laws
 
 # One K tile, several, and more than the ring holds; every block shape; cut tiles; segments.
 CASES = [

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from elastic_infer.elastify.reasoner.design import WIDTHS, reasoner_config
+from elastic_infer.reasoner.design import WIDTHS, reasoner_config
 
 
 class TensorSpec(NamedTuple):

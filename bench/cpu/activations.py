@@ -23,24 +23,17 @@ from unittest import mock
 import torch
 
 from elastic_infer import Engine, demo_model
-from elastic_infer.checkpoint import Checkpoint
-from elastic_infer.elastify.reasoner.evaluate import SEED, evaluate
-from elastic_infer.elastify.reasoner.quantized import quantized_folder
-from elastic_infer.elastify.reasoner.task import MAX_OPERATIONS, held_out_problems
-from elastic_infer.host import machine, today
-from elastic_infer.model import Model, Shape
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.codes import BLOCK, E2M1_MAX, E4M3_MAX, decode_e4m3, encode_e2m1, unpack_e2m1
+from elastic_infer.device.machine import machine, today
+from elastic_infer.model.model import Model, Shape
 from elastic_infer.ops._quantised import NVFP4
 from elastic_infer.ops.matmul import Segment, TiledWeight, matmul
 from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul
-from elastic_infer.quantization.formats import (
-    BLOCK,
-    E2M1_MAX,
-    E4M3_MAX,
-    decode_e4m3,
-    encode_e2m1,
-    unpack_e2m1,
-)
-from elastic_infer.quantization.write import DEFAULT_GROUPS, GROUPS
+from elastic_infer.quantize.write import DEFAULT_GROUPS, GROUPS
+from elastic_infer.reasoner.evaluate import SEED, evaluate
+from elastic_infer.reasoner.quantized import quantized_folder
+from elastic_infer.reasoner.task import MAX_OPERATIONS, held_out_problems
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "activations.json"
 WAYS = {"nvfp4": DEFAULT_GROUPS, "nvfp4, every matrix": GROUPS}

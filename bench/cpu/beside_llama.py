@@ -29,9 +29,9 @@ from bench.cpu.decode import PROMPT
 from bench.llama.convert import convert
 from bench.llama.process import Peer, interleave, random_tokens
 from elastic_infer import Engine
-from elastic_infer.footprint import bytes_per_token
-from elastic_infer.host import machine, today
-from elastic_infer.model import Segment
+from elastic_infer.device.machine import machine, today
+from elastic_infer.model.model import Segment
+from elastic_infer.sizing.footprint import bytes_per_token
 
 PREFILL = (256, 1024)
 BATCHES = (1, 8, 64)

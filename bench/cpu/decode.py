@@ -20,7 +20,7 @@ from typing import Any
 from bench.common.commit import ROOT, commit
 from bench.common.models import MODELS, write_model
 from elastic_infer import Engine
-from elastic_infer.host import machine, today
+from elastic_infer.device.machine import machine, today
 
 PROMPT = 16  # tokens read before the timed steps
 
@@ -46,7 +46,7 @@ def time_steps(engine: Engine, width: str, prompt: list[int], steps: list[int]) 
 
 def measure(engine: Engine, tokens: int, rounds: int) -> list[dict[str, Any]]:
     """One row per width, narrow to wide: milliseconds per token and those of every round."""
-    from elastic_infer.footprint import bytes_per_token
+    from elastic_infer.sizing.footprint import bytes_per_token
 
     vocabulary, weights = engine.config.vocab_size, engine._model.weights
     prompt = random_tokens(PROMPT, vocabulary, 0)

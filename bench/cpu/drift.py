@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from elastic_infer import Engine, demo_model
-from elastic_infer.elastify.reasoner.evaluate import SEED, evaluate
-from elastic_infer.elastify.reasoner.task import MAX_OPERATIONS, held_out_problems
-from elastic_infer.host import machine, today
-from elastic_infer.model import Segment
+from elastic_infer.device.machine import machine, today
+from elastic_infer.model.model import Segment
 from elastic_infer.ops.ssm_step import ssm_step
+from elastic_infer.reasoner.evaluate import SEED, evaluate
+from elastic_infer.reasoner.task import MAX_OPERATIONS, held_out_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"

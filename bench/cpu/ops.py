@@ -27,7 +27,7 @@ from bench.common.commit import ROOT, commit
 from bench.common.pairs import UNCHECKED, compare, copy_of
 from bench.common.roof import roof
 from bench.common.torch_peers import PEERS
-from elastic_infer.host import machine, today
+from elastic_infer.device.machine import machine, today
 from elastic_infer.ops import OpSpec, Pool, Step, registry
 from elastic_infer.ops._spec import Case, case_id
 

@@ -31,17 +31,17 @@ from bench.cpu.beside_llama import Ours, paired, state_bytes, turns
 from bench.llama.convert import QUANTIZED, convert
 from bench.llama.process import Peer, interleave, random_tokens
 from elastic_infer import _C
-from elastic_infer.cache import Cache
-from elastic_infer.capacity import plan_capacity
-from elastic_infer.config import ATTENTION, MAMBA, ModelConfig, Width
-from elastic_infer.host import machine, today
-from elastic_infer.memory import WeightMemory
-from elastic_infer.model import Model
+from elastic_infer.cache.cache import Cache
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import ATTENTION, MAMBA, Width, parse_widths
+from elastic_infer.device.machine import machine, today
+from elastic_infer.device.memory import WeightMemory
+from elastic_infer.model.model import Model
+from elastic_infer.model.weights import AttentionWeights, MambaWeights, MoeWeights, Weights
 from elastic_infer.ops._quantised import NVFP4
 from elastic_infer.ops.matmul import TiledWeight
 from elastic_infer.ops.moe_matmul import ExpertWeights
-from elastic_infer.weights import AttentionWeights, MambaWeights, MoeWeights, Weights
-from elastic_infer.widths import parse_widths
+from elastic_infer.sizing.capacity import plan_capacity
 
 PROMPT = 16  # tokens read before the timed steps
 PREFILL = 256

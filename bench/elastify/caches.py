@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.elastify.data import score
-from elastic_infer.config import Width
+from elastic_infer.checkpoint.widths import Width
 from elastic_infer.elastify.torch_model import Attention, ElasticNemotronH, Mamba
 from elastic_infer.elastify.torch_ops import causal_conv
 

@@ -16,9 +16,9 @@ from typing import Any
 from bench.elastify.front import Point, best_gains, is_plain, pareto
 from bench.elastify.price import Prices
 from elastic_infer import Engine
-from elastic_infer.elastify.reasoner.evaluate import AT_ONCE, evaluate, think_answer
-from elastic_infer.elastify.reasoner.task import Problem
-from elastic_infer.elastify.reasoner.vocabulary import encode
+from elastic_infer.reasoner.evaluate import AT_ONCE, evaluate, think_answer
+from elastic_infer.reasoner.task import Problem
+from elastic_infer.reasoner.vocabulary import encode
 
 LATENCIES = ("cpu", "priced")
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from elastic_infer.config import ModelConfig, Width
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import Width
 from elastic_infer.elastify.corpus import Batch
 from elastic_infer.elastify.optimiser import MuonAdam
-from elastic_infer.elastify.reasoner.data import batches, held_out_batches
-from elastic_infer.elastify.reasoner.evaluate import wilson
-from elastic_infer.elastify.reasoner.task import Problem, held_out_problems
 from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialise
+from elastic_infer.reasoner.data import batches, held_out_batches
+from elastic_infer.reasoner.evaluate import wilson
+from elastic_infer.reasoner.task import Problem, held_out_problems
 
 CHECK_SEED = 1234
 

@@ -30,15 +30,17 @@ from bench.elastify.data import CHECK_SEED, PlainTraining, Problems, accuracy
 from bench.elastify.front import price_again
 from bench.elastify.price import calculated, from_file
 from bench.elastify.report import write_report
-from elastic_infer.checkpoint import Checkpoint
-from elastic_infer.config import (
-    ModelConfig,
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.slicing import slice_state_dict
+from elastic_infer.checkpoint.widths import (
     Width,
     count_parameters,
     full_width,
     parse_widths,
     slice_config,
 )
+from elastic_infer.device.machine import machine, today
 from elastic_infer.elastify import (
     Cost,
     Distiller,
@@ -57,11 +59,9 @@ from elastic_infer.elastify import (
 )
 from elastic_infer.elastify.distill import Result, evaluate
 from elastic_infer.elastify.importance import layer_errors
-from elastic_infer.elastify.reasoner.design import WIDTHS, reasoner_config
-from elastic_infer.elastify.reasoner.evaluate import machine, today
-from elastic_infer.elastify.reasoner.task import MAX_OPERATIONS, held_out_problems
-from elastic_infer.elastify.reasoner.vocabulary import write_tokenizer
-from elastic_infer.slicing import slice_state_dict
+from elastic_infer.reasoner.design import WIDTHS, reasoner_config
+from elastic_infer.reasoner.task import MAX_OPERATIONS, held_out_problems
+from elastic_infer.reasoner.vocabulary import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 NARROW = ("M", "S")

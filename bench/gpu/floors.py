@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from elastic_infer.config import ModelConfig, Width
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import Width
 
 STATE_ITEM = 4  # the SSM state is float32
 

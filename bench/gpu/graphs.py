@@ -14,7 +14,7 @@ from bench.gpu.decode import CONTEXT, SPARE_TOKENS, per_call
 from bench.gpu.model import Loaded, fits
 from bench.gpu.shapes import sizes
 from bench.gpu.worker import PartBase, PassedOver
-from elastic_infer.model import Model
+from elastic_infer.model.model import Model
 
 
 class Part(PartBase):

@@ -12,8 +12,8 @@ import torch
 from bench.gpu.ptxas import readable, short
 from bench.gpu.worker import PartBase
 from elastic_infer.ops import OpSpec, registry
-from elastic_infer.ops import _laws as laws
-from elastic_infer.ops._shapes import NATIVE, SHAPES
+from elastic_infer.ops.testing import laws
+from elastic_infer.ops.testing.shapes import NATIVE, SHAPES
 
 Check = tuple[str, Callable[[], Any]]
 

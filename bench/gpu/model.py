@@ -13,13 +13,14 @@ from bench.common.models import draw_values, tensor_specs
 from bench.gpu.setting import Setting
 from bench.gpu.shapes import model_of
 from bench.gpu.timing import free_bytes
-from elastic_infer.cache import PAGE, Cache, Sequence
-from elastic_infer.capacity import slot_bytes
-from elastic_infer.config import ModelConfig, Width, kv_bytes_per_token, widest
-from elastic_infer.devices import Device
-from elastic_infer.footprint import weight_bytes
-from elastic_infer.model import Model, Segment
-from elastic_infer.weights import WeightLoader
+from elastic_infer.cache.cache import PAGE, Cache, Sequence
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import Width, kv_bytes_per_token, widest
+from elastic_infer.device.device import Device
+from elastic_infer.model.model import Model, Segment
+from elastic_infer.model.weights import WeightLoader
+from elastic_infer.sizing.capacity import slot_bytes
+from elastic_infer.sizing.footprint import weight_bytes
 
 DTYPE = torch.bfloat16
 SPARE = 3 << 30  # bytes for activations, the loader's pieces and the roof's buffers

@@ -13,9 +13,9 @@ from bench.gpu.shapes import OpCase, OpCases, sizes
 from bench.gpu.timing import RoofPart, emptied, floor, free_bytes
 from bench.gpu.worker import PassedOver
 from elastic_infer.ops import registry
-from elastic_infer.ops._shapes import NATIVE
 from elastic_infer.ops._spec import Arguments, case_id
 from elastic_infer.ops.matmul import weight_bytes
+from elastic_infer.ops.testing.shapes import NATIVE
 
 DTYPE = torch.bfloat16
 CONTEXT, PROMPT = 4096, 4096  # tokens

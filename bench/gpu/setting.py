@@ -72,7 +72,7 @@ def about(setting: Setting) -> dict[str, Any]:
     import torch
 
     from bench.common.commit import commit
-    from elastic_infer.host import machine, today
+    from elastic_infer.device.machine import machine, today
 
     facts = {
         "commit": setting.commit or commit(),
@@ -143,7 +143,7 @@ def native(setting: Setting):
 
         yield _C
         return
-    from elastic_infer import model  # noqa: F401  (what the emulator replaces must be there)
+    from elastic_infer.model import model  # noqa: F401  (what the emulator replaces must be there)
     from elastic_infer.ops import registry
 
     registry()

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.common.models import THIRTY, model_config
-from elastic_infer.config import ModelConfig, Width, parse_widths
+from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.widths import Width, parse_widths
 from elastic_infer.ops._spec import Case
 
 

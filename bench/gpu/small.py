@@ -10,9 +10,9 @@ import sys
 import torch
 
 from bench.gpu.setting import Setting, native
-from elastic_infer.ops import _laws as laws
 from elastic_infer.ops import registry
-from elastic_infer.ops._shapes import SHAPES
+from elastic_infer.ops.testing import laws
+from elastic_infer.ops.testing.shapes import SHAPES
 
 AT_MOST = 12  # cases of one op
 

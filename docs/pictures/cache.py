@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .svg import box, line, picture, text
+from docs.pictures.svg import box, line, picture, text
 
 HERE = Path(__file__).parent
 LEFT, TOP, CELL, HIGH, LANE = 130.0, 84.0, 12.0, 22.0, 92.0

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .svg import box, line, picture, text
+from docs.pictures.svg import box, line, picture, text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cache, demo, speed, tiles, token_way, width_switch
+from docs.pictures import cache, demo, speed, tiles, token_way, width_switch
 
 HERE = Path(__file__).parent
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .svg import box, line, picture, text
+from docs.pictures.svg import box, line, picture, text
 
 RESULTS = Path(__file__).parent.parent.parent / "bench/results"
 LEFT, LABELS, BAR, GAP, ROW = 28.0, 196.0, 400.0, 18.0, 24.0

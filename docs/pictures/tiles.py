@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .svg import box, line, picture, text
+from docs.pictures.svg import box, line, picture, text
 
 TILE = 64
 SIDE = 30.0  # of a drawn tile

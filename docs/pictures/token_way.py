@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .svg import box, line, picture, text
+from docs.pictures.svg import box, line, picture, text
 
 LEFT, TOP, LANE, WIDE = 124.0, 64.0, 104.0, 752.0
 LANES = (

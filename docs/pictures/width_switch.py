@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .svg import box, line, picture, text
+from docs.pictures.svg import box, line, picture, text
 
 # What is read, in order: text, width that reads it, whether it was generated.
 PIECES = (

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from elastic_infer.errors import ElasticError, InvalidRequest, shown
-
+from ..errors import ElasticError, InvalidRequest, shown
 from . import common as c
 from .generation import figures
 

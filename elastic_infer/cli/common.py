@@ -18,11 +18,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 from typer.core import TyperGroup
 
-from elastic_infer.errors import ElasticError, InvalidRequest, shown
+from ..errors import ElasticError, InvalidRequest, shown
 
 if TYPE_CHECKING:
-    from elastic_infer.checkpoint import Checkpoint
-    from elastic_infer.engine import Engine
+    from ..checkpoint.checkpoint import Checkpoint
+    from ..engine.engine import Engine
 
 UsageError = typer.BadParameter.__base__  # typer may bring its own copy of click
 BAD_REQUEST = 2  # exit code of everything that the library refuses
@@ -146,7 +146,7 @@ def working(title: str) -> Iterator[None]:
 
 def open_engine(model: str, *, revision: str | None = None, **options: Any) -> Engine:
     """`Engine.from_pretrained` with a bar while the weights are read."""
-    from elastic_infer.engine import Engine
+    from ..engine.engine import Engine
 
     folder = Path(model).expanduser()
     # The bytes that a narrower max_width reads are only known once they were read.
@@ -160,7 +160,7 @@ def open_engine(model: str, *, revision: str | None = None, **options: Any) -> E
 
 def open_checkpoint(model: str, revision: str | None = None, widths: str | None = None):
     """`Checkpoint.open`; a separate function so that torch is imported only when it is needed."""
-    from elastic_infer.checkpoint import Checkpoint
+    from ..checkpoint.checkpoint import Checkpoint
 
     checkpoint: Checkpoint = Checkpoint.open(model, revision, widths)
     return checkpoint
@@ -237,7 +237,7 @@ def sampling_params(engine: Engine, **given: Any) -> Any:
 
 def read_plan(text: str | None, width: str | None) -> Any:
     """The plan of --plan, None without one; together with --width it is refused."""
-    from elastic_infer.plan import parse_plan
+    from ..plans.plan import parse_plan
 
     if text is not None and width is not None:
         raise InvalidRequest(

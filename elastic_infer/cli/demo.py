@@ -14,14 +14,13 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from elastic_infer.errors import InvalidRequest, shown
-from elastic_infer.writing import write_json
-
+from ..errors import InvalidRequest, shown
+from ..files.writing import write_json
 from . import common as c
 
 if TYPE_CHECKING:
-    from elastic_infer.engine import Engine
-    from elastic_infer.outputs import Token
+    from ..engine.engine import Engine
+    from ..outputs import Token
 
 HELP = (
     "Watch one checkpoint think at its narrowest width and answer at its widest, over one cache. "
@@ -60,8 +59,8 @@ def demo(
     question = read_question(QUESTION if ask is None else ask)
     if problems < 1:
         raise InvalidRequest(f"--problems: must be at least 1, got {problems}")
-    from elastic_infer import demo_model
-    from elastic_infer.elastify.reasoner.evaluate import AT_ONCE
+    from .. import demo_model
+    from ..reasoner.evaluate import AT_ONCE
 
     engine = c.open_engine(model or str(demo_model()), threads=threads, max_num_seqs=AT_ONCE)
     with engine:
@@ -114,8 +113,8 @@ def solve(expression: str) -> int:
 def show_lines(engine: Engine, question: str, screen: Console) -> None:
     """Answers a question at the widest width, and thinking at the narrowest; both at once, in one
     batch. On a terminal the tokens appear as they come."""
-    from elastic_infer.plan import Plan
-    from elastic_infer.sampling import SamplingParams
+    from ..plans.plan import Plan
+    from ..sampling.params import SamplingParams
 
     names = list(engine.widths)
     narrow, wide = names[0], names[-1]

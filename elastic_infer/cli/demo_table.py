@@ -22,14 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 import elastic_infer
-from elastic_infer.files import read_json
 
+from ..files.reading import read_json
 from . import common as c
 from .inspection import size_text
 
 if TYPE_CHECKING:
-    from elastic_infer.engine import Engine
-    from elastic_infer.plan import Plan
+    from ..engine.engine import Engine
+    from ..plans.plan import Plan
 
 ALONE = 6  # problems, one at a time, for the speed of a single sequence
 BENCH_FILE = "bench/results/decode-620m.json"
@@ -42,9 +42,9 @@ def measure_all(engine: Engine, problems: int, screen: Console) -> dict[str, Any
     Returns:
         {"rows": [one dict per line], and what they were measured with}.
     """
-    from elastic_infer.elastify.reasoner.evaluate import SEED
-    from elastic_infer.elastify.reasoner.task import held_out_problems
-    from elastic_infer.host import machine, today
+    from ..device.machine import machine, today
+    from ..reasoner.evaluate import SEED
+    from ..reasoner.task import held_out_problems
 
     asked = held_out_problems(SEED, problems)
     ways = ways_of(engine)
@@ -89,7 +89,7 @@ def _with_bar(above: Table, bar: Progress) -> Table:
 
 def ways_of(engine: Engine) -> dict[str, str | Plan]:
     """The table's lines: {title: a width, or a plan}."""
-    from elastic_infer.elastify.reasoner.evaluate import POLICIES, think_answer
+    from ..reasoner.evaluate import POLICIES, think_answer
 
     names = list(engine.widths)
     ways: dict[str, str | Plan] = {name: name for name in names}
@@ -107,7 +107,7 @@ def measure(
     done: Any = None,
 ) -> Row:
     """One line: accuracy with its interval, speed of one sequence and of 64 at once, bytes."""
-    from elastic_infer.elastify.reasoner.evaluate import evaluate
+    from ..reasoner.evaluate import evaluate
 
     option = {"width": how} if isinstance(how, str) else {"plan": how}
     found = evaluate(engine, problems, **option, done=done)
@@ -126,9 +126,9 @@ def measure(
 
 def speed_alone(engine: Engine, **option: Any) -> float:
     """Tokens per second of one sequence from its first token to its last: the median of a few."""
-    from elastic_infer.elastify.reasoner.evaluate import MAX_TOKENS, SEED
-    from elastic_infer.elastify.reasoner.task import MAX_OPERATIONS, held_out_problems
-    from elastic_infer.sampling import SamplingParams
+    from ..reasoner.evaluate import MAX_TOKENS, SEED
+    from ..reasoner.task import MAX_OPERATIONS, held_out_problems
+    from ..sampling.params import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     rates = []
@@ -141,7 +141,7 @@ def speed_alone(engine: Engine, **option: Any) -> float:
 def mean_bytes(engine: Engine, tokens: dict[str, int], how: str | Plan) -> float:
     """Bytes of weights read per generated token. A plan that can widen by `carry` or `window`
     keeps the state of all heads complete, which narrow tokens pay for."""
-    from elastic_infer.footprint import bytes_per_token
+    from ..sizing.footprint import bytes_per_token
 
     model = engine._model
     served = model.weights.served

@@ -12,12 +12,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from elastic_infer.errors import InvalidRequest, shown
-
+from ..errors import InvalidRequest, shown
 from . import common as c
 
 if TYPE_CHECKING:
-    from elastic_infer.checkpoint import Checkpoint
+    from ..checkpoint.checkpoint import Checkpoint
 
 HELP = (
     "Make a trained nemotron_h checkpoint elastic: rank all components on calibration data, sort "
@@ -75,7 +74,7 @@ def stages(steps: str, lengths: str, batches: str, odds: str | None) -> tuple[An
 
     The probabilities are those of the last stage; earlier ones draw all budgets equally often.
     """
-    from elastic_infer.elastify.settings import Stage
+    from ..elastify.settings import Stage
 
     counts = numbers("--steps", steps, int)
     columns = []
@@ -165,11 +164,11 @@ def make_elastic(
     c.log_to_stderr(verbose)
     import torch
 
-    from elastic_infer.elastify.costs import Cost
-    from elastic_infer.elastify.distributed import Group
-    from elastic_infer.elastify.pipeline import elastify
-    from elastic_infer.elastify.settings import Settings
-    from elastic_infer.files import read_json
+    from ..elastify.costs import Cost
+    from ..elastify.distributed import Group
+    from ..elastify.pipeline import elastify
+    from ..elastify.settings import Settings
+    from ..files.reading import read_json
 
     if threads is not None:
         if threads < 1:
@@ -206,8 +205,8 @@ def make_elastic(
 
 def show_result(folder: Path) -> None:
     """The widths of a new elastic checkpoint: parameters and divergence from the parent."""
-    from elastic_infer.config import count_parameters
-    from elastic_infer.elastify.budget import LearnedSizes
+    from ..checkpoint.widths import count_parameters
+    from ..elastify.budget import LearnedSizes
 
     checkpoint = c.open_checkpoint(str(folder))
     learned = LearnedSizes.load(folder, checkpoint.config)
@@ -229,8 +228,8 @@ def checkpoint_bits(checkpoint: Checkpoint) -> float:
     """Mean bits per parameter of a quantised checkpoint in memory; 16 for any other."""
     import torch
 
-    from elastic_infer.config import full_width
-    from elastic_infer.footprint import mean_bits
+    from ..checkpoint.widths import full_width
+    from ..sizing.footprint import mean_bits
 
     if not checkpoint.formats:
         return 16.0
@@ -258,8 +257,8 @@ def answer_budget(
     quantised checkpoint's weights, else 16. name: of the new width.
     write: add it to the table. revision, widths: as of `Checkpoint.open`.
     """
-    from elastic_infer.config import width_to_dict
-    from elastic_infer.elastify.budget import add_width, width_for_text
+    from ..checkpoint.widths import width_to_dict
+    from ..elastify.budget import add_width, width_for_text
 
     checkpoint = c.open_checkpoint(model, revision, widths)
     if bits is None:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from elastic_infer.errors import InvalidRequest, shown
-
+from ..errors import InvalidRequest, shown
 from . import common as c
 
 HELP = "Generate from one prompt: streamed, each token in the colour of its width, or as JSON."

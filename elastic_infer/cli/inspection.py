@@ -13,13 +13,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from elastic_infer.errors import InvalidRequest, shown
-
+from ..errors import InvalidRequest, shown
 from . import common as c
 from . import installation
 
 if TYPE_CHECKING:
-    from elastic_infer.config import ModelConfig, Width
+    from ..checkpoint.config import ModelConfig
+    from ..checkpoint.widths import Width
 
 HELP = (
     "Tell a checkpoint's widths, their parameters and bytes, how much fits a given memory, and "
@@ -85,7 +85,7 @@ def info(
         else:
             installation.show(facts)
         return
-    from elastic_infer.capacity import free_memory
+    from ..sizing.capacity import free_memory
 
     size = free_memory() if memory is None else parse_memory(memory)
     if length < 1:
@@ -115,13 +115,14 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
 
     Raises: CheckpointError, WidthError.
     """
-    from elastic_infer.checkpoint import WIDTHS_NAME, resolve_folder
-    from elastic_infer.config import ModelConfig, default_width_name, parse_widths
-    from elastic_infer.files import is_folder, read_json, user_path
-    from elastic_infer.quantization.published import SIDECAR, read_published
-    from elastic_infer.quantization.stored import stated_formats
-    from elastic_infer.slicing import expected_shapes
-    from elastic_infer.tensor_files import INDEX_NAME, SINGLE_NAME
+    from ..checkpoint.checkpoint import WIDTHS_NAME, resolve_folder
+    from ..checkpoint.config import ModelConfig
+    from ..checkpoint.published import SIDECAR, read_published
+    from ..checkpoint.slicing import expected_shapes
+    from ..checkpoint.stored import stated_formats
+    from ..checkpoint.tensor_files import INDEX_NAME, SINGLE_NAME
+    from ..checkpoint.widths import default_width_name, parse_widths
+    from ..files.reading import is_folder, read_json, user_path
 
     local = is_folder(user_path(model, "checkpoint: path"))
     folder = resolve_folder(model, revision, ("config.json", SIDECAR, WIDTHS_NAME))
@@ -152,11 +153,12 @@ def describe(
     import torch
 
     from elastic_infer._C import Pool, cuda_architectures, usable_isas
-    from elastic_infer.cache_dtypes import cache_dtypes, item_size
-    from elastic_infer.capacity import slot_bytes
-    from elastic_infer.config import count_parameters, kv_bytes_per_token
-    from elastic_infer.devices import why_not_cuda
-    from elastic_infer.footprint import bytes_per_token, fit, weight_bytes
+
+    from ..cache.dtypes import cache_dtypes, item_size
+    from ..checkpoint.widths import count_parameters, kv_bytes_per_token
+    from ..device.device import why_not_cuda
+    from ..sizing.capacity import slot_bytes
+    from ..sizing.footprint import bytes_per_token, fit, weight_bytes
 
     config, formats = opened.config, opened.formats
     run = torch.float32 if opened.stored in ("float32", "float16") else torch.bfloat16
@@ -207,14 +209,14 @@ def describe(
 
 def has(config: ModelConfig, key: str) -> bool:
     """True if any layer is sized by this key."""
-    from elastic_infer.config import LAYER_KEYS
+    from ..checkpoint.widths import LAYER_KEYS
 
     return LAYER_KEYS[key] in config.layers
 
 
 def sizes(config: ModelConfig, width: Width, key: str) -> int | list[int]:
     """A width's size on one axis: one number, or one per layer that has the axis."""
-    from elastic_infer.config import LAYER_KEYS
+    from ..checkpoint.widths import LAYER_KEYS
 
     values = [getattr(width, key)[i] for i in config.layers_of(LAYER_KEYS[key])]
     return values[0] if len(set(values)) == 1 else values

@@ -23,7 +23,7 @@ def installed(package: str) -> str | None:
 
 def describe() -> dict[str, Any]:
     """Returns everything that `elastic-infer info` without a model tells, as plain values."""
-    from elastic_infer import _C
+    from .. import _C
 
     return {
         "version": elastic_infer.__version__,

@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from elastic_infer.errors import InvalidRequest, shown
-
+from ..errors import InvalidRequest, shown
 from . import common as c
 
 HELP = (
@@ -67,8 +66,8 @@ def quantize(
 ) -> None:
     """The command; its arguments are its options."""
     c.log_to_stderr(verbose)
-    from elastic_infer.quantization.distill import DistillSettings
-    from elastic_infer.quantization.write import check_source, choose_formats, quantize_checkpoint
+    from ..quantize.distill import DistillSettings
+    from ..quantize.write import check_source, choose_formats, quantize_checkpoint
 
     if distill != (data is not None):
         raise InvalidRequest("--distill, --data: must be given together")
@@ -116,10 +115,10 @@ def distilled(
     checkpoint: Any, formats: dict[str, str], data: Path, settings: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Searches the scales, trains, and gives the weights that `quantize_checkpoint` then writes."""
-    from elastic_infer.elastify.distributed import Group
-    from elastic_infer.elastify.pipeline import open_data
-    from elastic_infer.quantization.distill import distill_quantized
-    from elastic_infer.quantization.write import Quantizer
+    from ..elastify.distributed import Group
+    from ..elastify.pipeline import open_data
+    from ..quantize.distill import distill_quantized
+    from ..quantize.write import Quantizer
 
     quantizer = Quantizer(checkpoint, formats, options["weights"])
     with c.working("searching scales"):

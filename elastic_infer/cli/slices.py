@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from elastic_infer.errors import InvalidRequest, shown
-
+from ..errors import InvalidRequest, shown
 from . import common as c
 from . import elastify as budgets
 
@@ -54,7 +53,7 @@ def slice_width(
 ) -> None:
     """The command `slice`; its arguments are its options."""
     c.log_to_stderr(verbose)
-    from elastic_infer.slicing import slice_checkpoint
+    from ..checkpoint.slicing import slice_checkpoint
 
     checkpoint = c.open_checkpoint(model, revision, widths)
     with c.writing(width) as written:
@@ -95,8 +94,8 @@ def derive(
             write=write, revision=revision,
         )  # fmt: skip
         return
-    from elastic_infer.checkpoint import resolve_folder
-    from elastic_infer.derive import derive_widths, write_widths
+    from ..checkpoint.checkpoint import resolve_folder
+    from ..checkpoint.derive import derive_widths, write_widths
 
     folders, configs = named("--slice", slices), named("--slice-config", slice_configs)
     folder = resolve_folder(full, revision)

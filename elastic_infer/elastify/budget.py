@@ -13,21 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic_infer.checkpoint import Checkpoint
-from elastic_infer.config import (
-    Counts,
-    ModelConfig,
-    Width,
-    count_parameters,
-    full_width,
-    width_to_dict,
-)
-from elastic_infer.derive import write_widths
-from elastic_infer.elastify.costs import Cost, parse_bytes, parse_parameters
-from elastic_infer.elastify.router import Router
-from elastic_infer.errors import CheckpointError, InvalidRequest, WidthError, shown
-from elastic_infer.files import foreign, is_file, read_json
-from elastic_infer.writing import write_json
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.derive import write_widths
+from ..checkpoint.widths import Counts, Width, count_parameters, full_width, width_to_dict
+from ..errors import CheckpointError, InvalidRequest, WidthError, shown
+from ..files.reading import foreign, is_file, read_json
+from ..files.writing import write_json
+from .costs import Cost, parse_bytes, parse_parameters
+from .router import Router
 
 __all__ = ["Answer", "LearnedSizes", "add_width", "width_for_budget", "width_for_text"]
 
@@ -114,7 +108,7 @@ class LearnedSizes:
     @classmethod
     def _from_dict(cls, data: dict[str, Any], config: ModelConfig, path: Path) -> LearnedSizes:
         """Raises what comes of it where a value is missing or of another type."""
-        from elastic_infer.config import parse_widths
+        from ..checkpoint.widths import parse_widths
 
         if data["version"] != VERSION:
             got = shown(data["version"])

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_infer.errors import CheckpointError, InvalidRequest
-from elastic_infer.files import parse_json
-from elastic_infer.writing import Stream, write_whole
+from ..errors import CheckpointError, InvalidRequest
+from ..files.reading import parse_json
+from ..files.writing import Stream, write_whole
 
 __all__ = ["Batch", "Corpus", "IteratorData", "as_data"]
 

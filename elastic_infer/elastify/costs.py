@@ -7,17 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_infer.config import (
-    ATTENTION,
-    LAYER_KEYS,
-    MAMBA,
-    MLP,
-    ModelConfig,
-    Width,
-    kv_bytes_per_token,
-)
-from elastic_infer.errors import InvalidRequest, shown
-from elastic_infer.value_checks import check_count, check_real
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.widths import ATTENTION, LAYER_KEYS, MAMBA, MLP, Width, kv_bytes_per_token
+from ..errors import InvalidRequest, shown
+from ..value_checks import check_count, check_real
 
 __all__ = ["Cost", "parameters", "parse_bytes", "parse_parameters"]
 

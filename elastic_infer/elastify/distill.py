@@ -22,23 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_infer.config import Width, count_parameters, full_width
-from elastic_infer.elastify.corpus import Batch, as_data
-from elastic_infer.elastify.distributed import Group
-from elastic_infer.elastify.losses import divergence, switch_places
-from elastic_infer.elastify.optimiser import MuonAdam
-from elastic_infer.elastify.router import (
-    DEAD_ZONE,
-    Router,
-    budget_loss,
-    logit_scale,
-    temperature,
-)
-from elastic_infer.elastify.settings import Settings, Stage
-from elastic_infer.elastify.torch_model import ElasticNemotronH
-from elastic_infer.errors import CheckpointError, InvalidRequest, NonFiniteLoss
-from elastic_infer.files import parse_json
-from elastic_infer.writing import append_line, make_folder, write_whole
+from ..checkpoint.widths import Width, count_parameters, full_width
+from ..errors import CheckpointError, InvalidRequest, NonFiniteLoss
+from ..files.reading import parse_json
+from ..files.writing import append_line, make_folder, write_whole
+from .corpus import Batch, as_data
+from .distributed import Group
+from .losses import divergence, switch_places
+from .optimiser import MuonAdam
+from .router import DEAD_ZONE, Router, budget_loss, logit_scale, temperature
+from .settings import Settings, Stage
+from .torch_model import ElasticNemotronH
 
 __all__ = ["Distiller", "Result", "Settings", "Stage", "evaluate"]
 
@@ -460,7 +454,7 @@ class Distiller:
 
 def _mean_sizes(config: Any, width: Width) -> dict[str, float]:
     """Hidden size, and per axis the mean size over its layers."""
-    from elastic_infer.config import LAYER_KEYS
+    from ..checkpoint.widths import LAYER_KEYS
 
     out: dict[str, float] = {"hidden_size": width.hidden_size}
     for key, kind in LAYER_KEYS.items():

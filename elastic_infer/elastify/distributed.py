@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elastic_infer.elastify.corpus import Batch
-from elastic_infer.elastify.torch_model import ElasticNemotronH
-from elastic_infer.errors import InvalidRequest
+from ..errors import InvalidRequest
+from .corpus import Batch
+from .torch_model import ElasticNemotronH
 
 __all__ = ["Group"]
 

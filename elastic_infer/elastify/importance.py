@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_infer.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
-from elastic_infer.elastify.torch_model import Attention, ElasticNemotronH, Mamba, Mlp, Moe
-from elastic_infer.errors import CheckpointError, InvalidRequest
-from elastic_infer.tensor_files import open_safetensors, save_tensors
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.tensor_files import open_safetensors, save_tensors
+from ..checkpoint.widths import ATTENTION, MAMBA, MLP, MOE
+from ..errors import CheckpointError, InvalidRequest
+from .torch_model import Attention, ElasticNemotronH, Mamba, Mlp, Moe
 
 __all__ = ["Importance", "layer_errors", "layer_order", "measure_importance"]
 

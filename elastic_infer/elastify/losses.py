@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elastic_infer.elastify.corpus import Batch
+from .corpus import Batch
 
 __all__ = ["divergence", "switch_places"]
 

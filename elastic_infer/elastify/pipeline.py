@@ -14,26 +14,22 @@ from typing import Any
 
 from torch import Tensor
 
-from elastic_infer.checkpoint import Checkpoint
-from elastic_infer.config import width_to_dict
-from elastic_infer.elastify.budget import LearnedSizes
-from elastic_infer.elastify.corpus import Corpus, as_data
-from elastic_infer.elastify.distill import METRICS, Distiller, Result, Settings, is_finished
-from elastic_infer.elastify.distributed import Group
-from elastic_infer.elastify.importance import Importance, measure_importance
-from elastic_infer.elastify.plot import plot_metrics
-from elastic_infer.elastify.router import check_choices, default_choices
-from elastic_infer.elastify.sorting import importance_order, sort_model
-from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
-from elastic_infer.errors import CheckpointError, InvalidRequest, shown
-from elastic_infer.slicing import (
-    SHARD_BYTES,
-    copy_side_files,
-    expected_shapes,
-    with_kv_factors,
-)
-from elastic_infer.tensor_files import write_safetensors
-from elastic_infer.writing import make_folder, only_writer, require_new, withdraw, write_json
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.slicing import SHARD_BYTES, copy_side_files, expected_shapes, with_kv_factors
+from ..checkpoint.tensor_files import write_safetensors
+from ..checkpoint.widths import width_to_dict
+from ..errors import CheckpointError, InvalidRequest, shown
+from ..files.writing import make_folder, only_writer, require_new, withdraw, write_json
+from .budget import LearnedSizes
+from .corpus import Corpus, as_data
+from .distill import METRICS, Distiller, Result, is_finished
+from .distributed import Group
+from .importance import Importance, measure_importance
+from .plot import plot_metrics
+from .router import check_choices, default_choices
+from .settings import Settings
+from .sorting import importance_order, sort_model
+from .torch_model import ElasticNemotronH, encode_floats
 
 __all__ = ["calibration_batches", "elastify", "export_elastic", "open_data", "parent_importance"]
 
@@ -53,7 +49,7 @@ def open_data(data: Any, checkpoint: Checkpoint, longest: int, run: Path, group:
     """
     if not isinstance(data, (str, Path)):
         return as_data(data)
-    from elastic_infer.tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     end = checkpoint.config.eos_token_ids

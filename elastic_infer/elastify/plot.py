@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from elastic_infer.errors import CheckpointError, InvalidRequest
-from elastic_infer.files import parse_json, read_text
-from elastic_infer.writing import write_whole
+from ..errors import CheckpointError, InvalidRequest
+from ..files.reading import parse_json, read_text
+from ..files.writing import write_whole
 
 __all__ = ["plot_metrics"]
 

@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_infer.config import (
-    CHANNEL_STEP,
-    LAYER_KEYS,
-    ModelConfig,
-    Width,
-    full_width,
-    parse_widths,
-)
-from elastic_infer.elastify.costs import Cost
-from elastic_infer.errors import InvalidRequest, WidthError, shown
-from elastic_infer.value_checks import is_real
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.widths import CHANNEL_STEP, LAYER_KEYS, Width, full_width, parse_widths
+from ..errors import InvalidRequest, WidthError, shown
+from ..value_checks import is_real
+from .costs import Cost
 
 __all__ = [
     "Router",

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_infer.elastify.costs import Cost
-from elastic_infer.elastify.router import check_budgets
-from elastic_infer.errors import InvalidRequest, shown
-from elastic_infer.value_checks import MOST, check_count, check_real, is_real
+from ..errors import InvalidRequest, shown
+from ..value_checks import MOST, check_count, check_real, is_real
+from .costs import Cost
+from .router import check_budgets
 
 __all__ = ["Settings", "Stage"]
 

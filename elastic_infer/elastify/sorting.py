@@ -14,20 +14,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elastic_infer.checkpoint import Checkpoint
-from elastic_infer.config import ModelConfig
-from elastic_infer.elastify.importance import Importance
-from elastic_infer.elastify.torch_model import ElasticNemotronH, encode_floats
-from elastic_infer.errors import CheckpointError
-from elastic_infer.slicing import (
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.slicing import (
     EMBEDDING,
     SHARD_BYTES,
     copy_side_files,
     expected_shapes,
     with_kv_factors,
 )
-from elastic_infer.tensor_files import write_safetensors
-from elastic_infer.writing import new_folder, require_new, write_json
+from ..checkpoint.tensor_files import write_safetensors
+from ..errors import CheckpointError
+from ..files.writing import new_folder, require_new, write_json
+from .importance import Importance
+from .torch_model import ElasticNemotronH, encode_floats
 
 __all__ = [
     "Order",
@@ -110,7 +110,7 @@ def importance_order(config: ModelConfig, importance: Importance) -> Order:
 
 def random_order(config: ModelConfig, seed: int) -> Order:
     """A random order of every axis, heads inside their groups: the control of a comparison."""
-    from elastic_infer.elastify.importance import score_shapes
+    from .importance import score_shapes
 
     generator = torch.Generator().manual_seed(seed)
     scores = {

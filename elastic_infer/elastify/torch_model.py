@@ -14,8 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_infer.config import ModelConfig, Width, full_width
-from elastic_infer.elastify.torch_ops import (
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.tensor_files import save_tensors
+from ..checkpoint.widths import Width, full_width
+from ..errors import CheckpointError, InvalidRequest, shown
+from ..files.writing import make_folder, withdraw, write_json
+from .torch_ops import (
     Carried,
     Dispatch,
     Permute,
@@ -26,9 +30,6 @@ from elastic_infer.elastify.torch_ops import (
     rms_norm,
     ssd_scan,
 )
-from elastic_infer.errors import CheckpointError, InvalidRequest, shown
-from elastic_infer.tensor_files import save_tensors
-from elastic_infer.writing import make_folder, withdraw, write_json
 
 # What is learnt through in place of a prefix: width key -> mask over its units (channels, heads,
 # experts) in checkpoint order, of one layer.
@@ -435,7 +436,7 @@ class ElasticNemotronH(nn.Module):
 
         Raises: CheckpointError for one that `Checkpoint.open` refuses, or that is quantised.
         """
-        from elastic_infer.checkpoint import Checkpoint
+        from ..checkpoint.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(folder)
         checkpoint.require_plain("torch_model")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from elastic_infer.config import Width
+    from ..checkpoint.widths import Width
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..quantization.formats import BLOCK
+from ..codes import BLOCK
 from ._quantised import dequantise
 from .nvfp4_quantize import nvfp4_scale
 from .nvfp4_quantize import reference as nvfp4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..quantization.formats import BLOCK, decode_e4m3, unpack_e2m1
+from ..codes import BLOCK, decode_e4m3, unpack_e2m1
 
 TILE = 64
 NVFP4 = torch.float4_e2m1fn_x2  # how an image of NVFP4 tiles names its dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _C
-from ..quantization.formats import E4M3_MAX
+from ..codes import E4M3_MAX
 from ._spec import Arguments, Case, OpSpec, randn
 from .nvfp4_quantize import largest_over, poison_gaps
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import _C
-from ..quantization.formats import BLOCK
+from ..codes import BLOCK
 from ._activations import quantised
 from ._quantised import (
     FP8,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import _C
-from ..quantization.formats import BLOCK
+from ..codes import BLOCK
 from ._activations import quantised
 from ._quantised import NAN_SCALE, dequantise, draw_codes, image_dtype, tile_bytes
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows

@@ -7,7 +7,7 @@ import math
 import torch
 
 from .. import _C
-from ..quantization.formats import BLOCK, E2M1_MAX, E4M3_MAX, decode_e4m3, encode_e2m1
+from ..codes import BLOCK, E2M1_MAX, E4M3_MAX, decode_e4m3, encode_e2m1
 from ._spec import Arguments, Case, OpSpec, randn
 
 

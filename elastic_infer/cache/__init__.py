@@ -1,0 +1,1 @@
+"""KV pages, state slots and the sequences that hold them."""

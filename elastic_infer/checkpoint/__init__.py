@@ -1,0 +1,1 @@
+"""Checkpoints on disk: config.json, width tables, safetensors, the Hub, stored codes."""

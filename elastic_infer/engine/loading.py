@@ -1,0 +1,256 @@
+"""From a checkpoint to a model that is ready to run: devices, limits, weights, cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _C
+from ..cache.cache import Cache
+from ..cache.dtypes import FP8, CacheDtypes, cache_dtypes
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.widths import Width, widest
+from ..device.device import Device, choose_device
+from ..errors import InvalidRequest, WidthError, shown
+from ..files.reading import GENERATION_CONFIG, read_json
+from ..model.model import Model
+from ..model.weights import Progress, WeightLoader, activation_dtype
+from ..sizing.capacity import Capacity, check_limits, plan_capacity
+from ..sizing.fit import cache_budget
+from ..text.tokenizer import Tokenizer, eos_ids_from_folder
+from ..torch_modes import plain_torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """What an engine is made of."""
+
+    model: Model
+    tokenizer: Tokenizer | None
+    checkpoint: Checkpoint
+    capacity: Capacity
+    default_width: str
+    generation_config: dict[str, Any]
+    eos_ids: tuple[int, ...]
+
+
+@dataclass
+class Options:
+    """The arguments of `Engine.from_pretrained` that say how to load."""
+
+    device: str
+    dtype: str | torch.dtype
+    max_width: str | None
+    max_model_len: int | None
+    max_num_seqs: int | None
+    max_num_batched_tokens: int
+    kv_cache_memory_bytes: int | None
+    gpu_memory_utilization: float
+    threads: int | None
+    isa: str
+    progress: Progress | None
+    batch_invariant: bool = False
+    enforce_eager: bool = False
+    kv_cache_dtype: str = "auto"
+    mamba_ssm_cache_dtype: str = "auto"
+    activation_quantization: str = "none"
+
+
+def load(
+    path: str | Path,
+    revision: str | None,
+    widths: str | Path | Mapping[str, Any] | None,
+    options: Options,
+) -> Loaded:
+    """Opens the checkpoint and reads what is to be served.
+
+    Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
+    """
+    with plain_torch():
+        return _load(path, revision, widths, options)
+
+
+def _load(
+    path: str | Path,
+    revision: str | None,
+    widths: str | Path | Mapping[str, Any] | None,
+    options: Options,
+) -> Loaded:
+    device = choose_device(options.device)
+    _check_share(options.gpu_memory_utilization)
+    checkpoint = Checkpoint.open(path, revision, widths)
+    kept, served = served_widths(checkpoint.widths, options.max_width)
+    try:
+        kind = activation_dtype(checkpoint, options.dtype)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    config = checkpoint.config
+    check_activations(options.activation_quantization, device, checkpoint.formats)
+    check_limits(
+        config, options.max_model_len, options.max_num_seqs, options.max_num_batched_tokens,
+        options.kv_cache_memory_bytes,
+    )  # fmt: skip
+    dtypes = cache_dtypes(config, kind, options.kv_cache_dtype, options.mamba_ssm_cache_dtype)
+    _tell_missing_factors(checkpoint, dtypes)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    generation_config = read_generation_config(checkpoint.folder)
+    capacity = plan_capacity(
+        config, served, dtypes, options.max_model_len, options.max_num_seqs,
+        options.max_num_batched_tokens, options.kv_cache_memory_bytes,
+        _available(device, checkpoint, served, kind, options, dtypes),
+    )  # fmt: skip
+    pool = _pool(device, options)
+    start = time.perf_counter()
+    with device.running():
+        loader = WeightLoader(checkpoint, served, kind, pool, options.progress, device)
+        weights = loader.load()
+        cache = Cache(config, served, dtypes, capacity.num_pages, capacity.num_slots, device)
+        model = Model(
+            config, weights, list(kept.values()), cache, pool, capacity.max_num_batched_tokens,
+            capacity.max_num_seqs, capacity.max_model_len, device, not options.enforce_eager,
+            activation_quantization=options.activation_quantization,
+        )  # fmt: skip
+        device.wait()
+    logger.info(
+        "loaded %s in %.1f s: widths %s, %s, %.0f MB of weights, %s, max_model_len %d, "
+        "max_num_seqs %d, %d KV pages (%s), %d state slots (%s)",
+        path, time.perf_counter() - start, ", ".join(kept), str(kind)[6:],
+        weights.nbytes / 1e6, _where(device, pool), capacity.max_model_len,
+        capacity.max_num_seqs, capacity.num_pages, dtypes.names[0], capacity.num_slots,
+        dtypes.names[1],
+    )  # fmt: skip
+    default = checkpoint.default_width
+    return Loaded(
+        model, tokenizer, checkpoint, capacity, default if default in kept else list(kept)[-1],
+        generation_config, _eos_ids(checkpoint, tokenizer),
+    )  # fmt: skip
+
+
+def _tell_missing_factors(checkpoint: Checkpoint, dtypes: CacheDtypes) -> None:
+    """Warns where keys and values in 8 bits are asked for, or stated by the checkpoint, and it has
+    no factors for them: large ones would be cut to the largest code."""
+    stated = checkpoint.published and checkpoint.published.kv_cache == "FP8"
+    if checkpoint.lacks_kv_factors and (stated or dtypes.kv == FP8):
+        logger.warning(
+            "%s: keys and values in FP8 are %s, but there is no k_scale or v_scale of some "
+            "attention layers: the factor is 1, and values beyond 448 are cut",
+            checkpoint.folder,
+            "asked for" if dtypes.kv == FP8 else "stated by the checkpoint",
+        )
+
+
+def check_activations(wish: object, device: Device, formats: Mapping[str, str]) -> None:
+    """Refuses activations in a form that the device or the weights do not allow.
+
+    Args:
+        wish: "none", "int8" (the CPU) or "nvfp4" (GPUs of compute capability 12.x).
+        formats: of the checkpoint's quantised matrices, by name.
+
+    Raises: InvalidRequest.
+    """
+    name = "engine: activation_quantization"
+    if wish not in ("none", "int8", "nvfp4"):
+        raise InvalidRequest(f"{name} must be none, int8 or nvfp4, got {shown(wish)}")
+    if wish == "none":
+        return
+    if wish == "int8":
+        why = "" if device.is_cpu else "int8 is for the CPU, the device is a GPU"
+    else:
+        why = "a GPU of compute capability 12.x is needed, the device is the CPU"
+        why = why if device.is_cpu else _C.cuda_lacks(device.place.index or 0, 120, True)
+    if not why and "nvfp4" not in formats.values():
+        why = "the checkpoint has no NVFP4 matrix"
+    if why:
+        raise InvalidRequest(f"{name} must be none: {why}, got {shown(wish)}")
+    if wish == "nvfp4":
+        logger.warning(
+            "activation_quantization: NVFP4 weights multiply activations in 4 bits, with kernels "
+            "that have never run on a GPU"
+        )
+
+
+def served_widths(
+    widths: Mapping[str, Width], max_width: str | None
+) -> tuple[dict[str, Width], Width]:
+    """(widths that can be used, axis-wise maximum of them) when `max_width` is the widest to serve.
+
+    Raises: WidthError for an unknown name.
+    """
+    if max_width is None:
+        return dict(widths), widest(widths)
+    if not isinstance(max_width, str) or max_width not in widths:
+        raise WidthError(f"max_width: must be one of {', '.join(widths)}, got {shown(max_width)}")
+    top = widths[max_width]
+    return {name: w for name, w in widths.items() if w.fits_in(top)}, top
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The object in generation_config.json; empty without the file.
+
+    Raises: CheckpointError for one that is no JSON object.
+    """
+    path = folder / GENERATION_CONFIG
+    return read_json(path, f"{path.name}:", dict) if os.path.lexists(path) else {}
+
+
+def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """What ends a sequence: what the checkpoint's files state and the tokenizer's own."""
+    stated = eos_ids_from_folder(checkpoint.folder)
+    own = tokenizer.eos_ids if tokenizer else ()
+    return tuple(dict.fromkeys((*stated, *own))) or checkpoint.config.eos_token_ids
+
+
+def _available(
+    device: Device, checkpoint: Checkpoint, served: Width, dtype: torch.dtype, options: Options,
+    cache: CacheDtypes,
+) -> int | None:
+    """Bytes for the cache on an accelerator; None on a CPU."""
+    if device.is_cpu:
+        return None
+    return cache_budget(
+        device, checkpoint.config, checkpoint.widths, served, dtype, options.max_model_len,
+        options.max_num_seqs, options.max_num_batched_tokens, options.gpu_memory_utilization,
+        options.kv_cache_memory_bytes, checkpoint.formats, cache,
+    )  # fmt: skip
+
+
+def _pool(device: Device, options: Options) -> _C.Pool:
+    threads = _threads(options.threads) if device.is_cpu else 1
+    try:
+        return _C.Pool(threads, options.isa, options.batch_invariant)
+    except ValueError as error:
+        raise InvalidRequest(f"engine: {error}") from None
+
+
+def _where(device: Device, pool: _C.Pool) -> str:
+    """What runs the kernels, for the log."""
+    if device.is_cpu:
+        return f"{pool.isa} kernels on {pool.threads} threads"
+    if device.stream is None:
+        return "CUDA kernels, emulated"
+    return f"CUDA kernels on {device.name} ({torch.cuda.get_device_name(device.place)})"
+
+
+def _check_share(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise InvalidRequest(
+            f"engine: gpu_memory_utilization must be a number in (0, 1], got {shown(value)}"
+        )
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        known = hasattr(os, "sched_getaffinity")
+        return len(os.sched_getaffinity(0)) if known else (os.cpu_count() or 1)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise InvalidRequest(f"engine: threads must be an int in [1, 1024], got {shown(threads)}")
+    return threads

@@ -1,0 +1,1 @@
+"""One pass of the model: weights as tiles, tables of a batch, layers."""

@@ -1,0 +1,110 @@
+"""Memory that passes reuse: activations, and the small tables that say what a pass consists of."""
+
+from __future__ import annotations
+
+import torch
+
+from ..cache.cache import PAGE
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.widths import Width
+from ..device.device import CPU, Device, Shared, Sizes
+from ..ops.moe_matmul import moe_workspace_bytes
+from .weights import activation_columns
+
+LOGIT_ROWS = 256  # whose logits are computed at a time, where no pass has more sequences
+
+
+def logit_rows(segments: int) -> int:
+    """Rows whose logits are computed at a time: at least one of each of `segments` sequences."""
+    return max(LOGIT_ROWS, segments)
+
+
+class Buffers:
+    """Activations of passes of up to `rows` tokens of up to `segments` sequences: every op writes
+    before another reads.
+
+    config, served: the model and its served width. dtype: of activations. device: where they are.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        served: Width,
+        dtype: torch.dtype,
+        rows: int,
+        segments: int,
+        device: Device = CPU,
+    ):
+        D, zeros = served.hidden_size, device.zeros
+        widest = activation_columns(config, served)
+        inner = config.mamba_head_dim * max(served.mamba_num_heads, default=0)
+        # Sizes of a kind of layer that the model lacks count as absent.
+        has = {kind: kind in config.layers for kind in "ME"}
+        conv = inner + 2 * config.n_groups * config.ssm_state_size * has["M"]
+        heads = config.head_dim * max(served.num_attention_heads, default=0)
+        J = config.num_experts_per_tok * has["E"]
+
+        def activation(columns: int) -> torch.Tensor:
+            return zeros(rows, columns, dtype=dtype)
+
+        self.residual, self.normed, self.delta = (activation(D) for _ in range(3))
+        self.shared, self.projected = activation(D), activation(widest)
+        self.inner = activation(max(inner, heads, 16))
+        self.conv, self.scanned = activation(conv), activation(inner)
+        # Counters that mamba_step leaves zero: the passes of a model come one after another.
+        self.arrivals = zeros(rows, config.n_groups * has["M"], dtype=torch.int32)
+        self.expert_ids = zeros(rows, J, dtype=torch.int32)
+        self.expert_weights = zeros(rows, J)
+        self.workspace = zeros(_workspace(config, served, rows, dtype), dtype=torch.uint8)
+        head = logit_rows(segments)
+        self.gathered = zeros(head, D, dtype=dtype)
+        self.logits = zeros(head, config.vocab_size)
+        self.drawn = zeros(head, dtype=torch.int32)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in vars(self).values())
+
+
+def draw_tables(rows: int) -> Sizes:
+    """Names and sizes of the tables that say how `rows` tokens are drawn (`model.Draw`)."""
+    each, f32 = (rows,), torch.float32
+    return {
+        "seed": (each, torch.int64), "position": (each, torch.int64), "top_k": each,
+        "temperature": (each, f32), "top_p": (each, f32), "min_p": (each, f32),
+    }  # fmt: skip
+
+
+def batch_tables(rows: int, segments: int, max_length: int) -> Sizes:
+    """Names and sizes of the tables of a pass of up to `rows` tokens of up to `segments` sequences
+    of up to `max_length` tokens. The page table, the largest by far, comes last: it is copied to a
+    device only when it changes."""
+    return {
+        **draw_tables(segments),
+        "feed": (segments,), "ids": (rows,), "row_mode": (rows,), "slot_mapping": (rows,),
+        "seq_mode": (segments,), "slots": (segments,), "lengths": (segments,),
+        "context": (segments,), "cu_seqlens": (segments + 1,), "cu_prefill": (segments + 1,),
+        "logit_rows": (logit_rows(segments),), "logit_mode": (logit_rows(segments),),
+        "page_table": (segments, -(-max_length // PAGE)),
+    }  # fmt: skip
+
+
+def working_bytes(
+    config: ModelConfig, served: Width, dtype: torch.dtype, rows: int, segments: int, length: int
+) -> int:
+    """Bytes that passes of `rows` tokens of `segments` sequences of up to `length` tokens need
+    beside weights and cache."""
+    with torch.device("meta"):  # sizes only, no memory
+        activations = Buffers(config, served, dtype, rows, segments).nbytes
+    return activations + Shared.nbytes(batch_tables(rows, segments, length))
+
+
+def _workspace(config: ModelConfig, served: Width, rows: int, dtype: torch.dtype) -> int:
+    sizes = [
+        moe_workspace_bytes(
+            rows, config.num_experts_per_tok, served.n_routed_experts[layer], served.hidden_size,
+            served.moe_intermediate_size[layer], dtype,
+        )
+        for layer in config.layers_of("E")
+    ]  # fmt: skip
+    return max(sizes, default=16)

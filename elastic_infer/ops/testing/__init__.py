@@ -1,0 +1,1 @@
+"""The laws and shapes that every op is held to, for tests and benchmarks."""

@@ -1,0 +1,1 @@
+"""Plans: which width reads and samples which token."""

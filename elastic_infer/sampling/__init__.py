@@ -1,0 +1,1 @@
+"""Sampling parameters, and what they change in a row of logits."""

@@ -1,0 +1,128 @@
+"""Checks of sampling parameters, in the types in which the tables of a pass hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from ..errors import InvalidRequest, shown
+from ..value_checks import is_real
+
+__all__ = [
+    "MOST_BAD_WORDS", "MOST_LOGPROBS", "MOST_STOPS", "biases_of", "check_int", "check_number",
+    "encodable", "fail", "functions_of", "ids_of", "is_int", "texts_of",
+]  # fmt: skip
+
+# A value must be normal in float32: what rounds to zero or infinity there is not what was asked.
+FLOAT32_LEAST, FLOAT32_MOST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
+MOST_LOGPROBS = 128  # each is compared with the whole row, on the thread that runs the passes
+MOST_IDS = 1 << 20  # more than any vocabulary has
+MOST_STOPS, MOST_BAD_WORDS = 64, 1024  # each is looked for after every token
+LONGEST_TEXT = 512  # characters of a stop string or bad word
+MOST_FUNCTIONS = 64
+
+
+def fail(name: str, rule: str, value: Any) -> InvalidRequest:
+    """The error for a parameter that breaks a rule."""
+    return InvalidRequest(f"SamplingParams: {name} must {rule}, got {shown(value)}")
+
+
+def is_int(value: Any) -> bool:
+    """Whether this is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_int(
+    name: str, value: Any, least: int, most: int | None = None, optional: bool = False
+) -> None:
+    """Raises InvalidRequest unless `value` is an int within the bounds (or None, if optional)."""
+    if optional and value is None:
+        return
+    if not is_int(value) or value < least or (most is not None and value > most):
+        none = "None or " if optional else ""
+        bounds = f">= {least}" if most is None else f"in [{least}, {most}]"
+        raise fail(name, f"be {none}an int {bounds}", value)
+
+
+def check_number(
+    name: str, value: Any, rule: str, holds: Callable[[float], bool], positive: bool = False
+) -> None:
+    """Raises InvalidRequest unless `value` is a finite number that obeys the rule, in float32 too.
+
+    positive: whether zero would break the rule.
+    """
+    if not is_real(value) or not holds(value):
+        raise fail(name, f"be a finite number {rule}", value)
+    if value > FLOAT32_MOST or (positive and value < FLOAT32_LEAST):
+        bounds = f"{FLOAT32_LEAST if positive else 0:.4g} to {FLOAT32_MOST:.4g}"
+        raise fail(name, f"be a finite number {rule} that float32 can hold ({bounds})", value)
+
+
+def ids_of(name: str, value: Any) -> tuple[int, ...]:
+    """The token ids of a list, each once."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise fail(name, "be a list of token ids", value)
+    ids = tuple(islice(value, MOST_IDS + 1))
+    if len(ids) > MOST_IDS:
+        raise fail(name, f"hold at most {MOST_IDS} token ids", value)
+    for token_id in ids:
+        if not is_int(token_id) or token_id < 0:
+            raise fail(name, "hold token ids (ints >= 0) only", token_id)
+    return tuple(dict.fromkeys(ids))
+
+
+def texts_of(name: str, value: Any, most: int) -> tuple[str, ...]:
+    """The texts of a str or a list of them."""
+    if value is None:
+        return ()
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)):
+        raise fail(name, "be a str or a list of str", value)
+    if len(texts) > most:
+        raise fail(name, f"hold at most {most} texts", len(texts))
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise fail(name, "hold non-empty str only", text)
+        if len(text) > LONGEST_TEXT:
+            raise fail(name, f"hold texts of at most {LONGEST_TEXT} characters", text)
+        if not encodable(text):
+            raise fail(name, "hold texts that UTF-8 can encode (no lone surrogates)", text)
+    return tuple(texts)
+
+
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold the text: whether it has no lone surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def biases_of(name: str, value: Any) -> dict[int, float]:
+    """{token id: number} as it was given."""
+    bias = {} if value is None else value
+    if not isinstance(bias, Mapping):
+        raise fail(name, "be {token id: number}", bias)
+    if len(bias) > MOST_IDS:
+        raise fail(name, f"hold at most {MOST_IDS} token ids", len(bias))
+    bias = dict(bias)
+    for token_id, number in bias.items():
+        if not is_int(token_id) or token_id < 0:
+            raise fail(name, "have token ids (ints >= 0) as keys", token_id)
+        if not is_real(number) or not -100 <= number <= 100:
+            raise fail(f"{name}[{shown(token_id)}]", "be a number in [-100, 100]", number)
+    return bias
+
+
+def functions_of(name: str, value: Any) -> tuple[Callable, ...]:
+    """The functions of a list."""
+    functions = () if value is None else value
+    if not isinstance(functions, (list, tuple)) or not all(map(callable, functions)):
+        raise fail(name, "be a list of functions", functions)
+    if len(functions) > MOST_FUNCTIONS:
+        raise fail(name, f"hold at most {MOST_FUNCTIONS} functions", len(functions))
+    return tuple(functions)

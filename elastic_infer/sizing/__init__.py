@@ -1,0 +1,1 @@
+"""Bytes and limits, known before anything is loaded."""

@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizer, chat templates, text as a stream, stop strings."""
