@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # for type checkers, and for the documentation, which reads s
     from .engine.engine import Engine
     from .engine.session import EngineSequence
     from .outputs import Choice, Output, Token
-    from .plans.decision import Policy
     from .plans.plan import Plan
+    from .plans.policy import Policy
     from .sampling.params import SamplingParams
     from .scheduling.request import Request
 

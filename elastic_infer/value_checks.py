@@ -7,6 +7,8 @@ from typing import Any
 
 from .errors import InvalidRequest, shown
 
+MOST_IDS = 1 << 20  # more than any vocabulary has
+
 __all__ = ["check_count", "check_real", "is_real"]
 
 MOST = 1 << 40  # of anything that is counted

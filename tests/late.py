@@ -10,7 +10,8 @@ from unittest import mock
 
 from emulated import installed
 
-from elastic_infer.cache.cache import PAGE, Cache
+from elastic_infer.cache.cache import Cache
+from elastic_infer.cache.pages import PAGE
 from elastic_infer.device.device import Device
 from elastic_infer.model.model import Model, Result
 from elastic_infer.scheduling.reader import Reader

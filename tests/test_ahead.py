@@ -30,7 +30,7 @@ from test_scheduling import plans
 from test_sequences import run_sequences
 
 from elastic_infer import NonFiniteLogits, Plan, RequestCancelled, SamplingParams
-from elastic_infer.scheduling.switching import Read
+from elastic_infer.scheduling.reads import Read
 
 emu = load(built())
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)

@@ -24,7 +24,8 @@ from elastic_infer import (
     RequestFailed,
     SamplingParams,
 )
-from elastic_infer.sampling.checks import LONGEST_TEXT, MOST_IDS, MOST_STOPS
+from elastic_infer.sampling.checks import LONGEST_TEXT, MOST_STOPS
+from elastic_infer.value_checks import MOST_IDS
 
 NEIGHBOUR = SamplingParams(
     temperature=0.9, seed=3, ignore_eos=True, repetition_penalty=1.1, max_tokens=9

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from test_torch_model import random_model
 
 from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import full_width, parse_widths
+from elastic_infer.checkpoint.width_table import parse_widths
+from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.errors import InvalidRequest
 from elastic_infer.reasoner.design import reasoner_config
 from elastic_infer.reasoner.task import held_out_problems, is_held_out

@@ -14,8 +14,9 @@ import torch
 
 from elastic_infer import _C
 from elastic_infer.ops import Pool, Step, registry
-from elastic_infer.ops.matmul import TiledWeight, matmul
+from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.rms_norm import rms_norm
+from elastic_infer.ops.tiles import TiledWeight
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,8 +7,9 @@ from engines import base_config, base_engine, base_widths, draw, open_engine
 from safetensors.torch import load_file, save_file
 
 from elastic_infer import _C, InvalidRequest, SamplingParams
-from elastic_infer.cache.cache import PAGE, Run, append_run
 from elastic_infer.cache.dtypes import CacheDtypes, cache_dtypes
+from elastic_infer.cache.pages import PAGE
+from elastic_infer.cache.sequence import Run, append_run
 from elastic_infer.checkpoint.config import ModelConfig
 from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.errors import CheckpointError

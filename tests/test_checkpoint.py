@@ -11,14 +11,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from elastic_infer.checkpoint.checkpoint import (
-    Checkpoint,
-    config_folder,
-    is_download_cache,
-    resolve_folder,
-)
+from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.checkpoint.derive import write_widths
-from elastic_infer.checkpoint.slicing import expected_shapes
+from elastic_infer.checkpoint.hub import config_folder, is_download_cache, resolve_folder
+from elastic_infer.checkpoint.layout import expected_shapes
 from elastic_infer.checkpoint.tensor_files import fingerprint
 from elastic_infer.errors import CheckpointError, WidthError
 

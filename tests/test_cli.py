@@ -16,9 +16,10 @@ from rich.console import Console
 
 import elastic_infer
 from elastic_infer import Checkpoint, InvalidRequest, Plan
-from elastic_infer.checkpoint.widths import count_parameters, kv_bytes_per_token, state_bytes
+from elastic_infer.checkpoint.counts import count_parameters, kv_bytes_per_token, state_bytes
 from elastic_infer.cli import chatting, common, generation, inspection, slices
-from elastic_infer.sizing.footprint import bytes_per_token, fit, weight_bytes
+from elastic_infer.sizing.fit import fit
+from elastic_infer.sizing.footprint import bytes_per_token, weight_bytes
 
 COMMANDS = ("demo", "generate", "chat", "info", "slice", "widths", "elastify", "quantize")
 

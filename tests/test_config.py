@@ -10,7 +10,8 @@ import tiny
 
 from elastic_infer import errors
 from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import full_width, kv_bytes_per_token, state_bytes
+from elastic_infer.checkpoint.counts import kv_bytes_per_token, state_bytes
+from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.errors import CheckpointError
 
 PATTERN = "MEM*-E"

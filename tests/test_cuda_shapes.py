@@ -7,11 +7,12 @@ from emulated import built, check_orders, check_poisons, installed, load
 from elastic_infer.ops import registry
 from elastic_infer.ops.causal_conv import causal_conv
 from elastic_infer.ops.kv_append import kv_append
-from elastic_infer.ops.matmul import TiledWeight, matmul
+from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.ssm_scan import ssm_scan
 from elastic_infer.ops.ssm_step import ssm_step
 from elastic_infer.ops.testing import laws as _laws
 from elastic_infer.ops.testing.shapes import SHAPES
+from elastic_infer.ops.tiles import TiledWeight
 
 emu = load(built())
 BF16 = torch.bfloat16

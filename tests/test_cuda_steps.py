@@ -5,10 +5,11 @@ import torch
 from emulated import ORDERS, built, check_overlap, installed, load
 
 from elastic_infer.ops import registry
-from elastic_infer.ops.matmul import TiledWeight, matmul
+from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.moe_route import moe_route
 from elastic_infer.ops.rms_norm import rms_norm
 from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.tiles import TiledWeight
 
 emu = load(built())
 

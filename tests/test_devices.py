@@ -8,7 +8,8 @@ import torch
 from engines import open_engine, write_text_model
 
 from elastic_infer.device import device as devices
-from elastic_infer.device.device import CPU, Device, ReadBack, Shared, choose_device
+from elastic_infer.device.device import CPU, Device, choose_device
+from elastic_infer.device.shared import ReadBack, Shared
 from elastic_infer.errors import InvalidRequest, OutOfCapacity
 from elastic_infer.sizing import fit as placement
 

@@ -18,7 +18,8 @@ from test_torch_model import random_model
 
 from elastic_infer.checkpoint.config import ModelConfig
 from elastic_infer.checkpoint.slicing import slice_state_dict
-from elastic_infer.checkpoint.widths import full_width, parse_widths, slice_config
+from elastic_infer.checkpoint.width_table import parse_widths, slice_config
+from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.elastify import distill, losses
 from elastic_infer.elastify.corpus import Corpus
 from elastic_infer.elastify.distill import Distiller, evaluate

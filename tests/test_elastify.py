@@ -17,8 +17,9 @@ from tiny import tiny_config, transformers_model, write_tiny
 from typer.testing import CliRunner
 
 from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.counts import count_parameters
 from elastic_infer.checkpoint.slicing import slice_checkpoint
-from elastic_infer.checkpoint.widths import count_parameters, full_width
+from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.cli import app
 from elastic_infer.cli.elastify import answer_budget, numbers, stages
 from elastic_infer.elastify import pipeline

@@ -19,11 +19,11 @@ from engines import (
 from quantized import write_quantised
 
 from elastic_infer import Engine, Plan, SamplingParams, demo_model
-from elastic_infer.device.device import Shared
+from elastic_infer.device.shared import Shared
 from elastic_infer.engine import loading
 from elastic_infer.model.model import Model, Segment
+from elastic_infer.scheduling.reads import Read
 from elastic_infer.scheduling.sampler import Sampler
-from elastic_infer.scheduling.switching import Read
 
 emu = load(built())
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)

@@ -6,9 +6,10 @@ from emulated import built, load
 from engines import base_engine, draw, run_read
 from late import Late, late_device
 
-from elastic_infer.model.model import Draw, Model, Segment
+from elastic_infer.model.draw import Draw
+from elastic_infer.model.model import Model, Segment
 from elastic_infer.ops.embed import embed
-from elastic_infer.scheduling.switching import Read
+from elastic_infer.scheduling.reads import Read
 
 emu = load(built())
 WIDTHS = ("L", "S", "M")  # a pass has its rows in another order

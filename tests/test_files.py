@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import elastic_infer
 from elastic_infer.checkpoint import checkpoint
-from elastic_infer.checkpoint.checkpoint import Checkpoint, resolve_folder
+from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.hub import resolve_folder
 from elastic_infer.engine.loading import read_generation_config
 from elastic_infer.errors import CheckpointError, ElasticError
 from elastic_infer.files import reading as files

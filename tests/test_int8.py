@@ -14,8 +14,9 @@ from elastic_infer.errors import InvalidRequest
 from elastic_infer.ops import Pool, Step, registry
 from elastic_infer.ops._activations import int8
 from elastic_infer.ops._spec import case_id
-from elastic_infer.ops.matmul import INT8, TiledWeight, matmul
+from elastic_infer.ops.matmul import INT8, matmul
 from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.tiles import TiledWeight
 
 BF16 = torch.bfloat16
 SPECS = registry()

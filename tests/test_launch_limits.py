@@ -13,11 +13,12 @@ import torch
 from emulated import ROOT, built, installed, kernel_names, kernels, load
 
 from elastic_infer.ops import registry
-from elastic_infer.ops.matmul import TiledWeight, matmul
-from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul, moe_workspace_bytes
+from elastic_infer.ops.matmul import matmul
+from elastic_infer.ops.moe_matmul import moe_matmul, moe_workspace_bytes
 from elastic_infer.ops.moe_route import moe_route
 from elastic_infer.ops.testing.laws import small_cases
 from elastic_infer.ops.testing.shapes import NATIVE, SHAPES
+from elastic_infer.ops.tiles import ExpertWeights, TiledWeight
 
 emu = load(built())
 BF16, F32 = torch.bfloat16, torch.float32

@@ -28,10 +28,11 @@ from elastic_infer import (
     RequestCancelled,
     SamplingParams,
 )
-from elastic_infer.cache.cache import PAGE
 from elastic_infer.cache.dtypes import CacheDtypes
+from elastic_infer.cache.pages import PAGE
 from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import full_width, kv_bytes_per_token
+from elastic_infer.checkpoint.counts import kv_bytes_per_token
+from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.sizing.capacity import plan_capacity, slot_bytes
 
 

@@ -17,7 +17,8 @@ from engines import base_config, base_engine, base_widths, draw, open_engine, te
 from elastic_infer import CheckpointError, InvalidRequest, SamplingParams, WidthError
 from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.checkpoint.derive import derive_widths
-from elastic_infer.checkpoint.slicing import slice_checkpoint, tensor_selections
+from elastic_infer.checkpoint.layout import tensor_selections
+from elastic_infer.checkpoint.slicing import slice_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 

@@ -11,8 +11,9 @@ from engines import base_engine, draw
 from elastic_infer import SamplingParams
 from elastic_infer.model.model import Segment
 from elastic_infer.ops import registry
-from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul, moe_workspace_bytes
+from elastic_infer.ops.moe_matmul import moe_matmul, moe_workspace_bytes
 from elastic_infer.ops.testing import laws as _laws
+from elastic_infer.ops.tiles import ExpertWeights
 
 emu = load(built())
 WIDTHS = ("S", "M", "L")

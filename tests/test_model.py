@@ -8,7 +8,7 @@ from engines import base_engine, run_read, tiny_engine
 
 from elastic_infer import SamplingParams
 from elastic_infer.model.model import Segment
-from elastic_infer.scheduling.switching import Read
+from elastic_infer.scheduling.reads import Read
 
 
 def logits_of(model, sequence, tokens, width, kind):

@@ -11,11 +11,12 @@ import torch
 import elastic_infer
 from elastic_infer.ops import Step, registry
 from elastic_infer.ops.kv_append import kv_append
-from elastic_infer.ops.matmul import Segment, TiledWeight, matmul
-from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul, moe_workspace_bytes
+from elastic_infer.ops.matmul import matmul
+from elastic_infer.ops.moe_matmul import moe_matmul, moe_workspace_bytes
 from elastic_infer.ops.moe_route import moe_route
 from elastic_infer.ops.rms_norm import rms_norm
 from elastic_infer.ops.testing.laws import make, small_cases
+from elastic_infer.ops.tiles import ExpertWeights, Segment, TiledWeight
 
 SCRIPT = Path(__file__).with_name("fuzz_ops.py")
 I32, U8 = torch.int32, torch.uint8

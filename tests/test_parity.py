@@ -21,7 +21,7 @@ import elastic_infer.model.model as model_module
 from elastic_infer import SamplingParams
 from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.model.model import Segment, Shape
-from elastic_infer.scheduling.switching import Read
+from elastic_infer.scheduling.reads import Read
 
 LENGTH, GENERATED, MARGIN = 75, 6, 1e-5
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_infer.errors import InvalidRequest, WidthError
-from elastic_infer.plans.decision import Decision, PlanView, Policy
-from elastic_infer.plans.plan import Plan, as_plan, parse_plan
+from elastic_infer.plans.decision import Decision, PlanView
+from elastic_infer.plans.parsing import parse_plan
+from elastic_infer.plans.plan import Plan, as_plan
+from elastic_infer.plans.policy import Policy
 from elastic_infer.plans.runs import PlanRun
 
 WIDTHS = ["S", "M", "L"]

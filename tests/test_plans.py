@@ -137,7 +137,7 @@ def test_window_equals_carry_at_its_snapshot(engine):
     tokens = prompt + out.token_ids
 
     def by_hand():
-        from elastic_infer.scheduling.switching import Read
+        from elastic_infer.scheduling.reads import Read
 
         sequence = cache.open(track=True)
         run_read(model, sequence, Read(prompt, "S", "prefill"))

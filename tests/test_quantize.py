@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from elastic_infer.checkpoint.checkpoint import Checkpoint
-from elastic_infer.checkpoint.slicing import slice_checkpoint, tensor_selections
+from elastic_infer.checkpoint.layout import tensor_selections
+from elastic_infer.checkpoint.slicing import slice_checkpoint
 from elastic_infer.checkpoint.tensor_files import Selection, take
 from elastic_infer.cli import app
 from elastic_infer.codes import BLOCK, Packed, decode_e4m3, round_e2m1

@@ -8,11 +8,11 @@ from quantized import E4M3, nearest, numpy_nvfp4
 
 from elastic_infer import _C
 from elastic_infer.ops import Pool
-from elastic_infer.ops._quantised import FP8, NVFP4, dequantise, draw_codes
+from elastic_infer.ops._quantised import dequantise, draw_codes
 from elastic_infer.ops.fp8_quantize import fp8_quantize
-from elastic_infer.ops.matmul import TiledWeight, matmul
-from elastic_infer.ops.moe_matmul import ExpertWeights
+from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.nvfp4_quantize import nvfp4_quantize
+from elastic_infer.ops.tiles import FP8, NVFP4, ExpertWeights, TiledWeight
 
 
 def matrices():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.checkpoint.slicing import slice_checkpoint
 from elastic_infer.errors import CheckpointError
-from elastic_infer.model.weights import WeightLoader
+from elastic_infer.model.loader import WeightLoader
 from elastic_infer.sampling.params import SamplingParams
 from elastic_infer.sizing.footprint import bytes_per_token, mean_bits, weight_bytes
 

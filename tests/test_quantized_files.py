@@ -16,9 +16,10 @@ from quantized import dequantise, write_quantised
 from safetensors.torch import load_file, save_file
 
 from elastic_infer.checkpoint.checkpoint import Checkpoint
+from elastic_infer.checkpoint.layout import tensor_selections
 from elastic_infer.checkpoint.patterns import matches, regex_problem
 from elastic_infer.checkpoint.published import modelopt_config, read_published
-from elastic_infer.checkpoint.slicing import slice_checkpoint, tensor_selections
+from elastic_infer.checkpoint.slicing import slice_checkpoint
 from elastic_infer.checkpoint.tensor_files import take
 from elastic_infer.codes import encode_e2m1, round_e2m1, unpack_e2m1
 from elastic_infer.errors import CheckpointError

@@ -9,13 +9,9 @@ from test_torch_model import TABLE, assert_close, random_model
 from tiny import tiny_config, tiny_state_dict, tiny_widths
 
 from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import (
-    count_parameters,
-    full_width,
-    kv_bytes_per_token,
-    parse_widths,
-    state_bytes,
-)
+from elastic_infer.checkpoint.counts import count_parameters, kv_bytes_per_token, state_bytes
+from elastic_infer.checkpoint.width_table import parse_widths
+from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.elastify.costs import Cost, parse_bytes, parse_parameters
 from elastic_infer.elastify.router import (
     Router,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from elastic_infer.errors import InvalidRequest
-from elastic_infer.sampling.params import RowProcessors, SamplingParams, top_logprobs
+from elastic_infer.sampling.params import SamplingParams
+from elastic_infer.sampling.processors import RowProcessors, top_logprobs
 from elastic_infer.text.tokenizer import Tokenizer
 
 V = 16

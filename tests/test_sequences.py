@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from elastic_infer import OutOfCapacity, Plan, RequestCancelled, SamplingParams, WidthError
-from elastic_infer.scheduling.switching import replay_reads
+from elastic_infer.scheduling.reads import replay_reads
 
 WIDTHS = st.sampled_from(["S", "M", "L"])
 POLICIES = st.sampled_from(["carry", "exact", "window(3)", "window(20)"])

@@ -12,13 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.checkpoint.derive import derive_widths
-from elastic_infer.checkpoint.slicing import (
-    hull,
-    is_uniform,
-    slice_checkpoint,
-    slice_state_dict,
-    tensor_selections,
-)
+from elastic_infer.checkpoint.layout import hull, is_uniform, tensor_selections
+from elastic_infer.checkpoint.slicing import slice_checkpoint, slice_state_dict
 from elastic_infer.checkpoint.tensor_files import take
 from elastic_infer.errors import CheckpointError, WidthError
 

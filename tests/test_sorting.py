@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_state_dict, tiny_widths, transformers_model, 
 
 from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import parse_widths
+from elastic_infer.checkpoint.width_table import parse_widths
 from elastic_infer.elastify.importance import measure_importance
 from elastic_infer.elastify.sorting import (
     head_order,

@@ -5,8 +5,8 @@ import torch
 from engines import base_engine, held, in_threads, run_read
 
 from elastic_infer import CheckpointError, InvalidRequest, WidthError
-from elastic_infer.plans.decision import Policy
-from elastic_infer.scheduling.switching import Read
+from elastic_infer.plans.policy import Policy
+from elastic_infer.scheduling.reads import Read
 
 SMALL = {"kv_cache_dtype": "fp8", "mamba_ssm_cache_dtype": "float16"}
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from elastic_infer.errors import InvalidRequest
-from elastic_infer.text.detokenizer import Detokenizer, StopStrings, split_reasoning
+from elastic_infer.text.detokenizer import Detokenizer
+from elastic_infer.text.stops import StopStrings, split_reasoning
 from elastic_infer.text.tokenizer import Tokenizer
 
 

@@ -7,7 +7,7 @@ from tiny import tiny_config, tiny_widths, write_tiny
 
 from elastic_infer import Plan, SamplingParams
 from elastic_infer.ops import Pool
-from elastic_infer.sampling.params import top_logprobs
+from elastic_infer.sampling.processors import top_logprobs
 from elastic_infer.scheduling.sampler import entropy_of
 
 V = 131072  # rows so long that torch sums them in as many parts as it has threads

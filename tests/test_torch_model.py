@@ -9,7 +9,7 @@ import torch
 
 from elastic_infer.checkpoint.config import ModelConfig
 from elastic_infer.checkpoint.slicing import slice_state_dict
-from elastic_infer.checkpoint.widths import parse_widths, slice_config
+from elastic_infer.checkpoint.width_table import parse_widths, slice_config
 from elastic_infer.elastify.torch_model import ElasticNemotronH
 from elastic_infer.elastify.torch_ops import ssd_scan
 from elastic_infer.errors import CheckpointError, InvalidRequest

@@ -22,10 +22,11 @@ from w4a4 import (
 )
 
 from elastic_infer.ops import registry
-from elastic_infer.ops.matmul import TiledWeight, matmul
-from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul, moe_workspace_bytes
+from elastic_infer.ops.matmul import matmul
+from elastic_infer.ops.moe_matmul import moe_matmul, moe_workspace_bytes
 from elastic_infer.ops.testing import laws as _laws
 from elastic_infer.ops.testing.shapes import NATIVE
+from elastic_infer.ops.tiles import ExpertWeights, TiledWeight
 
 emu = load(built())
 BF16 = torch.bfloat16

@@ -7,9 +7,10 @@ import torch
 from emulated import built, check_orders, check_poisons, installed, load
 
 from elastic_infer.ops import registry
-from elastic_infer.ops.matmul import TiledWeight, matmul
+from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.testing import laws as _laws
 from elastic_infer.ops.testing.shapes import NATIVE
+from elastic_infer.ops.tiles import TiledWeight
 
 emu = load(built())
 BF16, SPEC = torch.bfloat16, registry()["matmul"]

@@ -12,18 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_config import nano_sizes
 
-from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import (
-    LAYER_KEYS,
-    Width,
-    count_parameters,
+from elastic_infer.checkpoint.config import LAYER_KEYS, ModelConfig
+from elastic_infer.checkpoint.counts import count_parameters
+from elastic_infer.checkpoint.width_table import (
     default_width_name,
-    full_width,
     parse_widths,
     slice_config,
-    widest,
     width_to_dict,
 )
+from elastic_infer.checkpoint.widths import Width, full_width, widest
 from elastic_infer.errors import WidthError
 
 SIZES = {

@@ -351,9 +351,8 @@ def transformers_slice(folder: str | Path, width: Any, state: dict[str, torch.Te
     """
     from transformers import NemotronHConfig, NemotronHForCausalLM
 
-    from elastic_infer.checkpoint.config import ModelConfig
+    from elastic_infer.checkpoint.config import LAYER_KEYS, ModelConfig
     from elastic_infer.checkpoint.slicing import slice_state_dict
-    from elastic_infer.checkpoint.widths import LAYER_KEYS
 
     full = ModelConfig.from_folder(folder)
     config = NemotronHConfig.from_pretrained(folder)

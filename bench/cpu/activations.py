@@ -27,9 +27,9 @@ from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.codes import BLOCK, E2M1_MAX, E4M3_MAX, decode_e4m3, encode_e2m1, unpack_e2m1
 from elastic_infer.device.machine import machine, today
 from elastic_infer.model.model import Model, Shape
-from elastic_infer.ops._quantised import NVFP4
-from elastic_infer.ops.matmul import Segment, TiledWeight, matmul
-from elastic_infer.ops.moe_matmul import ExpertWeights, moe_matmul
+from elastic_infer.ops.matmul import matmul
+from elastic_infer.ops.moe_matmul import moe_matmul
+from elastic_infer.ops.tiles import NVFP4, ExpertWeights, Segment, TiledWeight
 from elastic_infer.quantize.write import DEFAULT_GROUPS, GROUPS
 from elastic_infer.reasoner.evaluate import SEED, evaluate
 from elastic_infer.reasoner.quantized import quantized_folder

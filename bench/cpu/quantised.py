@@ -32,15 +32,14 @@ from bench.llama.convert import QUANTIZED, convert
 from bench.llama.process import Peer, interleave, random_tokens
 from elastic_infer import _C
 from elastic_infer.cache.cache import Cache
-from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import ATTENTION, MAMBA, Width, parse_widths
+from elastic_infer.checkpoint.config import ATTENTION, MAMBA, ModelConfig
+from elastic_infer.checkpoint.width_table import parse_widths
+from elastic_infer.checkpoint.widths import Width
 from elastic_infer.device.machine import machine, today
 from elastic_infer.device.memory import WeightMemory
 from elastic_infer.model.model import Model
 from elastic_infer.model.weights import AttentionWeights, MambaWeights, MoeWeights, Weights
-from elastic_infer.ops._quantised import NVFP4
-from elastic_infer.ops.matmul import TiledWeight
-from elastic_infer.ops.moe_matmul import ExpertWeights
+from elastic_infer.ops.tiles import NVFP4, ExpertWeights, TiledWeight
 from elastic_infer.sizing.capacity import plan_capacity
 
 PROMPT = 16  # tokens read before the timed steps

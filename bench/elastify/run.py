@@ -32,14 +32,10 @@ from bench.elastify.price import calculated, from_file
 from bench.elastify.report import write_report
 from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.counts import count_parameters
 from elastic_infer.checkpoint.slicing import slice_state_dict
-from elastic_infer.checkpoint.widths import (
-    Width,
-    count_parameters,
-    full_width,
-    parse_widths,
-    slice_config,
-)
+from elastic_infer.checkpoint.width_table import parse_widths, slice_config
+from elastic_infer.checkpoint.widths import Width, full_width
 from elastic_infer.device.machine import machine, today
 from elastic_infer.elastify import (
     Cost,

@@ -13,12 +13,15 @@ from bench.common.models import draw_values, tensor_specs
 from bench.gpu.setting import Setting
 from bench.gpu.shapes import model_of
 from bench.gpu.timing import free_bytes
-from elastic_infer.cache.cache import PAGE, Cache, Sequence
+from elastic_infer.cache.cache import Cache
+from elastic_infer.cache.pages import PAGE
+from elastic_infer.cache.sequence import Sequence
 from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import Width, kv_bytes_per_token, widest
+from elastic_infer.checkpoint.counts import kv_bytes_per_token
+from elastic_infer.checkpoint.widths import Width, widest
 from elastic_infer.device.device import Device
+from elastic_infer.model.loader import WeightLoader
 from elastic_infer.model.model import Model, Segment
-from elastic_infer.model.weights import WeightLoader
 from elastic_infer.sizing.capacity import slot_bytes
 from elastic_infer.sizing.footprint import weight_bytes
 

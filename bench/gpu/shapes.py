@@ -10,7 +10,8 @@ from typing import Any
 
 from bench.common.models import THIRTY, model_config
 from elastic_infer.checkpoint.config import ModelConfig
-from elastic_infer.checkpoint.widths import Width, parse_widths
+from elastic_infer.checkpoint.width_table import parse_widths
+from elastic_infer.checkpoint.widths import Width
 from elastic_infer.ops._spec import Case
 
 

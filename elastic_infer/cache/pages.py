@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..errors import OutOfCapacity
 
+PAGE = 64
+
 
 class IdPool:
     """Hands out ids in [0, size), counts references, takes ids back at zero.

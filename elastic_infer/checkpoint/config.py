@@ -1,4 +1,4 @@
-"""What a checkpoint is (ModelConfig); its widths and costs are re-exported from `widths`."""
+"""config.json of a `nemotron_h` checkpoint: read, checked, typed."""
 
 from __future__ import annotations
 
@@ -11,46 +11,20 @@ from typing import Any, NoReturn
 
 from ..errors import CheckpointError, shown
 from ..files.reading import read_json
-from .widths import (
-    ATTENTION,
-    CHANNEL_STEP,
-    LAYER_KEYS,
-    MAMBA,
-    MLP,
-    MOE,
-    Counts,
-    Width,
-    count_parameters,
-    default_width_name,
-    full_width,
-    kv_bytes_per_token,
-    parse_widths,
-    slice_config,
-    state_bytes,
-    widest,
-    width_to_dict,
-)
 
-__all__ = [
-    "ATTENTION",
-    "CHANNEL_STEP",
-    "LAYER_KEYS",
-    "MAMBA",
-    "MLP",
-    "MOE",
-    "Counts",
-    "ModelConfig",
-    "Width",
-    "count_parameters",
-    "default_width_name",
-    "full_width",
-    "kv_bytes_per_token",
-    "parse_widths",
-    "slice_config",
-    "state_bytes",
-    "widest",
-    "width_to_dict",
-]
+MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
+# Width key -> the layer kind that it sizes.
+LAYER_KEYS = {
+    "mamba_num_heads": MAMBA,
+    "num_attention_heads": ATTENTION,
+    "n_routed_experts": MOE,
+    "moe_intermediate_size": MOE,
+    "moe_shared_expert_intermediate_size": MOE,
+    "intermediate_size": MLP,
+}
+CHANNEL_STEP = 16
+
+__all__ = ["ATTENTION", "CHANNEL_STEP", "LAYER_KEYS", "MAMBA", "MLP", "MOE", "ModelConfig"]
 
 _KIND_NAMES = {
     "mamba": MAMBA,

@@ -14,11 +14,14 @@ from ..errors import CheckpointError, WidthError, shown
 from ..files.reading import is_folder, read_json, user_path
 from ..files.writing import make_folder, write_whole
 from ..torch_modes import plain_torch
-from .checkpoint import WIDTHS_NAME, Checkpoint, config_folder, is_download_cache, resolve_folder
-from .config import ModelConfig
-from .slicing import EMBEDDING, hull, part_sources, selection_shape, tensor_selections
+from .checkpoint import Checkpoint
+from .config import LAYER_KEYS, ModelConfig
+from .hub import WIDTHS_NAME, config_folder, is_download_cache, resolve_folder
+from .layout import EMBEDDING, hull, selection_shape, tensor_selections
+from .slicing import part_sources
 from .tensor_files import INDEX_NAME, SINGLE_NAME, Axis, Selection, TensorFiles
-from .widths import LAYER_KEYS, Width, parse_widths, width_to_dict
+from .width_table import parse_widths, width_to_dict
+from .widths import Width
 
 __all__ = ["derive_widths", "write_widths"]
 

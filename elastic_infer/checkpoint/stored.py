@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ..codes import BLOCK, Packed
 from ..errors import CheckpointError
-from .config import ModelConfig
+from .config import ATTENTION, MOE, ModelConfig
 from .published import SUPPORTED, Published
 from .tensor_files import Axis, Selection, TensorFiles, axis_ranges
-from .widths import ATTENTION, MOE
 
 __all__ = [
     "PLAIN_NAMES",

@@ -237,7 +237,7 @@ def sampling_params(engine: Engine, **given: Any) -> Any:
 
 def read_plan(text: str | None, width: str | None) -> Any:
     """The plan of --plan, None without one; together with --width it is refused."""
-    from ..plans.plan import parse_plan
+    from ..plans.parsing import parse_plan
 
     if text is not None and width is not None:
         raise InvalidRequest(

@@ -205,7 +205,7 @@ def make_elastic(
 
 def show_result(folder: Path) -> None:
     """The widths of a new elastic checkpoint: parameters and divergence from the parent."""
-    from ..checkpoint.widths import count_parameters
+    from ..checkpoint.counts import count_parameters
     from ..elastify.budget import LearnedSizes
 
     checkpoint = c.open_checkpoint(str(folder))
@@ -257,7 +257,7 @@ def answer_budget(
     quantised checkpoint's weights, else 16. name: of the new width.
     write: add it to the table. revision, widths: as of `Checkpoint.open`.
     """
-    from ..checkpoint.widths import width_to_dict
+    from ..checkpoint.width_table import width_to_dict
     from ..elastify.budget import add_width, width_for_text
 
     checkpoint = c.open_checkpoint(model, revision, widths)

@@ -115,13 +115,13 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
 
     Raises: CheckpointError, WidthError.
     """
-    from ..checkpoint.checkpoint import WIDTHS_NAME, resolve_folder
     from ..checkpoint.config import ModelConfig
+    from ..checkpoint.hub import WIDTHS_NAME, resolve_folder
+    from ..checkpoint.layout import expected_shapes
     from ..checkpoint.published import SIDECAR, read_published
-    from ..checkpoint.slicing import expected_shapes
     from ..checkpoint.stored import stated_formats
     from ..checkpoint.tensor_files import INDEX_NAME, SINGLE_NAME
-    from ..checkpoint.widths import default_width_name, parse_widths
+    from ..checkpoint.width_table import default_width_name, parse_widths
     from ..files.reading import is_folder, read_json, user_path
 
     local = is_folder(user_path(model, "checkpoint: path"))
@@ -155,10 +155,11 @@ def describe(
     from elastic_infer._C import Pool, cuda_architectures, usable_isas
 
     from ..cache.dtypes import cache_dtypes, item_size
-    from ..checkpoint.widths import count_parameters, kv_bytes_per_token
+    from ..checkpoint.counts import count_parameters, kv_bytes_per_token
     from ..device.device import why_not_cuda
     from ..sizing.capacity import slot_bytes
-    from ..sizing.footprint import bytes_per_token, fit, weight_bytes
+    from ..sizing.fit import fit
+    from ..sizing.footprint import bytes_per_token, weight_bytes
 
     config, formats = opened.config, opened.formats
     run = torch.float32 if opened.stored in ("float32", "float16") else torch.bfloat16
@@ -209,14 +210,14 @@ def describe(
 
 def has(config: ModelConfig, key: str) -> bool:
     """True if any layer is sized by this key."""
-    from ..checkpoint.widths import LAYER_KEYS
+    from ..checkpoint.config import LAYER_KEYS
 
     return LAYER_KEYS[key] in config.layers
 
 
 def sizes(config: ModelConfig, width: Width, key: str) -> int | list[int]:
     """A width's size on one axis: one number, or one per layer that has the axis."""
-    from ..checkpoint.widths import LAYER_KEYS
+    from ..checkpoint.config import LAYER_KEYS
 
     values = [getattr(width, key)[i] for i in config.layers_of(LAYER_KEYS[key])]
     return values[0] if len(set(values)) == 1 else values

@@ -94,8 +94,8 @@ def derive(
             write=write, revision=revision,
         )  # fmt: skip
         return
-    from ..checkpoint.checkpoint import resolve_folder
     from ..checkpoint.derive import derive_widths, write_widths
+    from ..checkpoint.hub import resolve_folder
 
     folders, configs = named("--slice", slices), named("--slice-config", slice_configs)
     folder = resolve_folder(full, revision)

@@ -15,8 +15,10 @@ import torch
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
+from ..checkpoint.counts import Counts, count_parameters
 from ..checkpoint.derive import write_widths
-from ..checkpoint.widths import Counts, Width, count_parameters, full_width, width_to_dict
+from ..checkpoint.width_table import width_to_dict
+from ..checkpoint.widths import Width, full_width
 from ..errors import CheckpointError, InvalidRequest, WidthError, shown
 from ..files.reading import foreign, is_file, read_json
 from ..files.writing import write_json
@@ -108,7 +110,7 @@ class LearnedSizes:
     @classmethod
     def _from_dict(cls, data: dict[str, Any], config: ModelConfig, path: Path) -> LearnedSizes:
         """Raises what comes of it where a value is missing or of another type."""
-        from ..checkpoint.widths import parse_widths
+        from ..checkpoint.width_table import parse_widths
 
         if data["version"] != VERSION:
             got = shown(data["version"])

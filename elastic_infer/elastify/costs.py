@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.config import ModelConfig
-from ..checkpoint.widths import ATTENTION, LAYER_KEYS, MAMBA, MLP, Width, kv_bytes_per_token
+from ..checkpoint.config import ATTENTION, LAYER_KEYS, MAMBA, MLP, ModelConfig
+from ..checkpoint.counts import kv_bytes_per_token
+from ..checkpoint.widths import Width
 from ..errors import InvalidRequest, shown
 from ..value_checks import check_count, check_real
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.widths import Width, count_parameters, full_width
+from ..checkpoint.counts import count_parameters
+from ..checkpoint.widths import Width, full_width
 from ..errors import CheckpointError, InvalidRequest, NonFiniteLoss
 from ..files.reading import parse_json
 from ..files.writing import append_line, make_folder, write_whole
@@ -454,7 +455,7 @@ class Distiller:
 
 def _mean_sizes(config: Any, width: Width) -> dict[str, float]:
     """Hidden size, and per axis the mean size over its layers."""
-    from ..checkpoint.widths import LAYER_KEYS
+    from ..checkpoint.config import LAYER_KEYS
 
     out: dict[str, float] = {"hidden_size": width.hidden_size}
     for key, kind in LAYER_KEYS.items():

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.config import ModelConfig
+from ..checkpoint.config import ATTENTION, MAMBA, MLP, MOE, ModelConfig
 from ..checkpoint.tensor_files import open_safetensors, save_tensors
-from ..checkpoint.widths import ATTENTION, MAMBA, MLP, MOE
 from ..errors import CheckpointError, InvalidRequest
 from .torch_model import Attention, ElasticNemotronH, Mamba, Mlp, Moe
 

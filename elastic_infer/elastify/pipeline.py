@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.slicing import SHARD_BYTES, copy_side_files, expected_shapes, with_kv_factors
+from ..checkpoint.layout import expected_shapes
+from ..checkpoint.slicing import SHARD_BYTES, copy_side_files, with_kv_factors
 from ..checkpoint.tensor_files import write_safetensors
-from ..checkpoint.widths import width_to_dict
+from ..checkpoint.width_table import width_to_dict
 from ..errors import CheckpointError, InvalidRequest, shown
 from ..files.writing import make_folder, only_writer, require_new, withdraw, write_json
 from .budget import LearnedSizes

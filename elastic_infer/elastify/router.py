@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.config import ModelConfig
-from ..checkpoint.widths import CHANNEL_STEP, LAYER_KEYS, Width, full_width, parse_widths
+from ..checkpoint.config import CHANNEL_STEP, LAYER_KEYS, ModelConfig
+from ..checkpoint.width_table import parse_widths
+from ..checkpoint.widths import Width, full_width
 from ..errors import InvalidRequest, WidthError, shown
 from ..value_checks import is_real
 from .costs import Cost

@@ -16,13 +16,8 @@ from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.slicing import (
-    EMBEDDING,
-    SHARD_BYTES,
-    copy_side_files,
-    expected_shapes,
-    with_kv_factors,
-)
+from ..checkpoint.layout import EMBEDDING, expected_shapes
+from ..checkpoint.slicing import SHARD_BYTES, copy_side_files, with_kv_factors
 from ..checkpoint.tensor_files import write_safetensors
 from ..errors import CheckpointError
 from ..files.writing import new_folder, require_new, write_json

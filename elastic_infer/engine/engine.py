@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..cache.cache import Sequence
-from ..checkpoint.widths import Width, count_parameters
+from ..cache.sequence import Sequence
+from ..checkpoint.counts import count_parameters
+from ..checkpoint.widths import Width
 from ..errors import EngineFull, InvalidRequest, shown
 from ..outputs import Output
 from ..plans.decision import ChatPrompt
@@ -19,9 +20,9 @@ from ..plans.plan import Plan
 from ..sampling.params import SamplingParams
 from ..scheduling.batching import Limits, StepCosts, check_mixing
 from ..scheduling.reader import Reader
+from ..scheduling.reads import Read
 from ..scheduling.request import Request, Stream
 from ..scheduling.scheduler import Scheduler
-from ..scheduling.switching import Read
 from ..sizing.capacity import Capacity
 from ..text.stream import StepText
 from ..text.tokenizer import Tokenizer

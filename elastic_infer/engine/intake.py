@@ -6,14 +6,16 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..cache.cache import PAGE
+from ..cache.pages import PAGE
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.widths import Width
 from ..errors import InvalidRequest, OutOfCapacity, WidthError, shown
-from ..plans.decision import ChatPrompt, tag_id
+from ..plans.decision import ChatPrompt
+from ..plans.phase import tag_id
 from ..plans.plan import Plan, as_plan
 from ..plans.runs import PlanRun
-from ..sampling.params import RowProcessors, SamplingParams
+from ..sampling.params import SamplingParams
+from ..sampling.processors import RowProcessors
 from ..scheduling.request import Branch, Request
 from ..scheduling.switching import snapshot_slots
 from ..sizing.capacity import Capacity

@@ -20,8 +20,8 @@ from ..checkpoint.widths import Width, widest
 from ..device.device import Device, choose_device
 from ..errors import InvalidRequest, WidthError, shown
 from ..files.reading import GENERATION_CONFIG, read_json
+from ..model.loader import Progress, WeightLoader, activation_dtype
 from ..model.model import Model
-from ..model.weights import Progress, WeightLoader, activation_dtype
 from ..sizing.capacity import Capacity, check_limits, plan_capacity
 from ..sizing.fit import cache_budget
 from ..text.tokenizer import Tokenizer, eos_ids_from_folder

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..cache.cache import PAGE, Run, Saved, SavedState, Sequence
+from ..cache.pages import PAGE
+from ..cache.sequence import Run, Saved, SavedState, Sequence
 from ..checkpoint.tensor_files import DTYPES, open_safetensors, save_tensors
-from ..checkpoint.widths import width_to_dict
+from ..checkpoint.width_table import width_to_dict
 from ..errors import CheckpointError, WidthError, shown
 from ..files.reading import is_file, parse_json, user_path
 from ..model.weights import rank_major

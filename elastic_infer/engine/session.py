@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..cache.cache import Run, Sequence
+from ..cache.sequence import Run, Sequence
 from ..errors import InvalidRequest, NonFiniteLogits, RequestCancelled, shown
 from ..outputs import Token
-from ..plans.decision import Policy
+from ..plans.policy import Policy
 from ..sampling.params import SamplingParams
 from ..scheduling.reader import Reader, state_is_lost
+from ..scheduling.reads import Read, replay_reads
 from ..scheduling.scheduler import CLOSED
-from ..scheduling.switching import Read, replay_reads, switch
+from ..scheduling.switching import switch
 from ..text.stream import StepText
 from ..torch_modes import plain_torch
 

@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from ..cache.cache import Sequence as CacheSequence
+from ..cache.sequence import Sequence as CacheSequence
 from ..errors import EngineFault, EngineFull, InvalidRequest, OutOfCapacity, RequestCancelled, shown
 from ..scheduling.promise import Promise
 from ..scheduling.reader import Reader

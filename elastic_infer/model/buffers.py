@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..cache.cache import PAGE
+from ..cache.pages import PAGE
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.widths import Width
-from ..device.device import CPU, Device, Shared, Sizes
+from ..device.device import CPU, Device
+from ..device.shared import Shared, Sizes
 from ..ops.moe_matmul import moe_workspace_bytes
-from .weights import activation_columns
+from .draw import draw_tables
 
 LOGIT_ROWS = 256  # whose logits are computed at a time, where no pass has more sequences
 
@@ -66,15 +67,6 @@ class Buffers:
         return sum(t.numel() * t.element_size() for t in vars(self).values())
 
 
-def draw_tables(rows: int) -> Sizes:
-    """Names and sizes of the tables that say how `rows` tokens are drawn (`model.Draw`)."""
-    each, f32 = (rows,), torch.float32
-    return {
-        "seed": (each, torch.int64), "position": (each, torch.int64), "top_k": each,
-        "temperature": (each, f32), "top_p": (each, f32), "min_p": (each, f32),
-    }  # fmt: skip
-
-
 def batch_tables(rows: int, segments: int, max_length: int) -> Sizes:
     """Names and sizes of the tables of a pass of up to `rows` tokens of up to `segments` sequences
     of up to `max_length` tokens. The page table, the largest by far, comes last: it is copied to a
@@ -108,3 +100,21 @@ def _workspace(config: ModelConfig, served: Width, rows: int, dtype: torch.dtype
         for layer in config.layers_of("E")
     ]  # fmt: skip
     return max(sizes, default=16)
+
+
+def activation_columns(config: ModelConfig, served: Width) -> int:
+    """Widest projection output that a pass needs room for, in elements per row."""
+    widest = 0
+    for layer, kind in enumerate(config.layers):
+        if kind == "M":
+            heads = served.mamba_num_heads[layer]
+            bc = config.n_groups * config.ssm_state_size
+            widest = max(widest, 2 * heads * config.mamba_head_dim + 2 * bc + heads)
+        elif kind == "*":
+            heads = served.num_attention_heads[layer] + 2 * config.num_key_value_heads
+            widest = max(widest, heads * config.head_dim)
+        elif kind == "-":
+            widest = max(widest, served.intermediate_size[layer])
+        else:
+            widest = max(widest, served.moe_shared_expert_intermediate_size[layer])
+    return widest

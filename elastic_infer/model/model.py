@@ -9,45 +9,34 @@ native call.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from .. import _C
-from ..cache.cache import PAGE, Cache, Sequence
+from ..cache.cache import Cache
 from ..cache.dtypes import FP8
+from ..cache.pages import PAGE
+from ..cache.sequence import Sequence
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.widths import Width
-from ..device.device import CPU, Device, Shared
-from ..ops._quantised import NVFP4
+from ..device.device import CPU, Device
+from ..device.shared import Shared
 from ..ops.attention_decode import attention_decode
 from ..ops.attention_prefill import attention_prefill
 from ..ops.embed import embed
 from ..ops.kv_append import kv_append
-from ..ops.matmul import TiledWeight, matmul
-from ..ops.moe_matmul import ExpertWeights, moe_matmul
+from ..ops.matmul import matmul
+from ..ops.moe_matmul import moe_matmul
 from ..ops.moe_route import moe_route
 from ..ops.rms_norm import rms_norm
 from ..ops.sample import sample
+from ..ops.tiles import NVFP4, ExpertWeights, TiledWeight
 from . import mamba
 from .buffers import Buffers, batch_tables, logit_rows
+from .draw import DRAW_FIELDS, Draw
 from .modes import WidthTables
 from .weights import Weights
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How a token is drawn after a step: arguments of the op `sample` for one row."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    position: int = 0
-
-
-DRAW_FIELDS = tuple(f.name for f in fields(Draw))
 
 
 @dataclass

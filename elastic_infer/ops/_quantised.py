@@ -6,31 +6,6 @@ import torch
 
 from ..codes import BLOCK, decode_e4m3, unpack_e2m1
 
-TILE = 64
-NVFP4 = torch.float4_e2m1fn_x2  # how an image of NVFP4 tiles names its dtype
-FP8 = torch.float8_e4m3fn
-TILE_BYTES = {torch.float32: 16384, torch.bfloat16: 8192, FP8: 4096, NVFP4: 2304}
-NAN_SCALE = 0x7F
-
-
-def tile_bytes(dtype: torch.dtype) -> int:
-    """Bytes of a 64x64 tile.
-
-    Args:
-        dtype: float32, bfloat16, float8_e4m3fn (FP8) or float4_e2m1fn_x2 (NVFP4).
-
-    Raises: ValueError for another dtype.
-    """
-    if dtype not in TILE_BYTES:
-        known = ", ".join(str(d)[6:] for d in TILE_BYTES)
-        raise ValueError(f"matmul_pack: dtype must be one of {known}, got {dtype}")
-    return TILE_BYTES[dtype]
-
-
-def image_dtype(image: torch.Tensor) -> torch.dtype:
-    """What the tiles of an image [..., tile bytes] hold, as :func:`tile_bytes` names it."""
-    return {size: dtype for dtype, size in TILE_BYTES.items()}[image.shape[-1]]
-
 
 def dequantise(
     codes: torch.Tensor, block_scales: torch.Tensor | None, scale, dtype: torch.dtype
@@ -50,22 +25,6 @@ def dequantise(
         factors = decode_e4m3(block_scales).repeat_interleave(BLOCK, -1)
         values = unpack_e2m1(codes) * factors
     return values.to(dtype) * torch.as_tensor(scale).to(dtype)
-
-
-def check_codes(op: str, codes: torch.Tensor, block_scales: torch.Tensor | None) -> None:
-    """Refuses what no quantiser writes: NaN codes of FP8, negative or NaN block scales of NVFP4.
-
-    Raises: ValueError naming the op, the argument and the first offender.
-    """
-    if block_scales is not None:
-        name, bad, values = "block_scales", block_scales >= NAN_SCALE, block_scales
-        must = "be finite and not negative"
-    else:
-        name, bad, values = "source", (codes & 0x7F) == 0x7F, codes
-        must = "hold no NaN"
-    if bad.any():
-        at = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{op}: {name} must {must}, got {int(values[at]):#04x} at {list(at)}")
 
 
 def draw_codes(

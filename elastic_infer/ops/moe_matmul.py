@@ -2,121 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from .. import _C
 from ..codes import BLOCK
 from ._activations import quantised
-from ._quantised import NAN_SCALE, dequantise, draw_codes, image_dtype, tile_bytes
+from ._quantised import dequantise, draw_codes
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows
-from .matmul import (
-    INT8,
-    WISHES,
-    check_scales,
-    code_shape,
-    empty_scale,
-    pack_tiles,
-    put_scale,
-    tile_count,
-    weight_bytes,
+from .matmul import INT8, WISHES, weight_bytes
+from .tiles import (
+    NAN_SCALE,
+    ExpertWeights,
 )
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """One matrix per expert, each stored once as 64x64 tiles, zero-padded.
-
-    image: [E, row tiles, column tiles, tile bytes] uint8; the bytes of a tile tell what it holds
-    (`dtype`). rows, columns: of every expert's matrix. scale: [E] float32 that FP8 and NVFP4 codes
-    are multiplied with, None for float32 and bfloat16.
-    """
-
-    image: torch.Tensor
-    rows: int
-    columns: int
-    scale: torch.Tensor | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float32, bfloat16, float8_e4m3fn (FP8) or float4_e2m1fn_x2 (NVFP4)."""
-        return image_dtype(self.image)
-
-    @property
-    def experts(self) -> int:
-        return self.image.shape[0]
-
-    @staticmethod
-    def empty(
-        experts: int, rows: int, columns: int, dtype: torch.dtype, memory=None
-    ) -> ExpertWeights:
-        """Room for `experts` matrices [rows, columns]. dtype: as of `TiledWeight.empty`. memory: a
-        `WeightMemory` to take it from, or None."""
-        shape = (experts, tile_count(rows), tile_count(columns), tile_bytes(dtype))
-        image = memory.empty(*shape) if memory else torch.empty(shape, dtype=torch.uint8)
-        return ExpertWeights(image, rows, columns, empty_scale(image, experts, dtype))
-
-    def fill(
-        self,
-        expert: int,
-        source: torch.Tensor,
-        run=None,
-        *,
-        block_scales: torch.Tensor | None = None,
-        scale: float | None = None,
-        check: bool = True,
-    ) -> None:
-        """Packs the matrix of one expert.
-
-        Args: as of `TiledWeight.fill`.
-
-        Raises: ValueError naming the argument that does not fit.
-        """
-        if not 0 <= expert < self.experts:
-            raise ValueError(f"matmul_pack: expert must be in [0, {self.experts}), got {expert}")
-        shape = (self.rows, self.columns)
-        pack_tiles(self.image[expert], 0, shape, source, block_scales, check, run)
-        put_scale(self.scale, expert, scale)
-
-    @staticmethod
-    def pack(weight: torch.Tensor, run=None) -> ExpertWeights:
-        """Tiles of `weight` [E, rows, columns] float32 or bfloat16."""
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 3:
-            got = list(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
-            raise ValueError(f"matmul_pack: weight must have shape [E, rows, columns], got {got}")
-        packed = ExpertWeights.empty(*weight.shape, weight.dtype)
-        for e in range(weight.shape[0]):
-            packed.fill(e, weight[e], run)
-        return packed
-
-    @staticmethod
-    def pack_codes(
-        codes: torch.Tensor,
-        block_scales: torch.Tensor | None,
-        scale: torch.Tensor,
-        run=None,
-        *,
-        check: bool = True,
-    ) -> ExpertWeights:
-        """Tiles of quantised matrices.
-
-        Args:
-            codes: [E, rows, K/2] uint8 (NVFP4) or [E, rows, K] uint8 (FP8).
-            block_scales: [E, rows, K/16] uint8 (NVFP4) or None (FP8).
-            scale: [E] float32.
-            run: None, or a Pool.
-            check: whether to look for NaN among codes and block scales.
-
-        Raises: ValueError naming the argument that does not fit.
-        """
-        dtype, columns = code_shape(codes, 3, block_scales)
-        check_scales(scale, [codes.shape[0]])
-        packed = ExpertWeights.empty(codes.shape[0], codes.shape[1], columns, dtype)
-        for e in range(codes.shape[0]):
-            blocks = None if block_scales is None else block_scales[e]
-            packed.fill(e, codes[e], run, block_scales=blocks, scale=float(scale[e]), check=check)
-        return packed
 
 
 def moe_workspace_bytes(R: int, J: int, E: int, D: int, F: int, dtype: torch.dtype) -> int:

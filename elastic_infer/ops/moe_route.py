@@ -6,7 +6,7 @@ import torch
 
 from .. import _C
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows
-from .matmul import TiledWeight
+from .tiles import TiledWeight
 
 
 def moe_route(

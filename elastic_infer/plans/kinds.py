@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidRequest, shown
-from .decision import DEFAULT_GRACE, PlanView, make_tracker, tag_id
+from .decision import DEFAULT_GRACE, PlanView
+from .phase import make_tracker, tag_id
 from .plan import Plan
 from .runs import CustomRun, FixedRun, PlanRun, ScheduleRun, ThinkRun, UncertainRun
 

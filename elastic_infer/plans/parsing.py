@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InvalidRequest
+from . import parsing as plan_text
 from .plan import Plan
 
 __all__ = ["read_plan"]
@@ -104,3 +105,13 @@ _FROM_WORDS: dict[str, Callable[[Mapping[str, str]], Plan]] = {
     "think": _read_think,
     "narrow": _read_narrow,
 }
+
+
+def parse_plan(text: str) -> Plan:
+    """Reads a plan from the command line.
+
+    text: "width=S", "schedule=0:S+12:L", "think=M,answer=L,budget=64,grace=16,policy=exact" or
+        "narrow=S,wide=L,threshold=1.5,hold=8"; `policy` is carry, exact, window or window(n).
+    Raises InvalidRequest naming what is allowed.
+    """
+    return plan_text.read_plan(text)

@@ -14,24 +14,16 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest, WidthError, shown
-from ..sampling.checks import MOST_IDS
-from .decision import (
-    CARRY,
-    DEFAULT_GRACE,
-    PROMPT_PHASES,
-    Decision,
-    PhaseTracker,
-    PlanView,
-    Policy,
-    Tag,
-    make_tracker,
-)
+from ..value_checks import MOST_IDS
+from .decision import DEFAULT_GRACE, PROMPT_PHASES, Decision, PlanView
+from .phase import PhaseTracker, Tag, make_tracker
+from .policy import CARRY, Policy
 from .runs import PlanRun
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
-__all__ = ["Decision", "Plan", "PlanRun", "PlanView", "Policy", "as_plan", "parse_plan"]
+__all__ = ["Decision", "Plan", "PlanRun", "PlanView", "Policy", "as_plan"]
 
 _LONGEST_CLOSING = 1 << 16  # characters; they are tokenised with every request
 
@@ -352,16 +344,5 @@ def as_plan(
     return Plan.custom(plan)
 
 
-def parse_plan(text: str) -> Plan:
-    """Reads a plan from the command line.
-
-    text: "width=S", "schedule=0:S+12:L", "think=M,answer=L,budget=64,grace=16,policy=exact" or
-        "narrow=S,wide=L,threshold=1.5,hold=8"; `policy` is carry, exact, window or window(n).
-    Raises InvalidRequest naming what is allowed.
-    """
-    return plan_text.read_plan(text)
-
-
 # Both need Plan, so they can only be imported once it exists.
 from . import kinds as plan_kinds  # noqa: E402
-from . import parsing as plan_text

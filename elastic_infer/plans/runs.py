@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ..errors import InvalidRequest, WidthError, shown
 from ..outputs import Phase
 from ..user_calls import call_user
-from .decision import Decision, PhaseTracker, PlanView, ReadOnly
+from .decision import Decision, PlanView, ReadOnly
+from .phase import PhaseTracker
 
 if TYPE_CHECKING:
     from .kinds import ByUncertainty, Custom, Fixed, Schedule, ThinkAnswer

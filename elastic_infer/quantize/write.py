@@ -18,18 +18,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config import ModelConfig
+from ..checkpoint.config import MLP, ModelConfig
+from ..checkpoint.layout import EMBEDDING, tensor_selections
 from ..checkpoint.published import SIDECAR, modelopt_config
-from ..checkpoint.slicing import (
-    EMBEDDING,
-    SHARD_BYTES,
-    copy_side_files,
-    tensor_selections,
-    with_kv_factors,
-)
+from ..checkpoint.slicing import SHARD_BYTES, copy_side_files, with_kv_factors
 from ..checkpoint.stored import PLAIN_NAMES, check_fused
 from ..checkpoint.tensor_files import Selection, write_safetensors
-from ..checkpoint.widths import MLP, width_to_dict
+from ..checkpoint.width_table import width_to_dict
 from ..codes import BLOCK, FORMATS, Packed
 from ..errors import CheckpointError, InvalidRequest, shown
 from ..files.writing import new_folder, require_new, write_json

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.widths import Width, parse_widths
+from ..checkpoint.width_table import parse_widths
+from ..checkpoint.widths import Width
 from ..elastify.torch_model import ElasticNemotronH, Moe, initialise
 from ..errors import ElasticError
 from ..files.reading import read_json

@@ -7,7 +7,8 @@ from itertools import islice
 from typing import Any
 
 from ..errors import InvalidRequest, shown
-from ..value_checks import is_real
+from ..text.unicode import encodable
+from ..value_checks import MOST_IDS, is_real
 
 __all__ = [
     "MOST_BAD_WORDS", "MOST_LOGPROBS", "MOST_STOPS", "biases_of", "check_int", "check_number",
@@ -17,7 +18,6 @@ __all__ = [
 # A value must be normal in float32: what rounds to zero or infinity there is not what was asked.
 FLOAT32_LEAST, FLOAT32_MOST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 MOST_LOGPROBS = 128  # each is compared with the whole row, on the thread that runs the passes
-MOST_IDS = 1 << 20  # more than any vocabulary has
 MOST_STOPS, MOST_BAD_WORDS = 64, 1024  # each is looked for after every token
 LONGEST_TEXT = 512  # characters of a stop string or bad word
 MOST_FUNCTIONS = 64
@@ -89,17 +89,6 @@ def texts_of(name: str, value: Any, most: int) -> tuple[str, ...]:
         if not encodable(text):
             raise fail(name, "hold texts that UTF-8 can encode (no lone surrogates)", text)
     return tuple(texts)
-
-
-def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold the text: whether it has no lone surrogates."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def biases_of(name: str, value: Any) -> dict[int, float]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .passes import Flight, Part
+from .reads import Read
 from .request import Branch
-from .switching import Read
 
 UNKNOWN = 0  # any id, in the place of one that only the device knows
 

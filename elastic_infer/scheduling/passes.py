@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..device.device import ReadBack
-from ..model.model import Draw, Model, Result, Segment
+from ..device.shared import ReadBack
+from ..model.draw import Draw
+from ..model.model import Model, Result, Segment
 from .batching import StepCosts
 from .reader import Reader
+from .reads import Read
 from .request import Branch
 from .sampler import Sampler
-from .switching import Read
 
 
 @dataclass

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..cache.cache import Sequence
+from ..cache.sequence import Sequence
 from ..errors import OutOfCapacity, RequestCancelled
 from .promise import Promise
-from .switching import Read
+from .reads import Read
 
 
 class Reader:

@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..cache.cache import Sequence
+from ..cache.sequence import Sequence
 from ..errors import ElasticError, InvalidRequest, RequestCancelled
 from ..outputs import Choice, FinishReason, Output, Phase, Times, Token, Usage
 from ..plans.plan import Plan
 from ..plans.runs import PlanRun
-from ..sampling.params import RowProcessors, SamplingParams
-from ..text.detokenizer import split_reasoning
+from ..sampling.params import SamplingParams
+from ..sampling.processors import RowProcessors
+from ..text.stops import split_reasoning
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from ..user_calls import text_of
 from .promise import Promise
-from .switching import Read
+from .reads import Read
 
 _numbers = itertools.count(1)
 

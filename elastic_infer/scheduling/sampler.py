@@ -7,12 +7,13 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from ..device.device import CPU, Device, Shared
-from ..model.buffers import draw_tables
-from ..model.model import DRAW_FIELDS, Draw
+from ..device.device import CPU, Device
+from ..device.shared import Shared
+from ..model.draw import DRAW_FIELDS, Draw, draw_tables
 from ..ops.sample import sample
 from ..outputs import TopLogprobs
-from ..sampling.params import SamplingParams, row_stats, top_logprobs
+from ..sampling.params import SamplingParams, row_stats
+from ..sampling.processors import top_logprobs
 from ..user_calls import as_failure
 from .request import Branch
 

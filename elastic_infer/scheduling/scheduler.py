@@ -11,7 +11,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ..cache.cache import PAGE, Sequence
+from ..cache.pages import PAGE
+from ..cache.sequence import Sequence
 from ..errors import NonFiniteLogits, OutOfCapacity, RequestCancelled
 from ..model.model import Model
 from ..outputs import Token
@@ -21,17 +22,11 @@ from .ahead import following
 from .batching import Candidate, Limits, StepCosts, form_batch
 from .passes import Flight, Part, Passes
 from .reader import Reader
+from .reads import Read, single_steps
 from .request import Branch, Request
 from .sampler import Drawn, Sampler
 from .stats import Stats
-from .switching import (
-    Read,
-    keep_snapshots,
-    single_steps,
-    snapshot_slots,
-    split_for_snapshots,
-    switch,
-)
+from .switching import keep_snapshots, snapshot_slots, split_for_snapshots, switch
 
 logger = logging.getLogger(__name__)
 

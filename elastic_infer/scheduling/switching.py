@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ..cache.cache import PAGE, Cache, Sequence
+from ..cache.cache import Cache
+from ..cache.pages import PAGE
+from ..cache.sequence import Sequence
 from ..checkpoint.widths import Width
 from ..errors import WidthError
-from ..plans.decision import Policy
-
-
-@dataclass
-class Read:
-    """Tokens that a sequence has still to read, at one width, as "prefill" or "step".
-
-    mark: a snapshot is due at its end, under policy `window`.
-    """
-
-    tokens: list[int]
-    width: str
-    kind: str
-    mark: bool = False
-
-    def after(self, count: int) -> Read:
-        """What is left of it once `count` tokens were read."""
-        return replace(self, tokens=self.tokens[count:])
+from ..plans.policy import Policy
+from .reads import Read
 
 
 def state_is_complete(sequence: Sequence, target: Width, widths: dict[str, Width]) -> bool:
@@ -85,13 +71,6 @@ def split_for_snapshots(reads: list[Read], start: int, policy: Policy) -> list[R
     return parts
 
 
-def single_steps(read: Read) -> list[Read]:
-    """A read of several steps as one read per token: a pass takes one step of a sequence."""
-    if read.kind != "step":
-        return [read]
-    return [Read([token], read.width, "step") for token in read.tokens]
-
-
 def snapshot_slots(policy: Policy) -> int:
     """State slots that a sequence under this policy may hold beyond its own."""
     return 2 if policy.kind == "window" else 0
@@ -131,14 +110,3 @@ def switch(
             return [Read(again + unread, target, "prefill")], len(again)
     cache.reset(sequence)
     return [Read(tokens + unread, target, "prefill")], len(tokens)
-
-
-def replay_reads(sequence: Sequence, start: int, length: int) -> list[Read]:
-    """The recorded reads of tokens [start, length), as they were made."""
-    reads, at = [], 0
-    for run in sequence.runs:
-        a, b = max(at, start), min(at + run.count, length)
-        if a < b:
-            reads.append(Read(sequence.tokens[a:b], run.width, run.kind))
-        at += run.count
-    return reads

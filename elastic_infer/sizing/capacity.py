@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cache.cache import PAGE
 from ..cache.dtypes import CacheDtypes, item_size
+from ..cache.pages import PAGE
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.widths import Width, kv_bytes_per_token
+from ..checkpoint.counts import kv_bytes_per_token
+from ..checkpoint.widths import Width
 from ..errors import InvalidRequest, OutOfCapacity, shown
 
 MAX_ROWS = 1024  # sequences of one pass

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from ..cache.cache import PAGE
 from ..cache.dtypes import CacheDtypes, item_size
+from ..cache.pages import PAGE
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.widths import Width, kv_bytes_per_token
+from ..checkpoint.counts import kv_bytes_per_token
+from ..checkpoint.widths import Width
 from ..device.device import Device
 from ..errors import OutOfCapacity
 from ..model.buffers import working_bytes
@@ -65,3 +67,49 @@ def cache_budget(
             f"{advice}"
         )
     return room - weights - working
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a given memory holds. weights, working: bytes of weights and of activation buffers.
+    sequences: how many of `length` tokens fit in the rest; longest: tokens of a single one (0 when
+    not even the weights fit)."""
+
+    weights: int
+    working: int
+    length: int
+    sequences: int
+    longest: int
+
+
+def fit(
+    config: ModelConfig,
+    width: Width,
+    dtype: torch.dtype,
+    memory: int,
+    length: int,
+    max_num_batched_tokens: int = 2048,
+    formats: Mapping[str, str] | None = None,
+    dtypes: CacheDtypes | None = None,
+) -> Fit:
+    """What `memory` bytes hold when `width` is the widest served.
+
+    Args:
+        length: tokens of a sequence, prompt and output.
+        max_num_batched_tokens: rows of the largest pass, which the activation buffers are for.
+        formats: of quantised matrices, as for `weight_bytes`.
+        dtypes: of the cache; None = the model's defaults.
+    """
+    weights = weight_bytes(config, width, dtype, formats)
+    rows = max_num_batched_tokens
+    working = working_bytes(config, width, dtype, rows, min(rows, DEFAULT_ROWS), length)
+    dtypes = dtypes or CacheDtypes.of(dtype)
+    slot = slot_bytes(config, width, dtypes)
+    page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))
+    rest = memory - weights - working
+    each = slot + -(-length // PAGE) * page
+    context = config.max_position_embeddings
+    longest = min(context, (rest - slot) // page * PAGE if page else context)
+    if rest < slot + page:
+        return Fit(weights, working, length, 0, 0)
+    return Fit(weights, working, length, rest // each if each else 0, longest)

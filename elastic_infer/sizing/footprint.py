@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
-from ..cache.cache import PAGE
-from ..cache.dtypes import CacheDtypes, item_size
-from ..checkpoint.config import ModelConfig
-from ..checkpoint.widths import ATTENTION, MAMBA, MLP, Width, count_parameters, kv_bytes_per_token
+from ..cache.dtypes import item_size
+from ..checkpoint.config import ATTENTION, MAMBA, MLP, ModelConfig
+from ..checkpoint.counts import count_parameters
+from ..checkpoint.widths import Width
 from ..codes import bits_per_weight
-from ..model.buffers import working_bytes
-from ..ops._quantised import TILE
-from ..ops.matmul import tile_count
-from .capacity import DEFAULT_ROWS, slot_bytes
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a given memory holds. weights, working: bytes of weights and of activation buffers.
-    sequences: how many of `length` tokens fit in the rest; longest: tokens of a single one (0 when
-    not even the weights fit)."""
-
-    weights: int
-    working: int
-    length: int
-    sequences: int
-    longest: int
+from ..ops.tiles import TILE, tile_count
 
 
 class _Store:
@@ -160,36 +143,3 @@ def mean_bits(
     """Bits per parameter of a width in memory, everything counted."""
     total = count_parameters(config, width).total
     return 8 * weight_bytes(config, width, dtype, formats) / total
-
-
-def fit(
-    config: ModelConfig,
-    width: Width,
-    dtype: torch.dtype,
-    memory: int,
-    length: int,
-    max_num_batched_tokens: int = 2048,
-    formats: Mapping[str, str] | None = None,
-    dtypes: CacheDtypes | None = None,
-) -> Fit:
-    """What `memory` bytes hold when `width` is the widest served.
-
-    Args:
-        length: tokens of a sequence, prompt and output.
-        max_num_batched_tokens: rows of the largest pass, which the activation buffers are for.
-        formats: of quantised matrices, as for `weight_bytes`.
-        dtypes: of the cache; None = the model's defaults.
-    """
-    weights = weight_bytes(config, width, dtype, formats)
-    rows = max_num_batched_tokens
-    working = working_bytes(config, width, dtype, rows, min(rows, DEFAULT_ROWS), length)
-    dtypes = dtypes or CacheDtypes.of(dtype)
-    slot = slot_bytes(config, width, dtypes)
-    page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))
-    rest = memory - weights - working
-    each = slot + -(-length // PAGE) * page
-    context = config.max_position_embeddings
-    longest = min(context, (rest - slot) // page * PAGE if page else context)
-    if rest < slot + page:
-        return Fit(weights, working, length, 0, 0)
-    return Fit(weights, working, length, rest // each if each else 0, longest)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jinja2
 
 from ..errors import InvalidRequest, printable, shown
-from ..sampling.checks import encodable
 from .messages import FinalMessage, checked_messages, final_field, iterates_over_parts, plain
 from .sandbox import Sandbox, TooMuch
+from .unicode import encodable
 
 __all__ = ["ChatTemplates"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import nodes
 
 from ..errors import InvalidRequest, shown
-from ..sampling.checks import encodable
+from .unicode import encodable
 
 __all__ = ["FinalMessage", "checked_messages", "final_field", "iterates_over_parts", "plain"]
 

@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ..outputs import Phase
-from .detokenizer import Detokenizer, StopStrings
+from .detokenizer import Detokenizer
+from .stops import StopStrings
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer

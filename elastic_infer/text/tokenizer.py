@@ -24,10 +24,11 @@ from ..files.reading import (
     read_json,
     read_text,
 )
-from ..sampling.checks import encodable
 from ..user_calls import tokenizer_errors
 from .chat import ChatTemplates
-from .detokenizer import StreamRule, check_growth
+from .growth import check_growth
+from .stream_rule import StreamRule
+from .unicode import encodable
 
 __all__ = ["Tokenizer", "eos_ids_from_folder"]
 

@@ -1,0 +1,14 @@
+"""Text that can be encoded: no lone surrogates."""
+
+from __future__ import annotations
+
+
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold the text: whether it has no lone surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
