@@ -39,17 +39,17 @@ __version__ = "0.1.0"
 
 # Importing torch takes seconds: what needs it is imported when it is first used.
 _LAZY = {
-    "Engine": "engine",
-    "EngineSequence": "session",
-    "Plan": "plan",
-    "Policy": "plan",
-    "SamplingParams": "sampling",
+    "Engine": "engine.engine",
+    "EngineSequence": "engine.session",
+    "Plan": "plans.plan",
+    "Policy": "plans.policy",
+    "SamplingParams": "sampling.params",
     "Output": "outputs",
     "Choice": "outputs",
     "Token": "outputs",
-    "Request": "request",
-    "Checkpoint": "checkpoint",
-    "Width": "config",
+    "Request": "scheduling.request",
+    "Checkpoint": "checkpoint.checkpoint",
+    "Width": "checkpoint.widths",
 }
 
 __all__ = [

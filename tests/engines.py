@@ -85,7 +85,7 @@ def sized_engine(folder: Path, pages: int, slots: int, max_num_seqs: int, **limi
     def fixed(config, served, dtype, max_model_len, *_):
         return Capacity(max_model_len, max_num_seqs, 128, pages, slots)
 
-    with mock.patch("elastic_infer.loading.plan_capacity", fixed):
+    with mock.patch("elastic_infer.engine.loading.plan_capacity", fixed):
         return base_engine(folder, **limits)
 
 

@@ -122,7 +122,7 @@ def late_device(device: Late, module=None):
         device.give(lambda: replay(model, steps))
 
     kernels = installed(module) if module else nullcontext()
-    with kernels, mock.patch("elastic_infer.loading.choose_device", lambda _: device):
+    with kernels, mock.patch("elastic_infer.engine.loading.choose_device", lambda _: device):
         patches = [
             mock.patch.object(Model, "_replay", later),
             mock.patch.object(Cache, "reserve", reserved),

@@ -357,8 +357,8 @@ def test_sizes_are_compared_before_anything_is_made(engine, monkeypatch):
     def unreachable(*_, **__):
         raise AssertionError("made before it was compared")
 
-    monkeypatch.setattr("elastic_infer.intake.Branch", unreachable)
-    monkeypatch.setattr("elastic_infer.intake.RowProcessors", unreachable)
+    monkeypatch.setattr("elastic_infer.engine.intake.Branch", unreachable)
+    monkeypatch.setattr("elastic_infer.engine.intake.RowProcessors", unreachable)
     monkeypatch.setattr(type(engine.tokenizer), "encode", unreachable)
     for n in (7, 10**6, 2**70, HUGE):
         with pytest.raises(OutOfCapacity, match="n must be at most max_num_seqs 6"):

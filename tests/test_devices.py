@@ -59,7 +59,7 @@ def test_this_machine_says_why_or_has_one():
 
 def test_log_line_says_what_was_chosen(tmp_path, caplog):
     write_text_model(tmp_path)
-    with caplog.at_level(logging.INFO, "elastic_infer.loading"), \
+    with caplog.at_level(logging.INFO, "elastic_infer.engine.loading"), \
             open_engine(tmp_path, device="cpu"):  # fmt: skip
         pass
     assert sum("kernels on 2 threads" in r.getMessage() for r in caplog.records) == 1

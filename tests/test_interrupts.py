@@ -282,8 +282,8 @@ def test_an_engine_whose_thread_cannot_start_says_so_and_nothing_is_half_open(
     def refused(*_):
         raise RuntimeError("can't start new thread")
 
-    for target in ("elastic_infer.worker._thread.start_new_thread",
-                   "elastic_infer.worker.threading.Thread.start"):  # fmt: skip
+    for target in ("elastic_infer.engine.worker._thread.start_new_thread",
+                   "elastic_infer.engine.worker.threading.Thread.start"):  # fmt: skip
         monkeypatch.setattr(target, refused)
         for call in (lambda: engine.open(draw(3)), lambda: engine.submit(draw(3), SHORT)):
             with pytest.raises(EngineFault, match=r"its thread must start, got .can't start new"):

@@ -329,7 +329,7 @@ def test_an_interrupted_caller_cancels(engine, monkeypatch, many):
         submitted.extend(requests)
         submit(requests)
 
-    monkeypatch.setattr("elastic_infer.request.Request.wait", interrupted)
+    monkeypatch.setattr("elastic_infer.scheduling.request.Request.wait", interrupted)
     monkeypatch.setattr(engine._worker, "submit", remember)
     prompt = [draw(5), draw(6)] if many else draw(5)
     with pytest.raises(KeyboardInterrupt):

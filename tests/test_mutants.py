@@ -299,8 +299,8 @@ import torch
 torch.use_deterministic_algorithms(True)  # new tensors are NaN, so what is left unwritten shows
 from pathlib import Path
 from emulated import check_orders, check_overlap, check_poisons, installed, load
-from elastic_infer.ops._laws import small_cases
-from elastic_infer.ops._shapes import SHAPES
+from elastic_infer.ops.testing.laws import small_cases
+from elastic_infer.ops.testing.shapes import SHAPES
 from elastic_infer.ops import registry
 
 if sys.argv[2].endswith("w4a4"):
@@ -309,7 +309,7 @@ if sys.argv[2].endswith("w4a4"):
         w4a4.check_all(emu, w4a4.EXPERTS if sys.argv[2].startswith("moe") else w4a4.CASES)
     sys.exit()
 if sys.argv[2] == "matmul_wgmma":
-    from elastic_infer.ops._shapes import NATIVE
+    from elastic_infer.ops.testing.shapes import NATIVE
     spec = registry()["matmul"]
     with installed(load(Path(sys.argv[1]))) as emu:
         emu.device(compute_capability=90)

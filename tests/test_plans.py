@@ -115,7 +115,7 @@ def test_every_one_of_many_window_switches_is_bounded(engine, monkeypatch, case)
         counts.append((length, again))
         return reads, again
 
-    monkeypatch.setattr("elastic_infer.scheduler.switch", watch)
+    monkeypatch.setattr("elastic_infer.scheduling.scheduler.switch", watch)
     steps = [(start, "SLM"[i % 3]) for i, start in enumerate([0, *starts])]
     plan = Plan.schedule(steps, policy=f"window({n})")
     out = engine.generate(draw(length), greedy(starts[-1] + 3), plan=plan)

@@ -109,7 +109,7 @@ def unrecorded(model: Model, steps: int) -> None:
 def nvfp4_activations() -> Iterator[None]:
     """Inside, engines on the CPU quantise activations to NVFP4."""
     products = mock.patch.multiple(
-        "elastic_infer.model", matmul=quantising, moe_matmul=quantising_experts
+        "elastic_infer.model.model", matmul=quantising, moe_matmul=quantising_experts
     )
     with mock.patch.object(Model, "_replay", unrecorded), products:
         yield

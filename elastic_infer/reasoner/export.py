@@ -1,6 +1,6 @@
 """From a training run to the shipped folder: weights in bfloat16, tokenizer, sizes.
 
-``python -m elastic_infer.elastify.reasoner.export RUN --out DIR``. The model card is written
+``python -m elastic_infer.reasoner.export RUN --out DIR``. The model card is written
 afterwards, from what `evaluate` measured on that folder, by the `card` module.
 """
 

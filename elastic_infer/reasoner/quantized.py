@@ -1,6 +1,6 @@
 """How many problems each width solves with quantised weights, with and without distillation.
 
-``python -m elastic_infer.elastify.reasoner.quantized MODEL --out FILE`` quantises MODEL in a
+``python -m elastic_infer.reasoner.quantized MODEL --out FILE`` quantises MODEL in a
 temporary folder in several ways, runs every width of each on the same held-out problems, and
 writes accuracy, bytes and the errors of the weights after each.
 """

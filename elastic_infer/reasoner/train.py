@@ -1,6 +1,6 @@
 """Trains the reasoner: all widths together, the widest one teaching the others.
 
-``python -m elastic_infer.elastify.reasoner.train --out DIR --minutes N``. A killed run continues
+``python -m elastic_infer.reasoner.train --out DIR --minutes N``. A killed run continues
 where its last checkpoint was. DIR/control.json may hold any field of ``Settings`` and is read
 again while training runs. Progress is one JSON object per line in DIR/metrics.jsonl.
 """
