@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from elastic_infer.engine.engine import Engine
-from elastic_infer.model.model import Segment
+from elastic_infer.model.batch import Segment
 from elastic_infer.scheduling.batching import chunk_length
 from elastic_infer.scheduling.reads import Read
 from elastic_infer.sizing.capacity import Capacity

@@ -13,13 +13,14 @@ from emulated import installed
 from elastic_infer.cache.cache import Cache
 from elastic_infer.cache.pages import PAGE
 from elastic_infer.device.device import Device
-from elastic_infer.model.model import Model, Result
+from elastic_infer.model.batch import Result
+from elastic_infer.model.model import Model
 from elastic_infer.scheduling.reader import Reader
 from elastic_infer.scheduling.sampler import Sampler
 
 # What works on the device's memory without being asked to wait in a line.
 AT_ONCE = [
-    (Model, "_record"), (Model, "_logits"), (Cache, "_zero"), (Cache, "_copy_slot"),
+    (Model, "_run"), (Model, "_logits"), (Cache, "_zero"), (Cache, "_copy_slot"),
     (Cache, "export"), (Cache, "place"), (Sampler, "_ids"),
     (Sampler, "_on_host"), (Reader, "take"), (Result, "of"),
 ]  # fmt: skip

@@ -182,7 +182,8 @@ def test_mtp_skipped_and_extras_logged(folder, tmp_path, caplog):
     rewrite(folder, change)
     with caplog.at_level(logging.INFO, "elastic_infer"):
         checkpoint = open_quiet(folder, tmp_path)
-    messages = [r.getMessage() for r in caplog.records if r.name == "elastic_infer.checkpoint.checkpoint"]
+    name = "elastic_infer.checkpoint.checkpoint"
+    messages = [r.getMessage() for r in caplog.records if r.name == name]
     assert [m for m in messages if "mtp." in m] == [
         "checkpoint: 2 mtp.* tensors (token look-ahead) are skipped"
     ]

@@ -21,7 +21,8 @@ from quantized import write_quantised
 from elastic_infer import Engine, Plan, SamplingParams, demo_model
 from elastic_infer.device.shared import Shared
 from elastic_infer.engine import loading
-from elastic_infer.model.model import Model, Segment
+from elastic_infer.model.batch import Segment
+from elastic_infer.model.model import Model
 from elastic_infer.scheduling.reads import Read
 from elastic_infer.scheduling.sampler import Sampler
 

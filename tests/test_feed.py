@@ -6,8 +6,9 @@ from emulated import built, load
 from engines import base_engine, draw, run_read
 from late import Late, late_device
 
+from elastic_infer.model.batch import Segment
 from elastic_infer.model.draw import Draw
-from elastic_infer.model.model import Model, Segment
+from elastic_infer.model.model import Model
 from elastic_infer.ops.embed import embed
 from elastic_infer.scheduling.reads import Read
 

@@ -9,7 +9,7 @@ from emulated import built, installed, kernels, load
 from engines import base_engine, draw
 
 from elastic_infer import SamplingParams
-from elastic_infer.model.model import Segment
+from elastic_infer.model.batch import Segment
 from elastic_infer.ops import registry
 from elastic_infer.ops.moe_matmul import moe_matmul, moe_workspace_bytes
 from elastic_infer.ops.testing import laws as _laws

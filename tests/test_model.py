@@ -7,7 +7,7 @@ import torch
 from engines import base_engine, run_read, tiny_engine
 
 from elastic_infer import SamplingParams
-from elastic_infer.model.model import Segment
+from elastic_infer.model.batch import Segment
 from elastic_infer.scheduling.reads import Read
 
 

@@ -17,10 +17,10 @@ import tiny
 import torch
 from engines import open_engine, run_read
 
-import elastic_infer.model.model as model_module
 from elastic_infer import SamplingParams
 from elastic_infer.checkpoint.widths import full_width
-from elastic_infer.model.model import Segment, Shape
+from elastic_infer.model import layers
+from elastic_infer.model.batch import Segment, Shape
 from elastic_infer.scheduling.reads import Read
 
 LENGTH, GENERATED, MARGIN = 75, 6, 1e-5
@@ -216,7 +216,7 @@ def our_layer(engine, layer, x, width, choice, monkeypatch):
     """The same of this library: one layer of a prefill pass, NaN in the residual beyond."""
     model, c = engine._model, engine.config
     R, kind = x.shape[0], c.layers[layer]
-    route = model_module.moe_route
+    route = layers.moe_route
 
     def fixed_route(normed, gate, bias, ids, weights, **rest):
         route(normed, gate, bias, ids, weights, **rest)
@@ -230,24 +230,23 @@ def our_layer(engine, layer, x, width, choice, monkeypatch):
         choice_gate = engine._checkpoint.tensor(
             f"backbone.layers.{layer}.mixer.gate.weight"
         ).float()[: width.n_routed_experts[layer]]
-        monkeypatch.setattr(model_module, "moe_route", fixed_route)
+        monkeypatch.setattr(layers, "moe_route", fixed_route)
     sequence, shape, b = model.cache.open(), Shape(R, 0, 1), model.buffers
     segments = [Segment(sequence, [0] * R, width.name, "prefill")]
     model._reserve(segments)
-    model._fill(segments, shape)
+    model.batch.fill(segments, shape, R)
     b.residual.fill_(torch.nan)
     b.residual[:R, : width.hidden_size] = x
-    model._norm(model.pool, R, model.weights.layers[layer].norm, None)
-    place = c.layers[:layer].count(kind)
+    p, w, place = model.ops_of(model.pool, shape), model.weights, c.layers[:layer].count(kind)
+    layers.norm(p, w.layers[layer].norm, None)
     if kind == "M":
-        model._mamba(model.pool, shape, layer, place)
+        layers.mamba(p, layer, place)
     elif kind == "*":
-        model._attention(model.pool, shape, layer, place)
+        layers.attention(p, layer, place)
     elif kind == "-":
-        w = model.weights.layers[layer]
-        model._ffn(model.pool, R, w.up, w.down, layer, b.delta)
+        layers.ffn(p, w.layers[layer].up, w.layers[layer].down, layer, b.delta)
     else:
-        model._moe(model.pool, R, layer)
+        layers.moe(p, layer)
     model.cache.close(sequence)
     monkeypatch.undo()
     return b.delta[:R, : width.hidden_size].float().clone()

@@ -46,7 +46,7 @@ def test_engine_multiplies_quantised_rows(folder, monkeypatch):
         plain = score(device="emulated")
     with activations.nvfp4_activations():
         wanted = score(device="cpu")
-        with mock.patch("elastic_infer.model.moe_matmul", moe_matmul):
+        with mock.patch("elastic_infer.model.layers.moe_matmul", moe_matmul):
             outside = score(device="cpu")
     for width, logits in wanted.items():
         size = logits.norm()

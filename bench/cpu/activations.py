@@ -26,7 +26,7 @@ from elastic_infer import Engine, demo_model
 from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.codes import BLOCK, E2M1_MAX, E4M3_MAX, decode_e4m3, encode_e2m1, unpack_e2m1
 from elastic_infer.device.machine import machine, today
-from elastic_infer.model.model import Model, Shape
+from elastic_infer.model.model import Model
 from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.moe_matmul import moe_matmul
 from elastic_infer.ops.tiles import NVFP4, ExpertWeights, Segment, TiledWeight
@@ -101,15 +101,14 @@ def quantising_experts(
 
 def unrecorded(model: Model, steps: int) -> None:
     """A pass of steps, run op by op."""
-    model._record(model.pool, Shape(steps, steps, steps))
-    model._head(model.pool, model.buffers.normed[:steps], model.batch.row_mode[:steps])
+    model.run_steps(model.pool, steps)
 
 
 @contextmanager
 def nvfp4_activations() -> Iterator[None]:
     """Inside, engines on the CPU quantise activations to NVFP4."""
     products = mock.patch.multiple(
-        "elastic_infer.model.model", matmul=quantising, moe_matmul=quantising_experts
+        "elastic_infer.model.layers", matmul=quantising, moe_matmul=quantising_experts
     )
     with mock.patch.object(Model, "_replay", unrecorded), products:
         yield

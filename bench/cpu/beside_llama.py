@@ -30,7 +30,7 @@ from bench.llama.convert import convert
 from bench.llama.process import Peer, interleave, random_tokens
 from elastic_infer import Engine
 from elastic_infer.device.machine import machine, today
-from elastic_infer.model.model import Segment
+from elastic_infer.model.batch import Segment
 from elastic_infer.sizing.footprint import bytes_per_token
 
 PREFILL = (256, 1024)

@@ -26,7 +26,7 @@ import torch
 
 from elastic_infer import Engine, demo_model
 from elastic_infer.device.machine import machine, today
-from elastic_infer.model.model import Segment
+from elastic_infer.model.batch import Segment
 from elastic_infer.ops.ssm_step import ssm_step
 from elastic_infer.reasoner.evaluate import SEED, evaluate
 from elastic_infer.reasoner.task import MAX_OPERATIONS, held_out_problems

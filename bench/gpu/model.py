@@ -20,8 +20,9 @@ from elastic_infer.checkpoint.config import ModelConfig
 from elastic_infer.checkpoint.counts import kv_bytes_per_token
 from elastic_infer.checkpoint.widths import Width, widest
 from elastic_infer.device.device import Device
+from elastic_infer.model.batch import Segment
 from elastic_infer.model.loader import WeightLoader
-from elastic_infer.model.model import Model, Segment
+from elastic_infer.model.model import Model
 from elastic_infer.sizing.capacity import slot_bytes
 from elastic_infer.sizing.footprint import weight_bytes
 

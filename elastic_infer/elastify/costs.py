@@ -30,7 +30,7 @@ def sizes_of(config: ModelConfig, width: Width) -> Sizes:
 
 
 def parameters(config: ModelConfig, hidden: Any, sizes: Sizes) -> tuple[Any, Any]:
-    """(total, active) parameters, as `elastic_infer.checkpoint.config.count_parameters` counts them.
+    """(total, active) parameters, as `checkpoint.counts.count_parameters` counts them.
 
     Polynomial in the sizes, so it also takes expected sizes as tensors and has a gradient.
 

@@ -21,6 +21,7 @@ class Draw:
     position: int = 0
 
 
+GREEDY = Draw()
 DRAW_FIELDS = tuple(f.name for f in fields(Draw))
 
 

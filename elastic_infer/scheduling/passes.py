@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..device.shared import ReadBack
+from ..model.batch import Result, Segment
 from ..model.draw import Draw
-from ..model.model import Model, Result, Segment
+from ..model.model import Model
 from .batching import StepCosts
 from .reader import Reader
 from .reads import Read
