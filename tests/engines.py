@@ -169,18 +169,18 @@ class Held:
     go on, so that a test says what lies in the queue before the scheduler decides."""
 
     def __init__(self, engine: Engine):
-        self._engine, self._worker = engine, engine._worker
+        self._engine, self._worker = engine, engine.core.worker
         self._allow(0)
 
     def _allow(self, passes: float) -> None:
-        self._engine._call(lambda: setattr(self._worker, "passes_left", passes))
+        self._engine.core.call(lambda: setattr(self._worker, "passes_left", passes))
 
     def step(self, passes: int = 1) -> int:
         """Runs so many passes, or fewer where there is nothing left to run; returns how many."""
         self._allow(passes)
         before = passes
         # Every job is followed by an attempt at a pass: no fewer are left, so none could run.
-        while (left := self._engine._call(lambda: self._worker.passes_left)) not in (0, before):
+        while (left := self._engine.core.call(lambda: self._worker.passes_left)) not in (0, before):
             before = left
         self._allow(0)
         return passes - left
@@ -189,12 +189,12 @@ class Held:
         """Waits until a condition holds between two passes, as when calls of other threads have
         reached the engine."""
         end = time.monotonic() + HANG
-        while not self._engine._call(condition):
+        while not self._engine.core.call(condition):
             assert time.monotonic() < end, "hang"
 
     def arrived(self, requests: int = 0, readers: int = 0) -> None:
         """Waits until so many requests wait for their first pass, and so many readers."""
-        scheduler = self._engine._scheduler
+        scheduler = self._engine.core.scheduler
         self.until(lambda: (len(scheduler.waiting), len(scheduler.readers)) == (requests, readers))
 
     def release(self) -> None:
@@ -224,8 +224,8 @@ def in_threads(*calls: Callable[[], object]) -> Callable[[], list]:
 
 def assert_all_free(engine: Engine) -> None:
     """Nothing is left in the cache: every page and slot is free, with no reference to it."""
-    cache = engine._model.cache
-    engine._call(lambda: None)  # whatever was asked for before has been done then
+    cache = engine.core.model.cache
+    engine.core.call(lambda: None)  # whatever was asked for before has been done then
     for pool in (cache.pages, cache.slots):
         assert pool.used == 0 and sorted(pool._free) == list(range(pool.size)), pool.name
         assert not any(pool._references), pool.name

@@ -66,7 +66,7 @@ def engine(folder):
 
 def log_of(engine, action):
     """What the host did while `action` ran: "pass" where it gave one, "wait" where it waited."""
-    log = engine._model.device.log
+    log = engine.core.model.device.log
     log.clear()
     action()
     return list(log)
@@ -248,7 +248,7 @@ def test_a_plan_that_decides_against_what_it_settled_fails_alone(engine, cpu, mo
 
 def test_records_hold_known_tokens_alone(engine, monkeypatch):
     """Between any two passes every cache's record is a part of the prompt and the output."""
-    scheduler, seen = engine._scheduler, []
+    scheduler, seen = engine.core.scheduler, []
     step = scheduler.step
 
     def checked():
@@ -273,7 +273,7 @@ def test_nothing_finite_ends_the_branch_though_the_next_pass_flies(folder, cpu):
     token = next(t for t in whole[4:] if t not in (*good[0][0][0], *PROMPT, *draw(20, 1)))
     known = whole[: whole.index(token) + 1]
     with late_engine(folder) as engine:
-        engine._model.weights.embedding[token] = torch.nan
+        engine.core.model.weights.embedding[token] = torch.nan
         bad = engine.submit(draw(20, 1), GREEDY, width="M")
         other = engine.submit(PROMPT, GREEDY, width="S")
         with pytest.raises(NonFiniteLogits, match="logits must be finite"):
@@ -306,7 +306,7 @@ def test_readers_and_jobs_between_passes(folder, cpu):
     with cpu.open(PROMPT, width="M") as theirs:
         by_hand = [theirs.step().id for _ in range(4)]
     with late_engine(folder) as engine:
-        requests, model = [engine.submit(*job) for job in jobs], engine._model
+        requests, model = [engine.submit(*job) for job in jobs], engine.core.model
 
         def steps():
             sequence = model.cache.open()
@@ -316,7 +316,7 @@ def test_readers_and_jobs_between_passes(folder, cpu):
 
         with engine.open(PROMPT, width="M") as mine:
             for token in by_hand:
-                engine._call(steps)
+                engine.core.call(steps)
                 assert mine.step().id == token
         assert torch.equal(engine.score(PROMPT), score)
         assert [summaries(r.result()) for r in requests] == wanted

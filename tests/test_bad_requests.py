@@ -324,7 +324,7 @@ def test_what_fails_between_prompt_and_choices_ends_alone(engine, monkeypatch):
     def fail(sequence):
         raise fork
 
-    monkeypatch.setattr(engine._model.cache, "fork", fail)
+    monkeypatch.setattr(engine.core.model.cache, "fork", fail)
     ended = beside(engine, params=SamplingParams(n=2, max_tokens=3, temperature=1.0))
     assert isinstance(ended, RequestFailed) and ended.__cause__ is fork
 

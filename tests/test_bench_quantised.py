@@ -13,14 +13,14 @@ def test_a_random_model_runs(width):
     tokens = quantised.random_tokens(5, built.config.vocab_size, 0)
     assert ours.decode([tokens], [width], tokens) > 0
     assert ours.prefill(tokens * 8, width) > 0
-    assert torch.isfinite(built._model.buffers.logits[0]).all()
+    assert torch.isfinite(built.core.model.buffers.logits[0]).all()
     assert 0 < quantised.python_share(built, width, tokens, tokens) < 1
 
 
 def test_bytes_of_a_step():
     """Everything once but for the experts that no token names, and the rest of the embedding."""
     built = quantised.build(quantised.model_config("tiny"), "L", 1)
-    weights, config = built._model.weights, built.config
+    weights, config = built.core.model.weights, built.config
     idle = 0
     for layer in weights.layers:
         if hasattr(layer, "gate"):

@@ -173,7 +173,7 @@ def test_unknown_dtypes_are_refused(tmp_path, options, message):
 def test_the_cache_takes_the_memory_that_is_counted(tmp_path):
     options = {"kv_cache_dtype": "fp8", "mamba_ssm_cache_dtype": "float16"}
     with base_engine(tmp_path, **options) as engine:
-        cache, config = engine._model.cache, engine.config
+        cache, config = engine.core.model.cache, engine.config
         slot = sum(s[0].nbytes for s in cache.ssm + cache.conv)
         assert slot == slot_bytes(config, full_width(config), cache.dtypes)
         assert all(page.dtype == torch.uint8 for page in cache.k + cache.v)

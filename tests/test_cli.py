@@ -325,8 +325,8 @@ def test_weight_bytes_are_those_of_the_loaded_weights(tmp_path, seed):
         read = bytes_per_token(checkpoint.config, width, torch.float32)
         assert read == 4 * (counts.active_without_embedding + width.hidden_size)
         with engines.open_engine(tmp_path, max_width=name) as engine:
-            if name in engine.widths and engine._model.weights.served.same_sizes(width):
-                loaded = engine._model.weights.nbytes
+            if name in engine.widths and engine.core.model.weights.served.same_sizes(width):
+                loaded = engine.core.model.weights.nbytes
                 assert loaded == weight_bytes(checkpoint.config, width, dtype)
 
 

@@ -79,7 +79,7 @@ class Small(Device):
 def budget(tmp_path, free, total, share=0.9, kv=None, **formats):
     write_text_model(tmp_path)
     with open_engine(tmp_path, device="cpu", **formats) as engine:
-        served, cache = engine._model.weights.served, engine._model.cache
+        served, cache = engine.core.model.weights.served, engine.core.model.cache
         return placement.cache_budget(
             Small(free, total), engine.config, engine.widths, served, torch.float32, 512, 16,
             128, share, kv, dtypes=cache.dtypes,
@@ -93,7 +93,7 @@ def test_the_least_cache_is_a_page_and_a_slot_as_they_are_kept(tmp_path, kv, sta
     formats = {"kv_cache_dtype": kv, "mamba_ssm_cache_dtype": state}
     needed = (100 << 20) - budget(tmp_path, 100 << 20, 100 << 20, 1.0, **formats)
     with open_engine(tmp_path, device="cpu", **formats) as engine:
-        cache = engine._model.cache
+        cache = engine.core.model.cache
         parts = (cache.k, cache.v, cache.ssm, cache.conv)
         least = sum(tensor[0].nbytes for part in parts for tensor in part)
     assert budget(tmp_path, needed + least, needed + least, 1.0, **formats) == least

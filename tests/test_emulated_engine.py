@@ -81,25 +81,25 @@ def test_mixed_widths_share_passes_and_one_graph(engine, expected):
         outputs = engine.generate([PROMPT] * 4, GREEDY, plan=order)
         wanted = [*(expected[w] for w in WIDTHS), expected["carry"]]
         assert [o.token_ids for o in outputs] == (wanted if order is plans else wanted[::-1])
-    sizes = engine._model._recorded
-    assert engine._model.captures == len(sizes) and 4 in sizes
+    sizes = engine.core.model._recorded
+    assert engine.core.model.captures == len(sizes) and 4 in sizes
 
 
 def test_launches_that_overlap_change_no_token(engine, expected, monkeypatch):
-    monkeypatch.setattr(engine._model, "dependent_launch", True)
-    monkeypatch.setattr(engine._model, "_recorded", {})
+    monkeypatch.setattr(engine.core.model, "dependent_launch", True)
+    monkeypatch.setattr(engine.core.model, "_recorded", {})
     outputs = engine.generate([PROMPT] * 3, GREEDY, width=list(WIDTHS))
     assert [o.token_ids for o in outputs] == [expected[w] for w in WIDTHS]
-    assert engine._model.captures == len(engine._model._recorded) > 0
+    assert engine.core.model.captures == len(engine.core.model._recorded) > 0
 
 
 @pytest.mark.parametrize("policy", PLANS)
 def test_switches(engine, expected, policy):
-    before = engine._model.captures
+    before = engine.core.model.captures
     output = engine.generate(PROMPT, GREEDY, plan=PLANS[policy])
     assert output.token_ids == expected[policy]
     assert (output.rebuilt_tokens > 0) == (policy != "carry")
-    assert engine._model.captures == max(before, 1)
+    assert engine.core.model.captures == max(before, 1)
 
 
 def test_logits_come_to_the_host_in_chunks_and_whole(engine, expected):
@@ -112,7 +112,7 @@ def test_padding_rows_change_nothing(engine, expected, monkeypatch):
     monkeypatch.setattr(Model, "recorded_size", lambda model, steps: 5)
     outputs = engine.generate([PROMPT] * 3, GREEDY, width=list(WIDTHS))
     assert [o.token_ids for o in outputs] == [expected[w] for w in WIDTHS]
-    assert list(engine._model._recorded)[-1] == 5
+    assert list(engine.core.model._recorded)[-1] == 5
 
 
 def test_steady_steps_draw_in_the_pass_and_copy_once(engine, expected, monkeypatch):
@@ -129,13 +129,13 @@ def test_steady_steps_draw_in_the_pass_and_copy_once(engine, expected, monkeypat
 
 
 def test_sizes_of_recorded_passes(engine):
-    sizes = [engine._model.recorded_size(n) for n in range(1, 17)]
+    sizes = [engine.core.model.recorded_size(n) for n in range(1, 17)]
     assert sizes == list(range(1, 17))  # the engine's max_num_seqs is 16
-    engine._model.max_segments, kept = 100, engine._model.max_segments
+    engine.core.model.max_segments, kept = 100, engine.core.model.max_segments
     try:
-        found = {n: engine._model.recorded_size(n) for n in range(1, 101)}
+        found = {n: engine.core.model.recorded_size(n) for n in range(1, 101)}
     finally:
-        engine._model.max_segments = kept
+        engine.core.model.max_segments = kept
     assert all(n <= size <= max(n * 5 / 4, 16) for n, size in found.items())
     assert found[17] == 20 and found[65] == 80 and found[100] == 100
     assert len(set(found.values())) == 16 + 12 + 3
@@ -146,7 +146,7 @@ def test_captured_equals_eager(folder, engine):
     tokens, rows = draw(6, seed=5), []
 
     def logits(engine):
-        sequence, model = engine._model.cache.open(), engine._model
+        sequence, model = engine.core.model.cache.open(), engine.core.model
         found = [run_read(model, sequence, Read(tokens[:3], "M", "prefill"))]
         for token in tokens[3:]:
             found.append(run_read(model, sequence, Read([token], "S", "step")))
@@ -154,10 +154,10 @@ def test_captured_equals_eager(folder, engine):
         return torch.cat(found)
 
     rows.append(logits(engine))
-    assert engine._model.captures
+    assert engine.core.model.captures
     with emulated_engine(folder, enforce_eager=True) as other:
         rows.append(logits(other))
-        assert other._model.captures == 0
+        assert other.core.model.captures == 0
     assert torch.equal(*rows)
 
 
@@ -217,7 +217,7 @@ def test_preempted_sequences_come_back_bit_equal(folder, expected):
 
 def test_one_bad_row_ends_alone(engine, expected):
     """NaN in a row's state: it ends with an error, the others and later rows do not notice."""
-    model = engine._model
+    model = engine.core.model
 
     def run():
         good, bad = model.cache.open(), model.cache.open()
@@ -229,7 +229,7 @@ def test_one_bad_row_ends_alone(engine, expected):
         model.cache.close(good), model.cache.close(bad)
         return rows
 
-    good, bad = engine._call(run)
+    good, bad = engine.core.call(run)
     assert good.isfinite().all() and bad.isnan().any()
     assert engine.generate(PROMPT, GREEDY, width="L").token_ids == expected["L"]
 
@@ -254,7 +254,7 @@ def test_the_budget_counts_the_cache_as_it_is_kept(folder, monkeypatch):
 
     monkeypatch.setattr(loading, "cache_budget", watched)
     with emulated_engine(folder, kv_cache_dtype="fp8", mamba_ssm_cache_dtype="float16") as small:
-        assert seen == [small._model.cache.dtypes]
+        assert seen == [small.core.model.cache.dtypes]
         assert seen[0].names == ("fp8", "float16")
 
 

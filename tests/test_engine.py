@@ -336,7 +336,7 @@ def test_a_dropped_engine_is_closed_but_not_under_a_request(tmp_path):
     engine = open_engine(write_text_model(tmp_path))
     request = engine.submit("x", SamplingParams(max_tokens=100, ignore_eos=True))
     alive = weakref.ref(engine)
-    worker = engine._worker
+    worker = engine.core.worker
     del engine
     assert len(request.result().token_ids) == 100, "the request keeps its engine"
     gc.collect()

@@ -27,7 +27,7 @@ def late(request):
 @pytest.fixture
 def model(late, tmp_path):
     with base_engine(tmp_path, device="cuda") as engine:
-        yield engine._model
+        yield engine.core.model
         late.wait()
 
 

@@ -93,9 +93,9 @@ with tempfile.TemporaryDirectory() as folder:
             counted += 1
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    engine._call(lambda: None)
+    engine.core.call(lambda: None)
     for _ in range(len(alone) * 40):  # requests whose handle an interrupt took end by themselves
-        if not engine._call(lambda: engine._scheduler.has_work):
+        if not engine.core.call(lambda: engine.core.scheduler.has_work):
             break
     engines.assert_all_free(engine)
     assert engine.generate([5, 6, 7], params).token_ids == alone
@@ -196,13 +196,13 @@ def test_what_is_interrupted_while_it_waits_for_room_keeps_nothing(engine, tmp_p
         sequence.save(path)
         request = engine.submit(draw(5), LONG)
         assert hold.step() == 1
-        spare = engine._call(lambda: engine._scheduler.spare_slots)
+        spare = engine.core.call(lambda: engine.core.scheduler.spare_slots)
         others = [engine.open(draw(3)) for _ in range(spare)]
         for call in (lambda: engine.open(draw(3)), lambda: engine.load(path), sequence.fork,
                      sequence.snapshot, lambda: engine.score(draw(3))):  # fmt: skip
-            interrupted_when(hold, lambda: engine._worker._blocked, call)
+            interrupted_when(hold, lambda: engine.core.worker._blocked, call)
         request.cancel()
-        engine._call(lambda: None)
+        engine.core.call(lambda: None)
         assert engine.stats()["slots_used"] == 1 + spare
         for other in others:
             other.close()
@@ -210,14 +210,14 @@ def test_what_is_interrupted_while_it_waits_for_room_keeps_nothing(engine, tmp_p
 
 def test_a_read_that_is_interrupted_goes_on_in_the_next_call(engine):
     """Stands for interrupts in the passes of a call: the tokens are those of an undisturbed one."""
-    scheduler = engine._scheduler
+    scheduler = engine.core.scheduler
     with engine.open(draw(300)) as alone, engine.open(draw(300)) as sequence:
         wanted = [alone.step().id for _ in range(3)]
         with held(engine) as hold:
             for call in (sequence.logits, sequence.step, lambda: sequence.switch("L")):
                 interrupted_when(hold, lambda: scheduler.readers, call)
                 hold.step()
-            engine._call(lambda: None)
+            engine.core.call(lambda: None)
             assert not scheduler.readers, "it is not read for nobody"
         assert [sequence.step().id for _ in range(3)] == wanted
         with held(engine) as hold:
@@ -263,9 +263,9 @@ def test_a_fault_that_belongs_to_no_row_does_not_close_the_engine(engine, kind, 
             monkeypatch.undo()
             raise kind("broken")
 
-        engine._call(lambda: monkeypatch.setattr(engine._scheduler, where, broken))
+        engine.core.call(lambda: monkeypatch.setattr(engine.core.scheduler, where, broken))
         if where == "drop_cancelled":
-            engine._call(lambda: None)
+            engine.core.call(lambda: None)
     for request in requests:
         output = request.wait(HANG)
         assert output.finish_reason == "error" and isinstance(request.error, EngineFault)
@@ -296,7 +296,7 @@ def test_an_engine_whose_thread_cannot_start_says_so_and_nothing_is_half_open(
 def test_calls_that_race_with_the_end_are_told(engine):
     """Stands for callers that hand over after the worker has taken its last look."""
     engine.generate(draw(3), SHORT)
-    worker, start = engine._worker, engine._worker._start
+    worker, start = engine.core.worker, engine.core.worker._start
     worker._start = lambda: (start(), engine.close())
     with pytest.raises(RequestCancelled, match="closed before the call ended"):
         worker.call(lambda: None)

@@ -130,11 +130,11 @@ def test_sequences_never_take_what_requests_were_promised(tmp_path):
         with held(engine) as hold:
             request = engine.submit(draw(5), free(8, n=3), plan)
             assert hold.step() == 1
-            spare = engine._call(lambda: engine._scheduler.spare_slots)
-            assert spare == engine.capacity.num_slots - 3 * 3 < engine._model.cache.slots.free
+            spare = engine.core.call(lambda: engine.core.scheduler.spare_slots)
+            assert spare == engine.capacity.num_slots - 3 * 3 < engine.core.model.cache.slots.free
             opened = [engine.open(draw(2)) for _ in range(spare)]
             opening = in_threads(lambda: engine.open(draw(2)))
-            hold.until(lambda: engine._worker._blocked)
+            hold.until(lambda: engine.core.worker._blocked)
         assert [c.finish_reason for c in request.result().choices] == ["length"] * 3
         for sequence in opened + opening():  # the last one had to wait for the request's end
             sequence.close()
@@ -282,20 +282,20 @@ def test_a_sequence_that_nobody_can_make_room_for_is_told(tmp_path):
 def test_cancel_during_prefill(tmp_path):
     """A long prompt is read in passes; cancel takes effect before the next one."""
     with base_engine(tmp_path, max_num_seqs=2, max_num_batched_tokens=66) as engine:
-        passes, forward = [], engine._model.forward
+        passes, forward = [], engine.core.model.forward
 
         def slow(segments):
             passes.append(len(segments))
             request.cancel()
             return forward(segments)
 
-        engine._model.forward = slow
+        engine.core.model.forward = slow
         with held(engine):
             request = engine.submit(draw(400), free(5))
         out = request.result()
         assert out.finish_reason == "cancelled" and out.token_ids == [] and len(passes) == 1
         assert list(request) == []
-        engine._model.forward = forward
+        engine.core.model.forward = forward
         assert_all_free(engine)
 
 
@@ -319,7 +319,7 @@ def test_cancel_while_waiting_and_while_generating(engine):
 def test_an_interrupted_caller_cancels(engine, monkeypatch, many):
     """Control-C while waiting: the requests do not go on for nobody."""
     gate, submitted = Gate(at=1), []
-    submit = engine._worker.submit
+    submit = engine.core.worker.submit
 
     def interrupted(self, timeout=None):
         assert gate.reached.wait(30)
@@ -330,7 +330,7 @@ def test_an_interrupted_caller_cancels(engine, monkeypatch, many):
         submit(requests)
 
     monkeypatch.setattr("elastic_infer.scheduling.request.Request.wait", interrupted)
-    monkeypatch.setattr(engine._worker, "submit", remember)
+    monkeypatch.setattr(engine.core.worker, "submit", remember)
     prompt = [draw(5), draw(6)] if many else draw(5)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompt, free(400, logits_processors=[gate]))
@@ -354,7 +354,7 @@ def test_close_while_running(tmp_path):
     assert len(running.output().token_ids) == 3, "what was generated can still be read"
     (outputs,) = generating()
     assert {o.finish_reason for o in outputs} == {"error"}
-    cache = engine._model.cache
+    cache = engine.core.model.cache
     assert cache.pages.used == cache.slots.used == 0
 
 
@@ -403,7 +403,7 @@ def test_a_dropped_sequence_gives_its_place_back(engine):
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_a_pass_that_fails_leaks_nothing(engine, after):
     """The native code failing in any pass ends what runs, not what waits."""
-    forward, count = engine._model.forward, [0]
+    forward, count = engine.core.model.forward, [0]
 
     def failing(segments):
         count[0] += 1
@@ -413,9 +413,9 @@ def test_a_pass_that_fails_leaks_nothing(engine, after):
 
     with held(engine):
         requests = [engine.submit(draw(70, i), free(8)) for i in range(4)]
-        engine._model.forward = failing
+        engine.core.model.forward = failing
     outs = [r.wait() for r in requests]
-    engine._model.forward = forward
+    engine.core.model.forward = forward
     assert [o.finish_reason for o in outs].count("error") in (1, 2)
     assert [o.finish_reason for o in outs[2:]] == ["length", "length"]
     with pytest.raises(EngineFault, match=r"a pass failed .RuntimeError: broken pass."):
@@ -426,7 +426,7 @@ def test_a_pass_that_fails_leaks_nothing(engine, after):
 
 def test_a_failed_pass_ends_a_sequence_for_good(engine):
     """Its state may be half updated, so it is never silently read on."""
-    forward = engine._model.forward
+    forward = engine.core.model.forward
     with engine.open(draw(5)) as sequence:
         sequence.logits()
 
@@ -434,11 +434,11 @@ def test_a_failed_pass_ends_a_sequence_for_good(engine):
             forward(segments)
             raise RuntimeError("broken pass")
 
-        engine._model.forward = failing
+        engine.core.model.forward = failing
         sequence.append([7])
         with pytest.raises(EngineFault, match="broken pass"):
             sequence.logits()
-        engine._model.forward = forward
+        engine.core.model.forward = forward
         with pytest.raises(RequestCancelled, match=r"while it was read .*broken pass"):
             sequence.logits()
     assert_all_free(engine)

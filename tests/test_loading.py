@@ -57,7 +57,7 @@ def test_max_width_reads_and_keeps_nothing_outside(folder, expected):
     read = {}
     whole_bytes, kept_bytes = 0, {}
     with open_engine(folder) as engine:
-        whole_bytes = engine._model.weights.nbytes
+        whole_bytes = engine.core.model.weights.nbytes
     with open_engine(folder, max_width="M", progress=lambda n, b: read.__setitem__(
             n, read.get(n, 0) + b)) as engine:  # fmt: skip
         assert list(engine.widths) == ["S", "M"] and engine.default_width == "M"
@@ -65,8 +65,8 @@ def test_max_width_reads_and_keeps_nothing_outside(folder, expected):
             assert torch.equal(engine.score(draw(70), width=name), expected[name])
         with pytest.raises(WidthError, match="must be one of S, M, got 'L'"):
             engine.score(draw(5), width="L")
-        assert engine._model.weights.nbytes < whole_bytes
-        width, checkpoint = engine.widths["M"], engine._checkpoint
+        assert engine.core.model.weights.nbytes < whole_bytes
+        width, checkpoint = engine.widths["M"], engine.core.checkpoint
         for name, selection in tensor_selections(checkpoint.config, width).items():
             kept_bytes[name] = checkpoint.selected(name, selection).numel() * 4
     assert read == kept_bytes, "exactly the tensors, rows and columns of the width, once"
@@ -163,7 +163,7 @@ def test_bfloat16_storage_chooses_bfloat16(tmp_path):
     tiny.write_tiny(tmp_path, base_config(), base_widths(), torch.bfloat16, 7)
     for dtype, kind in (("auto", torch.bfloat16), ("float32", torch.float32)):
         with open_engine(tmp_path, dtype=dtype) as engine:
-            assert engine._model.weights.dtype == kind
+            assert engine.core.model.weights.dtype == kind
             out = engine.generate(draw(5), GREEDY, width="S")
             assert len(out.token_ids) == 6
 

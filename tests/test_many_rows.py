@@ -110,12 +110,12 @@ def test_passes_of_a_whole_batch_equal_rows_alone(tmp_path, count):
     """Law 5 on a CPU, with more rows than the head takes at once, and a batch of its own size."""
     some = sorted({0, 1, 2, 255, 256, count - 1})
     with base_engine(tmp_path, max_num_seqs=count, **ROOM) as engine:
-        batched = step_all(engine._model, count, [])
-        alone = step_all(engine._model, count, some)
+        batched = step_all(engine.core.model, count, [])
+        alone = step_all(engine.core.model, count, some)
         for a, b in zip(batched, alone):
             assert torch.equal(a[some], b)
-        assert list(engine._model._recorded) == [count, 1]
-        assert engine._model.buffers.logits.shape[0] == max(count, 256)
+        assert list(engine.core.model._recorded) == [count, 1]
+        assert engine.core.model.buffers.logits.shape[0] == max(count, 256)
 
 
 def test_engine_serves_more_than_256_sequences(tmp_path):
@@ -138,7 +138,7 @@ def test_passes_of_a_device_take_as_many_rows(tmp_path):
     """Recorded with padding; tables and logits are as large as was asked, no larger."""
     given = {"device": "emulated", "max_num_seqs": 300, **ROOM}
     with installed(emu), base_engine(tmp_path, **given) as engine:
-        model = engine._model
+        model = engine.core.model
         batched, alone = step_all(model, 290, []), step_all(model, 290, [0, 1, 288])
         for a, b in zip(batched, alone):
             assert (a[[0, 1, 288]] - b).abs().max() <= 1e-5 * b.abs().max()

@@ -19,7 +19,7 @@ def logits_of(model, sequence, tokens, width, kind):
 def test_prefill_then_step(tmp_path, n):
     """Law 6: prefill(n) then a step agrees with prefill(n + 1)."""
     with tiny_engine(tmp_path, 1, max_num_batched_tokens=96) as engine:
-        model, ids = engine._model, list(range(n + 1))
+        model, ids = engine.core.model, list(range(n + 1))
         ids = [(7 * i + 3) % engine.config.vocab_size for i in ids]
         name = engine.default_width
         whole, parts = model.cache.open(), model.cache.open()
@@ -36,7 +36,7 @@ def test_prefill_then_step(tmp_path, n):
 def test_mixed_batch_equals_alone(tmp_path, seed, dtype):
     """Law 5: in one pass of steps and prefills at all widths, a row has the bits it has alone."""
     with tiny_engine(tmp_path, seed, dtype, max_num_batched_tokens=256) as engine:
-        model = engine._model
+        model = engine.core.model
         names, generator = list(engine.widths), torch.Generator().manual_seed(0)
 
         def draw(n):
@@ -68,7 +68,7 @@ def test_tracking_updates_every_head(tmp_path, name, kind):
     """A narrow sequence that tracks leaves all served Mamba heads with a state; one that does not
     leaves the others as they were, and both say the same."""
     with base_engine(tmp_path) as engine:
-        model, width = engine._model, engine.widths[name]
+        model, width = engine.core.model, engine.widths[name]
         tracked, plain = model.cache.open(track=True), model.cache.open(track=False)
         rows = [
             run_read(model, sequence, Read([5, 6, 7, 8], name, kind), "all")
@@ -90,7 +90,7 @@ def test_tracking_updates_every_head(tmp_path, name, kind):
 
 def poison(engine):
     """NaN in everything that a pass has no business to read: all pages, slots and activations."""
-    model = engine._model
+    model = engine.core.model
     for tensor in (*model.cache.k, *model.cache.v, *model.cache.ssm, *model.cache.conv):
         tensor.fill_(torch.nan)
     for tensor in vars(model.buffers).values():
@@ -124,7 +124,7 @@ def test_narrow_widths_read_no_wider_weights(tmp_path):
     with base_engine(tmp_path) as engine:
         ids, width = list(range(3, 80)), engine.widths["S"]
         want = engine.score(ids, width="S")
-        weights = engine._model.weights
+        weights = engine.core.model.weights
         weights.embedding[:, width.hidden_size :] = torch.nan
         weights.final_norm[width.hidden_size :] = torch.nan
         for layer, kind in zip(weights.layers, engine.config.layers):

@@ -214,7 +214,7 @@ def their_layer(block, x, choice=None):
 
 def our_layer(engine, layer, x, width, choice, monkeypatch):
     """The same of this library: one layer of a prefill pass, NaN in the residual beyond."""
-    model, c = engine._model, engine.config
+    model, c = engine.core.model, engine.config
     R, kind = x.shape[0], c.layers[layer]
     route = layers.moe_route
 
@@ -227,7 +227,7 @@ def our_layer(engine, layer, x, width, choice, monkeypatch):
         weights.copy_(chosen / chosen.sum(-1, keepdim=True) * c.routed_scaling_factor)
 
     if choice is not None:
-        choice_gate = engine._checkpoint.tensor(
+        choice_gate = engine.core.checkpoint.tensor(
             f"backbone.layers.{layer}.mixer.gate.weight"
         ).float()[: width.n_routed_experts[layer]]
         monkeypatch.setattr(layers, "moe_route", fixed_route)
@@ -262,7 +262,7 @@ def test_bfloat16_layer_by_layer(tmp_path, name, monkeypatch):
         0, config["vocab_size"], (LENGTH,), generator=torch.Generator().manual_seed(case.seed)
     ).tolist()
     with open_engine(tmp_path, max_num_batched_tokens=96) as engine:
-        assert engine._model.weights.dtype == torch.bfloat16
+        assert engine.core.model.weights.dtype == torch.bfloat16
         for width in engine.widths.values():
             exact = tiny.transformers_slice(tmp_path, width, state)
             plain = copy.deepcopy(exact).bfloat16()
@@ -293,10 +293,10 @@ def test_bfloat16_whole_model(tmp_path):
             assert (got - exact).norm() <= 1.5 * theirs, f"{name}: prompt"
 
             def steps(name=name):
-                sequence = engine._model.cache.open()
-                first = run_read(engine._model, sequence, Read(ids[:1], name, "prefill"))
-                rest = run_read(engine._model, sequence, Read(ids[1:], name, "step"), "all")
-                engine._model.cache.close(sequence)
+                sequence = engine.core.model.cache.open()
+                first = run_read(engine.core.model, sequence, Read(ids[:1], name, "prefill"))
+                rest = run_read(engine.core.model, sequence, Read(ids[1:], name, "step"), "all")
+                engine.core.model.cache.close(sequence)
                 return torch.cat([first, rest])
 
-            assert (engine._call(steps) - exact).norm() <= 1.5 * theirs, f"{name}: steps"
+            assert (engine.core.call(steps) - exact).norm() <= 1.5 * theirs, f"{name}: steps"

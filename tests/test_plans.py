@@ -133,7 +133,7 @@ def test_window_equals_carry_at_its_snapshot(engine):
     out = engine.generate(prompt, greedy(at + 10, logprobs=0), plan=plan)
     kept = len(prompt) + at - 1 - out.rebuilt_tokens
     assert kept == len(prompt) + n, "one snapshot after the prompt, one every n tokens"
-    model, cache = engine._model, engine._model.cache
+    model, cache = engine.core.model, engine.core.model.cache
     tokens = prompt + out.token_ids
 
     def by_hand():
@@ -148,7 +148,7 @@ def test_window_equals_carry_at_its_snapshot(engine):
         cache.close(sequence)
         return torch.cat(rows)
 
-    rows = engine._call(by_hand)
+    rows = engine.core.call(by_hand)
     assert rows.argmax(-1).tolist() == out.token_ids[at:]
     logp = rows - rows.logsumexp(-1, keepdim=True)
     given = [entry[token][0] for entry, token in zip(out.logprobs[at:], out.token_ids[at:])]
@@ -332,8 +332,8 @@ def test_widening_needs_what_the_plan_promised(tmp_path):
     """A plan that can widen tracks; one that is fixed does not pay for it."""
     with open_engine(write_text_model(tmp_path)) as engine:
         seen = []
-        opened = engine._model.cache.open
-        engine._model.cache.open = lambda track=False: (seen.append(track), opened(track))[1]
+        opened = engine.core.model.cache.open
+        engine.core.model.cache.open = lambda track=False: (seen.append(track), opened(track))[1]
         engine.generate("x", greedy(2), plan=Plan.schedule([(0, "S"), (1, "L")]))
         engine.generate("x", greedy(2), plan=Plan.schedule([(0, "L"), (1, "S")]))
         engine.generate("x", greedy(2), plan=Plan.schedule([(0, "S"), (1, "L")], policy="exact"))

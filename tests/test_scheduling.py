@@ -138,13 +138,13 @@ def test_threads_change_no_bit(tmp_path, expected):
 
 def test_prompts_are_cut_on_the_grid_only(tmp_path):
     with base_engine(tmp_path, max_num_batched_tokens=100) as engine:
-        cuts, forward = [], engine._model.forward
+        cuts, forward = [], engine.core.model.forward
 
         def watch(segments):
             cuts.extend((s.sequence.length, len(s.tokens)) for s in segments if s.kind == "prefill")
             return forward(segments)
 
-        engine._model.forward = watch
+        engine.core.model.forward = watch
         params = SamplingParams(max_tokens=3, seed=0, ignore_eos=True)
         engine.generate([draw(n, n) for n in (300, 150, 70)], params)
         lengths = {300, 150, 70}
@@ -169,7 +169,7 @@ def test_snapshots_lie_where_the_prompt_says_not_where_passes_end(tmp_path, toke
 def test_long_prompts_do_not_stall_running_requests(tmp_path):
     """While a long prompt is read in parts, everybody else gets a token in every pass."""
     with base_engine(tmp_path, max_num_batched_tokens=80, mixing="always") as engine:
-        kinds, forward = [], engine._model.forward
+        kinds, forward = [], engine.core.model.forward
 
         def watch(segments):
             kinds.append(sorted(s.kind for s in segments))
@@ -179,7 +179,7 @@ def test_long_prompts_do_not_stall_running_requests(tmp_path):
         with held(engine) as hold:
             first = engine.submit(draw(5), params)
             assert hold.step() == 1
-            engine._model.forward = watch
+            engine.core.model.forward = watch
             long = engine.submit(draw(400), params)
         long.result(), first.result()
         mixed = [k for k in kinds if "prefill" in k]
@@ -212,7 +212,7 @@ def test_one_bad_row_ends_alone(tmp_path):
                             logit_bias={125: -100.0})  # fmt: skip
     with base_engine(tmp_path, max_num_seqs=5) as engine:
         expected = [summary(o) for o in engine.generate(prompts, barred)]
-        poisoned = engine._model.weights.embedding[125]
+        poisoned = engine.core.model.weights.embedding[125]
         kept = poisoned.clone()
         poisoned.fill_(torch.nan)
         prompts[2] = [*prompts[2][:30], 125, *prompts[2][31:]]
@@ -230,8 +230,8 @@ def test_one_bad_row_ends_alone(tmp_path):
 
 def test_nan_is_an_error_by_name(tmp_path):
     with text_engine(tmp_path) as engine:
-        kept = engine._model.weights.embedding[65].clone()
-        engine._model.weights.embedding[65] = torch.nan
+        kept = engine.core.model.weights.embedding[65].clone()
+        engine.core.model.weights.embedding[65] = torch.nan
         with pytest.raises(NonFiniteLogits, match=r"logits must be finite .* at token 0 at width"):
             engine.generate("ABC")
         with engine.open("BC") as sequence:
@@ -240,7 +240,7 @@ def test_nan_is_an_error_by_name(tmp_path):
                 sequence.step()
             sequence.rollback(2)
             assert sequence.step().id >= 0, "back before the bad token it goes on"
-        engine._model.weights.embedding[65] = kept
+        engine.core.model.weights.embedding[65] = kept
         assert_all_free(engine)
 
 
@@ -251,8 +251,8 @@ class Passes:
     """Records every pass of an engine."""
 
     def __init__(self, engine):
-        self.segments, self._forward = [], engine._model.forward
-        engine._model.forward = self._watch
+        self.segments, self._forward = [], engine.core.model.forward
+        engine.core.model.forward = self._watch
 
     def _watch(self, segments):
         self.segments.append(sorted((s.kind, len(s.tokens)) for s in segments))

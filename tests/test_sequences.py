@@ -177,7 +177,7 @@ class Sequences(RuleBasedStateMachine):
         """Counted between two passes, on the engine's own thread."""
         if not hasattr(self, "open_ones"):
             return
-        cache, scheduler = self.engine._model.cache, self.engine._scheduler
+        cache, scheduler = self.engine.core.model.cache, self.engine.core.scheduler
 
         def check():
             sequences = [s._sequence for s in self.open_ones]
@@ -194,11 +194,11 @@ class Sequences(RuleBasedStateMachine):
                 assert pool._references == expected, pool.name
                 assert pool.free == expected.count(0)
 
-        self.engine._call(check)
+        self.engine.core.call(check)
 
     def replayed(self, sequence):
         """Logits of a new sequence that makes the recorded reads, or None without room."""
-        model, cache = self.engine._model, self.engine._model.cache
+        model, cache = self.engine.core.model, self.engine.core.model.cache
 
         def job():
             fresh = cache.open(track=sequence._sequence.track)
@@ -210,7 +210,7 @@ class Sequences(RuleBasedStateMachine):
             finally:
                 cache.close(fresh)
 
-        return self.engine._call(job, wait_for_room=True)
+        return self.engine.core.call(job, wait_for_room=True)
 
     def teardown(self):
         """Every other request runs to its end beside the last look at the sequences."""

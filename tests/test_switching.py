@@ -20,7 +20,7 @@ def engine(request, tmp_path_factory):
 
 def kept_as(engine):
     """The options of an engine whose cache is kept as this one's."""
-    return SMALL if engine._model.cache.ssm[0].dtype == torch.float16 else {}
+    return SMALL if engine.core.model.cache.ssm[0].dtype == torch.float16 else {}
 
 
 def prompt(n, seed=0):
@@ -30,7 +30,7 @@ def prompt(n, seed=0):
 
 def same_cache(engine, a, b):
     """Whether two sequences hold the same bits: tokens, state and KV."""
-    cache = engine._model.cache
+    cache = engine.core.model.cache
     first, second = cache.export(a._sequence), cache.export(b._sequence)
     assert a._sequence.tokens == b._sequence.tokens
     for x, y in zip(first.state.layers, second.state.layers):
@@ -106,7 +106,7 @@ def test_window_equals_carry_at_the_snapshot(engine):
             advance(b, [ids[i]])
         b.width = "L"
         rest = Read(ids[older:], "L", "prefill")
-        row = engine._call(lambda: run_read(engine._model, b._sequence, rest))[-1]
+        row = engine.core.call(lambda: run_read(engine.core.model, b._sequence, rest))[-1]
         assert torch.equal(a.logits(), row)
         same_cache(engine, a, b)
 
@@ -339,7 +339,7 @@ def test_a_prompt_cut_anywhere_replays_bit_equal(engine):
 def test_preempt_and_resume(engine):
     """Moved to host memory and back, with its snapshots, a sequence goes on bit-equal."""
     ids = prompt(70)
-    cache = engine._model.cache
+    cache = engine.core.model.cache
     with engine.open(ids, width="S") as a, engine.open(ids, width="S") as b:
         a.logits(), b.logits()
         a.snapshot(), b.snapshot()
@@ -351,7 +351,7 @@ def test_preempt_and_resume(engine):
             assert cache.slots.used == used[1] - 2
             cache.resume(a._sequence)
 
-        engine._call(out_and_in)
+        engine.core.call(out_and_in)
         assert torch.equal(advance(a, [7]), advance(b, [7]))
         same_cache(engine, a, b)
         a.rollback(71), b.rollback(71)

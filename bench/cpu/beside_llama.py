@@ -41,7 +41,7 @@ class Ours:
     """The library's passes, timed: `Model.forward` is what the engine's scheduler calls."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.model, self.cache = engine, engine._model, engine._model.cache
+        self.engine, self.model, self.cache = engine, engine.core.model, engine.core.model.cache
 
     @contextmanager
     def sequences(self, prompts: list[list[int]], widths: list[str], track: bool) -> Iterator[list]:

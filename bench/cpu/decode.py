@@ -48,7 +48,7 @@ def measure(engine: Engine, tokens: int, rounds: int) -> list[dict[str, Any]]:
     """One row per width, narrow to wide: milliseconds per token and those of every round."""
     from elastic_infer.sizing.footprint import bytes_per_token
 
-    vocabulary, weights = engine.config.vocab_size, engine._model.weights
+    vocabulary, weights = engine.config.vocab_size, engine.core.model.weights
     prompt = random_tokens(PROMPT, vocabulary, 0)
     seconds: dict[str, list[float]] = {name: [] for name in engine.widths}
     for turn in range(rounds + 1):
@@ -78,11 +78,11 @@ def run(model: str, folder: Path, tokens: int, rounds: int, threads: int | None)
     with Engine.from_pretrained(
         folder, threads=threads, max_num_seqs=1, max_model_len=PROMPT + tokens + 1
     ) as engine:
-        pool = engine._model.pool
+        pool = engine.core.model.pool
         about |= {
             "threads": pool.threads,
             "kernels": pool.isa,
-            "dtype": str(engine._model.weights.dtype).removeprefix("torch."),
+            "dtype": str(engine.core.model.weights.dtype).removeprefix("torch."),
         }
         return {**about, "rows": measure(engine, tokens, rounds)}
 

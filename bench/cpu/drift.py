@@ -144,7 +144,7 @@ def _logits(folder: Path, ids: list[int], width: str, options: dict[str, str],
     rounded to nearest in between."""
     rows = []
     with Engine.from_pretrained(folder, max_num_seqs=1, threads=1, **options) as engine:
-        model = engine._model
+        model = engine.core.model
 
         def job() -> None:
             sequence = model.cache.open()
@@ -156,7 +156,7 @@ def _logits(folder: Path, ids: list[int], width: str, options: dict[str, str],
                         state[sequence.slot] = state[sequence.slot].to(kept).float()
             model.cache.close(sequence)
 
-        engine._call(job)
+        engine.core.call(job)
     return torch.stack(rows)
 
 

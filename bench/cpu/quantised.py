@@ -163,7 +163,7 @@ def build(data: dict[str, Any], width: str, threads: int, isa: str = "auto") -> 
 
 def as_int8(built: Built) -> Built:
     """The same model with its activations as int8."""
-    m = built._model
+    m = built.core.model
     c, served, length = built.config, list(built.widths.values()), PREFILL + 128
     cache = Cache(c, served[0], torch.bfloat16, m.cache.pages.size, m.cache.slots.size)
     model = Model(
@@ -174,7 +174,7 @@ def as_int8(built: Built) -> Built:
 
 def bytes_per_step(built: Built, width: str) -> int:
     """Bytes that a step at batch 1 reads of weights, in whole tiles, and moves of state."""
-    c, weights = built.config, built._model.weights
+    c, weights = built.config, built.core.model.weights
     share = c.num_experts_per_tok
     total = weights.head.image.numel() + state_bytes(built, width) + 2 * weights.served.hidden_size
     for layer in weights.layers:
@@ -190,7 +190,7 @@ def bytes_per_step(built: Built, width: str) -> int:
 
 def python_share(built: Built, width: str, prompt: list[int], steps: list[int]) -> float:
     """The share of a step that is not spent in the recorded native calls, the median over turns."""
-    ours, model = Ours(built), built._model
+    ours, model = Ours(built), built.core.model
     taken = turns(
         {
             "whole": lambda: ours.decode([prompt], [width], steps),
@@ -230,13 +230,13 @@ def measure(width: str, threads: int, tokens: int, count: int, isa: str) -> dict
 
     return {
         "width": width,
-        "kernels": built._model.pool.isa,
+        "kernels": built.core.model.pool.isa,
         **figures(""),
         "int8": figures(", int8"),
         "step_bytes": moved,
         "read_bytes_s": 1.0 / statistics.median(taken["reads"]),
         "python_share_of_step": python_share(built, width, prompt, steps),
-        "weight_bytes": built._model.weights.nbytes,
+        "weight_bytes": built.core.model.weights.nbytes,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "rounds": {n: [round(t, 12 if n == "reads" else 6) for t in v] for n, v in taken.items()},
     }

@@ -52,8 +52,8 @@ def measure_all(engine: Engine, problems: int, screen: Console) -> dict[str, Any
         "version": elastic_infer.__version__,
         "date": today(),
         "machine": machine(),
-        "threads": engine._model.pool.threads,
-        "kernels": engine._model.pool.isa,
+        "threads": engine.core.model.pool.threads,
+        "kernels": engine.core.model.pool.isa,
         "fingerprint": engine.fingerprint,
         "problems": problems,
         "seed": SEED,
@@ -143,7 +143,7 @@ def mean_bytes(engine: Engine, tokens: dict[str, int], how: str | Plan) -> float
     keeps the state of all heads complete, which narrow tokens pay for."""
     from ..sizing.footprint import bytes_per_token
 
-    model = engine._model
+    model = engine.core.model
     served = model.weights.served
     tracked = None if isinstance(how, str) or how.policy.kind == "exact" else served
     each = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -10,28 +9,24 @@ from typing import Any
 
 import torch
 
-from ..cache.sequence import Sequence
-from ..checkpoint.counts import count_parameters
 from ..checkpoint.widths import Width
 from ..errors import EngineFull, InvalidRequest, shown
 from ..outputs import Output
 from ..plans.decision import ChatPrompt
 from ..plans.plan import Plan
 from ..sampling.params import SamplingParams
-from ..scheduling.batching import Limits, StepCosts, check_mixing
 from ..scheduling.reader import Reader
 from ..scheduling.reads import Read
 from ..scheduling.request import Request, Stream
-from ..scheduling.scheduler import Scheduler
 from ..sizing.capacity import Capacity
 from ..text.stream import StepText
 from ..text.tokenizer import Tokenizer
 from ..torch_modes import plain_torch
-from .intake import Intake, Prompt, is_one_prompt, one_per_prompt
+from .core import Core, check_queue
+from .intake import Prompt, is_one_prompt, one_per_prompt
 from .loading import Loaded, Options, load
 from .sequence_file import read_sequence
 from .session import EngineSequence
-from .worker import Worker
 
 
 class Engine:
@@ -49,27 +44,8 @@ class Engine:
         async_scheduling: bool = True,
     ):
         """Use `from_pretrained`."""
-        _check_limit("max_waiting", max_waiting)
-        check_mixing(mixing)
-        self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        self._checkpoint, self._capacity = loaded.checkpoint, loaded.capacity
-        self.config, self.default_width = loaded.model.config, loaded.default_width
-        self._intake = Intake(
-            self.config, self.widths, self.default_width, self._tokenizer, self._capacity,
-            loaded.generation_config, loaded.eos_ids,
-        )  # fmt: skip
-        active = [float(count_parameters(self.config, w).active) for w in self.widths.values()]
-        most = self._capacity.max_num_seqs
-        limits = Limits(self._capacity.max_num_batched_tokens, most)
-        with plain_torch():
-            self._scheduler = Scheduler(
-                self._model, loaded.eos_ids, limits, StepCosts(active), mixing, most,
-                async_scheduling,
-            )  # fmt: skip
-        self._max_waiting = max_waiting
-        self._worker = Worker(self._scheduler, max_waiting)
-        # An engine that is dropped, or still open when Python ends, stops its thread.
-        weakref.finalize(self, self._worker.close)
+        self.core = Core(loaded, max_waiting, mixing, async_scheduling)
+        self.config, self.default_width = self.core.config, self.core.default_width
 
     @classmethod
     def from_pretrained(
@@ -144,8 +120,7 @@ class Engine:
             kv_cache_memory_bytes, gpu_memory_utilization, threads, isa, progress, batch_invariant,
             enforce_eager, kv_cache_dtype, mamba_ssm_cache_dtype, activation_quantization,
         )  # fmt: skip
-        _check_limit("max_waiting", max_waiting)
-        check_mixing(mixing)
+        check_queue(max_waiting, mixing)
         loaded = load(path_or_hub_id, revision, widths, options)
         return cls(loaded, max_waiting, mixing, async_scheduling)
 
@@ -154,43 +129,43 @@ class Engine:
     @property
     def widths(self) -> dict[str, Width]:
         """The widths that can be used, by active parameters, ascending."""
-        return self._model.widths
+        return self.core.widths
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self._tokenizer
+        return self.core.tokenizer
 
     @property
     def default_params(self) -> SamplingParams:
         """What `params=None` means: the checkpoint's generation_config.json."""
-        return self._intake.default_params
+        return self.core.intake.default_params
 
     @property
     def max_model_len(self) -> int:
-        return self._capacity.max_model_len
+        return self.core.max_model_len
 
     @property
     def capacity(self) -> Capacity:
         """The limits in force."""
-        return self._capacity
+        return self.core.capacity
 
     @property
     def fingerprint(self) -> str:
         """64 hex digits that tell these weights from others."""
-        return self._checkpoint.fingerprint
+        return self.core.fingerprint
 
     @property
     def closed(self) -> bool:
-        return self._worker.closed
+        return self.core.worker.closed
 
     def stats(self) -> dict[str, int]:
         """Counters: requests, passes, how many of these were launched ahead of the tokens before
         them, tokens read, preemptions, tokens rebuilt by switches; and what is in use now."""
-        cache, scheduler = self._model.cache, self._scheduler
+        cache, scheduler = self.core.model.cache, self.core.scheduler
         return {
             **vars(scheduler.stats),
             "running": len(scheduler.running),
-            "waiting": self._worker.waiting,
+            "waiting": self.core.worker.waiting,
             "pages_used": cache.pages.used,
             "slots_used": cache.slots.used,
         }
@@ -219,10 +194,10 @@ class Engine:
         Raises: InvalidRequest, WidthError, OutOfCapacity; for a single prompt also its own failure.
         """
         if is_one_prompt(prompt):
-            return self._generate(self._intake.request(prompt, params, plan, width))
+            return self._generate(self.core.intake.request(prompt, params, plan, width))
         prompts = list(prompt)
-        waiting = self._max_waiting
-        if waiting is not None and len(prompts) > waiting + self._capacity.max_num_seqs:
+        waiting = self.core.max_waiting
+        if waiting is not None and len(prompts) > waiting + self.core.capacity.max_num_seqs:
             raise EngineFull(
                 f"engine: at most max_waiting = {waiting} requests may wait, got {len(prompts)} "
                 "prompts; give fewer at a time"
@@ -230,7 +205,7 @@ class Engine:
         columns = [one_per_prompt(n, v, len(prompts)) for n, v in
                    (("params", params), ("plan", plan), ("width", width))]  # fmt: skip
         requests = [
-            self._intake.request(p, *options) for p, options in zip(prompts, zip(*columns))
+            self.core.intake.request(p, *options) for p, options in zip(prompts, zip(*columns))
         ]
         try:
             self._submit(requests)
@@ -276,7 +251,7 @@ class Engine:
             message.
         """
         prompt = self.chat_prompt(messages, tools, chat_template_kwargs)
-        return self._generate(self._intake.request(prompt, params, plan, width))
+        return self._generate(self.core.intake.request(prompt, params, plan, width))
 
     def chat_prompt(
         self,
@@ -286,11 +261,11 @@ class Engine:
     ) -> list[int]:
         """Token ids of the prompt that `chat` uses. `generate` knows of these where the messages
         end: think tags that a message quotes say nothing about the phase."""
-        if self._tokenizer is None:
+        if self.core.tokenizer is None:
             raise InvalidRequest("chat: the checkpoint must have a tokenizer.json, got none")
-        text, start = self._tokenizer.chat_text(messages, tools, chat_template_kwargs)
-        ids = self._intake.encode("chat", text, add_special_tokens=False)
-        return ChatPrompt(ids, self._tokenizer.encode(text[start:], add_special_tokens=False))
+        text, start = self.core.tokenizer.chat_text(messages, tools, chat_template_kwargs)
+        ids = self.core.intake.encode("chat", text, add_special_tokens=False)
+        return ChatPrompt(ids, self.core.tokenizer.encode(text[start:], add_special_tokens=False))
 
     def submit(
         self,
@@ -308,28 +283,28 @@ class Engine:
             OutOfCapacity: for a request that can never fit.
             EngineFull: when max_waiting requests wait already.
         """
-        request = self._intake.request(prompt, params, plan, width)
+        request = self.core.intake.request(prompt, params, plan, width)
         self._submit([request])
         return request
 
     def _submit(self, requests: list[Request]) -> None:
         for request in requests:
-            request.keep_alive(self)
-        self._worker.submit(requests)
+            request.keep_alive(self.core)
+        self.core.worker.submit(requests)
 
     def score(self, token_ids: Prompt, *, width: str | None = None) -> torch.Tensor:
         """Float32 logits [T, V] after every token of a prompt read at one width."""
-        ids, width = self._checked("score", self._intake.prompt_ids(token_ids), width)
+        ids, width = self._checked("score", self.core.intake.prompt_ids(token_ids), width)
 
         def job() -> Reader:
-            sequence = self._open_slot(False)
+            sequence = self.core.open_slot(False)
 
             def give_back(_) -> None:
-                self._model.cache.close(sequence)
+                self.core.model.cache.close(sequence)
 
             return Reader(sequence, [Read(ids, width, "prefill")], "all", give_back, give_back)
 
-        return self._call(job, wait_for_room=True)
+        return self.core.call(job, wait_for_room=True)
 
     def open(
         self, prompt: Prompt | None = None, *, width: str | None = None, track: bool = True
@@ -338,18 +313,20 @@ class Engine:
 
         track: narrow steps also update what wider widths need, so that "carry" can widen.
         """
-        ids = [] if prompt is None else self._intake.prompt_ids(prompt)
+        ids = [] if prompt is None else self.core.intake.prompt_ids(prompt)
         ids, width = self._checked("open", ids, width)
-        return self._call(
-            lambda: EngineSequence(self, self._open_slot(track), width, ids), wait_for_room=True
-        )
+
+        def job() -> EngineSequence:
+            return EngineSequence(self.core, self.core.open_slot(track), width, ids)
+
+        return self.core.call(job, wait_for_room=True)
 
     def _checked(
         self, what: str, ids: list[int], width: str | None
     ) -> tuple[list[int], str]:
         width = self.default_width if width is None else width
-        self._intake.check_width(width)
-        self._intake.check_fits(what, len(ids), 0, 1)
+        self.core.intake.check_width(width)
+        self.core.intake.check_fits(what, len(ids), 0, 1)
         return ids, width
 
     def load(self, path: str | Path) -> EngineSequence:
@@ -357,27 +334,27 @@ class Engine:
 
         Raises: CheckpointError for a file of other weights or a damaged one; OutOfCapacity.
         """
-        self._worker.check_caller()
+        self.core.worker.check_caller()
         with plain_torch():
-            sequence, saved, width, unread, logits = read_sequence(path, self)
-        self._intake.check_fits("load", sequence.length + len(unread), 0, 1)
+            sequence, saved, width, unread, logits = read_sequence(path, self.core)
+        self.core.intake.check_fits("load", sequence.length + len(unread), 0, 1)
 
-        text = StepText(self._tokenizer, sequence.tokens + unread)
+        text = StepText(self.core.tokenizer, sequence.tokens + unread)
 
         def job() -> EngineSequence:
-            self._scheduler.claim_slots()
-            self._model.cache.place(sequence, saved)
-            session = EngineSequence(self, sequence, width, unread, text)
+            self.core.scheduler.claim_slots()
+            self.core.model.cache.place(sequence, saved)
+            session = EngineSequence(self.core, sequence, width, unread, text)
             session._logits = logits
             return session
 
-        return self._call(job, wait_for_room=True)
+        return self.core.call(job, wait_for_room=True)
 
     def decode(self, token_ids: Seq[int]) -> str | None:
         """Text of token ids; None without a tokenizer."""
         if isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, Iterable):
             raise InvalidRequest(f"decode: token_ids must be a list, got {shown(token_ids)}")
-        return self._tokenizer.decode(list(token_ids)) if self._tokenizer else None
+        return self.core.tokenizer.decode(list(token_ids)) if self.core.tokenizer else None
 
     def close(self) -> None:
         """Ends what runs with RequestCancelled, and the worker thread; using it after is refused.
@@ -385,20 +362,13 @@ class Engine:
         An engine that is garbage-collected, or open when Python ends, is closed too; a request
         that has not ended keeps its engine.
         """
-        self._worker.close()
+        self.core.worker.close()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _call(self, job: Callable[[], Any], wait_for_room: bool = False) -> Any:
-        return self._worker.call(job, wait_for_room)
-
-    def _open_slot(self, track: bool) -> Sequence:
-        self._scheduler.claim_slots()
-        return self._model.cache.open(track)
 
 
 def _cancel(requests: list[Request]) -> None:
@@ -407,7 +377,3 @@ def _cancel(requests: list[Request]) -> None:
         if not request.done:
             request.cancel()
 
-
-def _check_limit(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise InvalidRequest(f"engine: {name} must be None or an int >= 0, got {shown(value)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,16 +15,14 @@ from ..checkpoint.width_table import width_to_dict
 from ..errors import CheckpointError, WidthError, shown
 from ..files.reading import is_file, parse_json, user_path
 from ..model.weights import rank_major
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .core import Core
 
 VERSION = "2"  # 2 records what the cache is kept in
 
 
-def _checkpoint_order(engine: Engine) -> list[list[int]]:
+def _checkpoint_order(core: Core) -> list[list[int]]:
     """Per Mamba layer: for each head of the cache its rank among the heads in checkpoint order."""
-    config, served = engine.config, engine._model.weights.served
+    config, served = core.config, core.model.weights.served
     orders = []
     for layer in config.layers_of("M"):
         heads = rank_major(config.mamba_num_heads, served.mamba_num_heads[layer], config.n_groups)
@@ -32,8 +30,8 @@ def _checkpoint_order(engine: Engine) -> list[list[int]]:
     return orders
 
 
-def _conv_order(engine: Engine, heads: list[int], channels: int) -> list[int]:
-    P = engine.config.mamba_head_dim
+def _conv_order(core: Core, heads: list[int], channels: int) -> list[int]:
+    P = core.config.mamba_head_dim
     x = [h * P + p for h in heads for p in range(P)]
     return x + list(range(len(x), channels))
 
@@ -48,7 +46,7 @@ def write_sequence(path, content: tuple[dict[str, torch.Tensor], dict[str, str]]
 
 
 def sequence_content(
-    engine: Engine, sequence: Sequence, width: str, unread: list[int], logits
+    core: Core, sequence: Sequence, width: str, unread: list[int], logits
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A copy of a sequence as tensors and metadata. Heads are in checkpoint order, KV without the
     unused end of its last page.
@@ -56,15 +54,15 @@ def sequence_content(
     width: what reads on. unread: tokens that are not in the cache yet. logits: float32 [V] after
     the last read token, or None.
     """
-    saved = engine._model.cache.export(sequence)
+    saved = core.model.cache.export(sequence)
     tensors = {}
     for i, (k, v) in enumerate(saved.kv):
         for name, pages in (("k", k), ("v", v)):
             flat = pages[saved.pages].transpose(1, 2).flatten(0, 1)  # [tokens, Hkv, K]
             tensors[f"attention.{i}.{name}"] = flat[: sequence.length].contiguous()
-    for i, ((ssm, conv), order) in enumerate(zip(saved.state.layers, _checkpoint_order(engine))):
+    for i, ((ssm, conv), order) in enumerate(zip(saved.state.layers, _checkpoint_order(core))):
         tensors[f"mamba.{i}.ssm"] = ssm[order].contiguous()
-        tensors[f"mamba.{i}.conv"] = conv[_conv_order(engine, order, conv.shape[0])].contiguous()
+        tensors[f"mamba.{i}.conv"] = conv[_conv_order(core, order, conv.shape[0])].contiguous()
     if logits is not None:
         tensors["logits"] = logits.clone()
     tensors["tokens"] = torch.tensor(sequence.tokens, dtype=torch.int32)
@@ -73,28 +71,28 @@ def sequence_content(
     metadata = {
         "format": "elastic_infer.sequence",
         "version": VERSION,
-        "fingerprint": engine.fingerprint,
+        "fingerprint": core.fingerprint,
         "width": width,
         "track": json.dumps(sequence.track),
-        "cache": json.dumps(_dtypes(engine)),
+        "cache": json.dumps(_dtypes(core)),
         "runs": json.dumps(runs),
-        "widths": json.dumps(_sizes(engine, [width, *(r.width for r in sequence.runs)])),
+        "widths": json.dumps(_sizes(core, [width, *(r.width for r in sequence.runs)])),
     }
     return tensors, metadata
 
 
-def _dtypes(engine: Engine) -> dict[str, str]:
+def _dtypes(core: Core) -> dict[str, str]:
     """What the engine keeps its cache in, by the names of its options."""
-    kv, state = engine._model.cache.dtypes.names
+    kv, state = core.model.cache.dtypes.names
     return {"kv_cache_dtype": kv, "mamba_ssm_cache_dtype": state}
 
 
-def _sizes(engine: Engine, names: list[str]) -> dict:
+def _sizes(core: Core, names: list[str]) -> dict:
     """Table entries of the widths that a file speaks of: what their names mean."""
-    return {n: width_to_dict(engine.config, engine.widths[n]) for n in sorted(set(names))}
+    return {n: width_to_dict(core.config, core.widths[n]) for n in sorted(set(names))}
 
 
-def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int], object]:
+def read_sequence(path, core: Core) -> tuple[Sequence, Saved, str, list[int], object]:
     """Reads what `write_sequence` wrote: (sequence without a place, its content, width, unread
     tokens, logits or None).
 
@@ -105,10 +103,10 @@ def read_sequence(path, engine: Engine) -> tuple[Sequence, Saved, str, list[int]
     if not is_file(path):
         raise CheckpointError(f"sequence file: path must name a file, got {path}")
     with open_safetensors(path, "sequence file") as stored:
-        return _read(path, engine, stored)
+        return _read(path, core, stored)
 
 
-def _read(path: Path, engine: Engine, stored: Any):
+def _read(path: Path, core: Core, stored: Any):
     metadata = stored.metadata() or {}
     if metadata.get("format") != "elastic_infer.sequence" or metadata.get("version") != VERSION:
         raise CheckpointError(
@@ -116,13 +114,13 @@ def _read(path: Path, engine: Engine, stored: Any):
             f"{shown(metadata.get('format'))} version {shown(metadata.get('version'))}"
         )
     written_by = metadata.get("fingerprint", "")
-    if written_by != engine.fingerprint:
+    if written_by != core.fingerprint:
         raise CheckpointError(
-            f"sequence file: {path} must belong to these weights ({engine.fingerprint[:12]}…), got "
+            f"sequence file: {path} must belong to these weights ({core.fingerprint[:12]}…), got "
             f"one for {written_by[:12]}…; load it with the checkpoint that wrote it"
         )
     try:
-        return _parse(path, engine, metadata, _Tensors(path, stored))
+        return _parse(path, core, metadata, _Tensors(path, stored))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, (CheckpointError, WidthError)):
             raise
@@ -197,40 +195,40 @@ def _runs(path: Path, metadata: dict[str, str]) -> list[Run]:
     return runs
 
 
-def _parse(path: Path, engine: Engine, metadata: dict[str, str], tensors: _Tensors):
+def _parse(path: Path, core: Core, metadata: dict[str, str], tensors: _Tensors):
     runs, track = _runs(path, metadata), _value(path, metadata, "track", bool)
     names = [metadata["width"], *(run.width for run in runs)]
     for name in names:
-        engine._intake.check_width(name)
+        core.intake.check_width(name)
     sizes = _value(path, metadata, "widths", dict)
-    for name, here in _sizes(engine, names).items():
+    for name, here in _sizes(core, names).items():
         if sizes[name] != here:
             raise CheckpointError(
                 f"sequence file: {path} must have been read by widths of these sizes, got "
                 f"{name!r} as {shown(sizes[name])}, here it is {here}"
             )
-    kept, here = _value(path, metadata, "cache", dict), _dtypes(engine)
+    kept, here = _value(path, metadata, "cache", dict), _dtypes(core)
     if kept != here:
         raise CheckpointError(
             f"sequence file: {path} must be loaded by an engine that keeps its cache as the one "
             f"that wrote it, got {shown(kept)}, here it is {here}"
         )
-    longest = engine.max_model_len
+    longest = core.max_model_len
     tokens, unread = tensors.ids("tokens", longest), tensors.ids("unread", longest)
     if sum(run.count for run in runs) != len(tokens):
         raise ValueError(f"width runs of {sum(r.count for r in runs)} tokens for {len(tokens)}")
     if tokens + unread:
-        engine._intake.check_tokens("tokens", tokens + unread)
+        core.intake.check_tokens("tokens", tokens + unread)
     logits = None
     if "logits" in tensors.names:
-        logits = tensors.get("logits", (engine.config.vocab_size,), torch.float32)
+        logits = tensors.get("logits", (core.config.vocab_size,), torch.float32)
     sequence = Sequence(tokens=tokens, runs=runs, track=track)
-    return sequence, _content(engine, tensors, len(tokens)), names[0], unread, logits
+    return sequence, _content(core, tensors, len(tokens)), names[0], unread, logits
 
 
-def _content(engine: Engine, tensors: _Tensors, length: int) -> Saved:
+def _content(core: Core, tensors: _Tensors, length: int) -> Saved:
     """The tensors of a file in the cache's own order and shapes."""
-    cache, pages = engine._model.cache, -(-length // PAGE)
+    cache, pages = core.model.cache, -(-length // PAGE)
     kv = []
     for i, (k, v) in enumerate(zip(cache.k, cache.v)):
         pair = []
@@ -242,11 +240,11 @@ def _content(engine: Engine, tensors: _Tensors, length: int) -> Saved:
             pair.append(room.unflatten(0, (pages, PAGE)).transpose(1, 2).contiguous())
         kv.append(tuple(pair))
     states = []
-    for i, (ssm, conv, order) in enumerate(zip(cache.ssm, cache.conv, _checkpoint_order(engine))):
+    for i, (ssm, conv, order) in enumerate(zip(cache.ssm, cache.conv, _checkpoint_order(core))):
         inverse = torch.tensor(order).argsort()
         saved_ssm = tensors.get(f"mamba.{i}.ssm", ssm.shape[1:], ssm.dtype)
         saved_conv = tensors.get(f"mamba.{i}.conv", conv.shape[1:], conv.dtype)
-        channels = torch.tensor(_conv_order(engine, order, conv.shape[1])).argsort()
+        channels = torch.tensor(_conv_order(core, order, conv.shape[1])).argsort()
         states.append((saved_ssm[inverse], saved_conv[channels]))
     used = list(range(pages)) if cache.k else []
     return Saved(kv=kv, pages=used, state=SavedState(states), snapshots=[])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,9 +20,8 @@ from ..scheduling.scheduler import CLOSED
 from ..scheduling.switching import switch
 from ..text.stream import StepText
 from ..torch_modes import plain_torch
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .core import Core
+from .sequence_file import sequence_content, write_sequence
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -59,15 +58,15 @@ class EngineSequence:
 
     def __init__(
         self,
-        engine: Engine,
+        core: Core,
         sequence: Sequence,
         width: str,
         unread: list[int],
         text: StepText | None = None,
     ):
         """On the worker's thread, so that its place has an owner before anything can go wrong."""
-        self._engine, self._sequence = engine, sequence
-        self._text = text or StepText(engine.tokenizer)
+        self._core, self._sequence = core, sequence
+        self._text = text or StepText(core.tokenizer)
         self._width, self._unread = width, unread
         self._queue: list[Read] = []  # reads whose width is settled; they come before `_unread`
         self._logits: torch.Tensor | None = None  # after the last token read
@@ -76,7 +75,7 @@ class EngineSequence:
         self._calls: dict[str, object] = {}  # "now": the call that has not ended
         self._reader: Reader | None = None  # what the worker still reads of `_queue`
         # A sequence that is dropped without being closed gives its place back all the same.
-        engine._worker.own(self, sequence)
+        core.worker.own(self, sequence)
 
     # -- state -------------------------------------------------------------------------------
 
@@ -120,14 +119,14 @@ class EngineSequence:
         return self._switch(width, Policy.parse(policy))
 
     def _switch(self, width: str, policy: Policy) -> int:
-        self._engine._intake.check_width(width)
+        self._core.intake.check_width(width)
         self._settle()
 
         def job() -> int:
             self._check_settled()
             again = 0
             if width != self._width and self._sequence.tokens:
-                model = self._engine._model
+                model = self._core.model
                 reads, again = switch(
                     model.cache, self._sequence, self._unread, width, policy, model.widths
                 )
@@ -136,14 +135,14 @@ class EngineSequence:
             self._width = width
             return again
 
-        again = self._engine._call(job)
+        again = self._core.call(job)
         self._settle()
         return again
 
     @_one_at_a_time
     def append(self, token_ids: list[int]) -> None:
         """Adds tokens to be read, at the width that is set when they are, before the next step."""
-        self._engine._intake.check_tokens("append: token_ids", token_ids)
+        self._core.intake.check_tokens("append: token_ids", token_ids)
         self._check_room(len(token_ids))
         self._unread = self._unread + list(token_ids)
 
@@ -171,10 +170,10 @@ class EngineSequence:
         params = SamplingParams(temperature=0.0) if params is None else params
 
         row, tokens = self._read_all(), self.token_ids
-        branch = self._engine._intake.lone_branch(tokens, params, self._width)
+        branch = self._core.intake.lone_branch(tokens, params, self._width)
         branch.token_ids = tokens  # positions and penalties count all tokens
-        sampler = self._engine._scheduler.sampler  # its tables are the worker's alone
-        drawn = self._engine._call(lambda: sampler.draw(row[None], [0], [branch])[0])
+        sampler = self._core.scheduler.sampler  # its tables are the worker's alone
+        drawn = self._core.call(lambda: sampler.draw(row[None], [0], [branch])[0])
         if drawn.token < 0:
             raise branch.request.error or NonFiniteLogits(
                 f"step: logits must be finite to be sampled, got NaN or nothing finite at token "
@@ -198,12 +197,12 @@ class EngineSequence:
 
         def job() -> int:
             self._check_settled()
-            self._engine._scheduler.claim_slots()
-            kept = self._engine._model.cache.snapshot(self._sequence)
+            self._core.scheduler.claim_slots()
+            kept = self._core.model.cache.snapshot(self._sequence)
             kept.logits = self._logits
             return kept.length
 
-        return self._engine._call(job, wait_for_room=True)
+        return self._core.call(job, wait_for_room=True)
 
     @_one_at_a_time
     def rollback(self, length: int) -> None:
@@ -220,7 +219,7 @@ class EngineSequence:
 
         def job() -> None:
             self._check_settled()
-            sequence, cache = self._sequence, self._engine._model.cache
+            sequence, cache = self._sequence, self._core.model.cache
             if length >= sequence.length:
                 self._unread = self._unread[: length - sequence.length]
                 return
@@ -233,7 +232,7 @@ class EngineSequence:
             self._queue, self._unread = reads, []
             self._logits = earlier[-1].logits if earlier else None
 
-        self._engine._call(job)
+        self._core.call(job)
         self._text.cut(self.token_ids)
         self._settle()
 
@@ -244,30 +243,29 @@ class EngineSequence:
 
         def job() -> EngineSequence:
             self._check_settled()
-            self._engine._scheduler.claim_slots()
-            place = self._engine._model.cache.fork(self._sequence)
+            self._core.scheduler.claim_slots()
+            place = self._core.model.cache.fork(self._sequence)
             text = self._text.fork()
-            twin = EngineSequence(self._engine, place, self._width, list(self._unread), text)
+            twin = EngineSequence(self._core, place, self._width, list(self._unread), text)
             twin._logits = self._logits
             return twin
 
-        return self._engine._call(job, wait_for_room=True)
+        return self._core.call(job, wait_for_room=True)
 
     @_one_at_a_time
     def save(self, path) -> None:
         """Writes tokens, width runs, state and KV to a safetensors file, with the weights'
         fingerprint; `Engine.load` continues bit-equal. A file there is replaced at the end."""
-        from .sequence_file import sequence_content, write_sequence
         self._settle()
 
         def job() -> Any:
             self._check_settled()
             with plain_torch():  # a user's function may have left the worker in some mode
                 return sequence_content(
-                    self._engine, self._sequence, self._width, self._unread, self._logits
+                    self._core, self._sequence, self._width, self._unread, self._logits
                 )
 
-        content = self._engine._call(job)
+        content = self._core.call(job)
         with plain_torch():
             write_sequence(path, content)  # here: the disk keeps only its caller waiting
 
@@ -279,16 +277,16 @@ class EngineSequence:
         """
         if self._closed:
             return self._text.finish()
-        engine, sequence = self._engine, self._sequence
-        engine._worker.check_thread()
+        core, sequence = self._core, self._sequence
+        core.worker.check_thread()
 
         def job() -> None:
             self._closed = True
-            engine._scheduler.release(sequence)
-            engine._worker.disown(sequence)
+            core.scheduler.release(sequence)
+            core.worker.disown(sequence)
 
         with suppress(RequestCancelled):  # the engine may be closed, and its cache with it
-            engine._call(job)
+            core.call(job)
         self._closed = True
         return self._text.finish()
 
@@ -316,7 +314,7 @@ class EngineSequence:
             raise InvalidRequest("sequence: one call at a time must be made on it, got a second")
 
     def _check_room(self, count: int) -> None:
-        have, most = len(self.token_ids), self._engine.max_model_len
+        have, most = len(self.token_ids), self._core.max_model_len
         if have + count > most:
             raise InvalidRequest(
                 f"sequence: tokens must stay within max_model_len {most}, got {have} + {count}"
@@ -327,13 +325,13 @@ class EngineSequence:
         out, what was read is kept and the rest stays queued."""
         self._check_open()
         if self._queue or self._reader:
-            self._engine._call(self._begin_reading)
+            self._core.call(self._begin_reading)
 
     def _begin_reading(self) -> Reader | None:
         """On the worker: reads what is queued; None when an interrupted call's reader has done it.
         """
         self._check_open()
-        scheduler = self._engine._scheduler
+        scheduler = self._core.scheduler
         scheduler.drop_readers(self._sequence, RequestCancelled("sequence: it was read on"))
         if not self._queue:
             return None
@@ -361,7 +359,7 @@ class EngineSequence:
         """Reads what is unread; logits [V] after the last token."""
         self._check_open()
         if self._unread or self._queue or self._reader:
-            self._engine._call(self._begin_reading_all)
+            self._core.call(self._begin_reading_all)
         if self._logits is None:
             raise InvalidRequest(
                 "sequence: tokens must be appended before the first step, got none"

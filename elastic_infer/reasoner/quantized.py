@@ -75,7 +75,7 @@ def measure(folder: Path, per_operation: int, threads: int | None) -> dict[str, 
     problems = held_out_problems(SEED, per_operation * MAX_OPERATIONS)
     rows = {}
     with Engine.from_pretrained(folder, threads=threads, max_num_seqs=AT_ONCE) as engine:
-        weights = engine._model.weights
+        weights = engine.core.model.weights
         for name, width in engine.widths.items():
             found = evaluate(engine, problems, width=name).score.to_dict()
             read = bytes_per_token(engine.config, width, weights.dtype, formats=weights.formats)
