@@ -23,6 +23,7 @@ from .errors import (
     RequestFailed,
     WidthError,
 )
+from .version import __version__
 
 if TYPE_CHECKING:  # for type checkers, and for the documentation, which reads sources alone
     from .checkpoint.checkpoint import Checkpoint
@@ -34,8 +35,6 @@ if TYPE_CHECKING:  # for type checkers, and for the documentation, which reads s
     from .plans.policy import Policy
     from .sampling.params import SamplingParams
     from .scheduling.request import Request
-
-__version__ = "0.1.0"
 
 # Importing torch takes seconds: what needs it is imported when it is first used.
 _LAZY = {

@@ -30,6 +30,7 @@ from ..errors import CheckpointError, InvalidRequest, shown
 from ..files.writing import new_folder, require_new, write_json
 from ..torch_modes import plain_torch
 from ..value_checks import check_count, is_real
+from ..version import __version__
 from .report import ErrorReport
 from .search import Quantized, block_importance, quantize_fp8, quantize_nvfp4
 
@@ -292,8 +293,6 @@ def quantize_checkpoint(
 def _write_configs(
     checkpoint: Checkpoint, out: Path, formats: Mapping[str, str], names: list[str]
 ) -> None:
-    import elastic_infer
-
     config = checkpoint.config
     left = [name.removesuffix(".weight") for name in names
             if name not in formats and group_of(config, name) is not None]  # fmt: skip
@@ -301,7 +300,7 @@ def _write_configs(
     modules = {name.removesuffix(".weight"): found for name, found in formats.items()}
     stated = checkpoint.published
     inline, sidecar = modelopt_config(
-        modules, [*left, *gates], elastic_infer.__version__, stated and stated.kv_cache
+        modules, [*left, *gates], __version__, stated and stated.kv_cache
     )
     raw: dict[str, Any] = {**config.raw, "quantization_config": inline}
     if _HEAD in formats and config.tie_word_embeddings:
