@@ -233,7 +233,7 @@ def test_a_chat_may_quote_tags(engine, content, budget):
     out = engine.generate(opened, SamplingParams(logits_processors=[script("so")]), plan=plan)
     assert (out.reasoning, out.answer) == ("so", "")
     closed = engine.chat_prompt(talk, None, {"opening": "<think></think>"})
-    assert engine.submit(closed, params, plan).branches[0].plan.phase == "answer"
+    assert engine.submit(closed, params, plan).branches[0].run.phase == "answer"
 
 
 def test_a_prompt_that_quotes_a_tag_can_say_so(engine):

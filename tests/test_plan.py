@@ -14,7 +14,7 @@ from elastic_infer.plans.decision import Decision, PlanView
 from elastic_infer.plans.parsing import parse_plan
 from elastic_infer.plans.plan import Plan, as_plan
 from elastic_infer.plans.policy import Policy
-from elastic_infer.plans.runs import PlanRun
+from elastic_infer.plans.run import PlanRun
 
 WIDTHS = ["S", "M", "L"]
 SPACE, NEWLINE, WORD, START, END, TAGGY = 0, 1, 2, 3, 4, 5
@@ -174,7 +174,8 @@ def test_token_ids_as_tags_need_no_tokenizer() -> None:
     run = plan.begin([START], None, WIDTHS)
     out, _, _ = widths(run, [WORD] * 3)
     assert out == [WORD, END, WORD, WORD], "no newline can be seen, so the grace ends at once"
-    plan = dataclasses.replace(plan, newline_ids=frozenset([NEWLINE]))
+    kind = dataclasses.replace(plan.kind, newline_ids=frozenset([NEWLINE]))
+    plan = dataclasses.replace(plan, kind=kind)
     out, _, _ = widths(plan.begin([START], None, WIDTHS), [WORD, WORD, NEWLINE, WORD])
     assert out == [WORD, WORD, NEWLINE, END, WORD]
     with pytest.raises(InvalidRequest, match=r"start_tag must be a single token .* no tokenizer"):

@@ -13,7 +13,7 @@ from ..errors import InvalidRequest, OutOfCapacity, WidthError, shown
 from ..plans.decision import ChatPrompt
 from ..plans.phase import tag_id
 from ..plans.plan import Plan, as_plan
-from ..plans.runs import PlanRun
+from ..plans.run import PlanRun
 from ..sampling.params import SamplingParams
 from ..sampling.processors import RowProcessors
 from ..scheduling.request import Branch, Request
@@ -117,7 +117,7 @@ class Intake:
     def _branch(
         self, request: Request, index: int, run: PlanRun, processors: RowProcessors
     ) -> Branch:
-        tags = self._tags(run.plan)
+        tags = self._tags(request.plan)
         return Branch(request, index, run, processors, self._tokenizer, tags)
 
     def _check_tags(self, plan: Plan) -> None:

@@ -7,7 +7,6 @@ which is asked before every sampling and answers with a `Decision`.
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidRequest, WidthError, shown
 from ..value_checks import MOST_IDS
 from .decision import DEFAULT_GRACE, PROMPT_PHASES, Decision, PlanView
-from .phase import PhaseTracker, Tag, make_tracker
+from .kinds import ByUncertainty, Custom, Fixed, Kind, Schedule, ThinkAnswer
+from .phase import Tag
 from .policy import CARRY, Policy
-from .runs import PlanRun
+from .run import PlanRun, Start
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
@@ -50,14 +50,16 @@ def _width_name(name: str, value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Plan(ABC):
-    """Which width computes which token. Make one with the class methods; it never changes.
+class Plan:
+    """Which width computes which token. Make one with the static methods; it never changes.
 
+    kind: the rule that chooses.
     policy: what happens to the cache at a switch.
     start_tag, end_tag: the think tags, as text or token ids.
     prompt_phase: where the prompt ends: None finds it in the prompt, see `think_answer`.
     """
 
+    kind: Kind
     policy: Policy = CARRY
     start_tag: Tag = "<think>"
     end_tag: Tag = "</think>"
@@ -68,7 +70,7 @@ class Plan(ABC):
     @staticmethod
     def fixed(width: str) -> Plan:
         """The same width for every token."""
-        return plan_kinds.Fixed(width=_width_name("width", width))
+        return Plan(Fixed(_width_name("width", width)))
 
     @staticmethod
     def schedule(steps: Sequence[tuple[int, str]], policy: str | Policy = "carry") -> Plan:
@@ -94,7 +96,7 @@ class Plan(ABC):
             raise InvalidRequest(f"plan: steps must start at token 0, got {shown(starts[0])}")
         if any(a >= b for a, b in pairwise(starts)):
             raise InvalidRequest(f"plan: the starts of steps must ascend, got {shown(starts)}")
-        return plan_kinds.Schedule(policy=Policy.parse(policy), steps=pairs)
+        return Plan(Schedule(pairs), Policy.parse(policy))
 
     @staticmethod
     def think_answer(
@@ -149,18 +151,15 @@ class Plan(ABC):
         newlines = None
         if newline_ids is not None:
             newlines = frozenset(_integers("newline_ids", newline_ids))
-        return plan_kinds.ThinkAnswer(
-            policy=Policy.parse(policy),
-            start_tag=start_tag,
-            end_tag=end_tag,
+        kind = ThinkAnswer(
             think=_width_name("think", think),
             answer=_width_name("answer", answer),
             think_tokens=think_tokens,
             grace=grace,
             closing=closing,
             newline_ids=newlines,
-            prompt_phase=prompt_phase,
         )
+        return Plan(kind, Policy.parse(policy), start_tag, end_tag, prompt_phase)
 
     @staticmethod
     def by_uncertainty(
@@ -183,13 +182,13 @@ class Plan(ABC):
             )
         if not 0 <= threshold < sys.float_info.max:
             raise InvalidRequest(f"plan: threshold must be finite and >= 0, got {shown(threshold)}")
-        return plan_kinds.ByUncertainty(
-            policy=Policy.parse(policy),
+        kind = ByUncertainty(
             narrow=_width_name("narrow", narrow),
             wide=_width_name("wide", wide),
             threshold=float(threshold),
             hold=_integer("hold", hold, 1),
         )
+        return Plan(kind, Policy.parse(policy))
 
     @staticmethod
     def custom(
@@ -211,19 +210,24 @@ class Plan(ABC):
             if not isinstance(widths, (list, tuple)) or not widths:
                 raise InvalidRequest(f"plan: widths must be a list of names, got {shown(widths)}")
             names = tuple(_width_name("widths: an entry", width) for width in widths)
-        return plan_kinds.Custom(policy=Policy.parse(policy), function=function, widths=names)
+        return Plan(Custom(function, names), Policy.parse(policy))
 
     # -- using one ----------------------------------------------------------------------------
 
     @property
     def needs_entropy(self) -> bool:
         """Whether `PlanRun.next` needs the entropy of the last sampled distribution."""
-        return False
+        return self.kind.needs_entropy
 
     @property
-    @abstractmethod
     def widths_used(self) -> tuple[str, ...] | None:
         """The widths it may choose, in order of first use; None for any."""
+        return self.kind.widths_used
+
+    @property
+    def tags(self) -> tuple[Tag, Tag]:
+        """The think tags, as text or token ids."""
+        return self.start_tag, self.end_tag
 
     def can_widen(self, order: Sequence[str] | Mapping[str, Any]) -> bool:
         """Whether a switch may go to a width with more Mamba heads than an earlier one had.
@@ -237,11 +241,11 @@ class Plan(ABC):
             size = {width: index for index, width in enumerate(order)}
         names = self.widths_used if self.widths_used is not None else tuple(size)
         self._check_known(names, size)
-        return any(_wider(size[later], size[first]) for first, later in self._switches(names))
+        return any(_wider(size[later], size[first]) for first, later in self.kind.switches(names))
 
     def needed_ids(self, tokenizer: Tokenizer | None) -> list[tuple[str, int]]:
         """(argument, token id) of the tags without which the plan cannot do its work."""
-        return []
+        return self.kind.needed_ids(self.tags, tokenizer)
 
     def begin(
         self,
@@ -260,7 +264,11 @@ class Plan(ABC):
         """
         if self.widths_used is not None:
             self._check_known(self.widths_used, widths)
-        return self._start(prompt_ids, tokenizer, tuple(widths))
+        start = Start(self.tags, self.prompt_phase, prompt_ids, tokenizer, tuple(widths))
+        return self.kind.start(start)
+
+    def __repr__(self) -> str:
+        return self.kind.describe(str(self.policy))
 
     def _check_known(self, names: Sequence[str], known: Collection[str]) -> None:
         for name in names:
@@ -268,18 +276,6 @@ class Plan(ABC):
                 raise WidthError(
                     f"plan: width must be one of {', '.join(known)}, got {shown(name)}"
                 )
-
-    def _switches(self, names: Sequence[str]) -> list[tuple[str, str]]:
-        """Pairs (earlier width, later width) that can come in one sequence."""
-        return [(a, b) for a in names for b in names if a != b]
-
-    def _tracker(self, tokenizer: Tokenizer | None) -> PhaseTracker | None:
-        return make_tracker((self.start_tag, self.end_tag), tokenizer)
-
-    @abstractmethod
-    def _start(
-        self, prompt_ids: Sequence[int], tokenizer: Tokenizer | None, known: tuple[str, ...]
-    ) -> PlanRun: ...
 
 
 def _wider(a: Any, b: Any) -> bool:
@@ -342,7 +338,3 @@ def as_plan(
         hint = f"; use width={shown(plan)} or parse_plan" if isinstance(plan, str) else ""
         raise InvalidRequest(f"plan: must be a Plan or a function, got {shown(plan)}{hint}")
     return Plan.custom(plan)
-
-
-# Both need Plan, so they can only be imported once it exists.
-from . import kinds as plan_kinds  # noqa: E402

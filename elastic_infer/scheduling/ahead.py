@@ -48,6 +48,6 @@ def _settled_width(branch: Branch) -> str | None:
     read than the token: other branches' forks of the prompt, or what a switch builds anew."""
     if branch.request.first_token is None:
         return None
-    width = branch.plan.settled(len(branch.token_ids) + 1)
+    width = branch.run.settled(len(branch.token_ids) + 1)
     switches = width != branch.width and branch.request.plan.policy.kind != "carry"
     return None if switches else width

@@ -12,7 +12,7 @@ from ..cache.sequence import Sequence
 from ..errors import ElasticError, InvalidRequest, RequestCancelled
 from ..outputs import Choice, FinishReason, Output, Phase, Times, Token, Usage
 from ..plans.plan import Plan
-from ..plans.runs import PlanRun
+from ..plans.run import PlanRun
 from ..sampling.params import SamplingParams
 from ..sampling.processors import RowProcessors
 from ..text.stops import split_reasoning
@@ -36,13 +36,13 @@ class Branch:
         self,
         request: Request,
         index: int,
-        plan: PlanRun,
+        run: PlanRun,
         processors: RowProcessors,
         tokenizer: Tokenizer | None,
         tags: tuple[int, ...],
     ):
         params = request.params
-        self.request, self.index, self.plan, self.processors = request, index, plan, processors
+        self.request, self.index, self.run, self.processors = request, index, run, processors
         self.sequence: Sequence | None = None
         self.pending: list[Read] = []
         self.width = ""
@@ -53,12 +53,12 @@ class Branch:
         self.tokens: list[Token] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
-        self._phases = plan.phases()
+        self._phases = run.phases()
         self.text: TextStream | None = None
         if tokenizer is not None:
             skip, spelled = params.skip_special_tokens, None
-            if self._phases is None and _spelled(plan.plan):
-                spelled = plan.plan.start_tag, plan.plan.end_tag
+            if self._phases is None and _spelled(request.plan):
+                spelled = request.plan.start_tag, request.plan.end_tag
             self.text = TextStream(tokenizer, params.stop, tags, skip, spelled)
 
     @property
@@ -72,7 +72,7 @@ class Branch:
         return not (
             self.processors.active
             or self.request.params.logprobs is not None
-            or self.plan.plan.needs_entropy
+            or self.request.plan.needs_entropy
         )
 
     def is_full(self, count: int, max_length: int) -> bool:
@@ -112,9 +112,9 @@ class Branch:
         if self.text is None:
             return None, None
         if self._phases is not None:
-            begun = self.plan.prompt_is_thinking or self._phases.opened
+            begun = self.run.prompt_is_thinking or self._phases.opened
             return self.text.split(begun)
-        plan = self.plan.plan
+        plan = self.request.plan
         if _spelled(plan):
             return split_reasoning(self.text.text, plan.start_tag, plan.end_tag, False)
         return None, self.text.text

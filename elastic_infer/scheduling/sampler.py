@@ -102,7 +102,7 @@ class Sampler:
             logprobs, entropy = None, None
             if wanted is not None and token >= 0:
                 logprobs = top_logprobs(raw[i], token, wanted, self._run)
-            if branch.plan.plan.needs_entropy and token >= 0:
+            if branch.request.plan.needs_entropy and token >= 0:
                 temperature, *_ = _truncation(params)
                 entropy = entropy_of(processed.get(i, raw[i]), temperature, self._run)
                 entropy = entropy if math.isfinite(entropy) else None

@@ -182,7 +182,7 @@ class Scheduler:
         """Gives the other branches of a request the tokens that its plan forced before the first
         sampling, and its plan's state."""
         for other in first.request.branches[1:]:
-            other.plan = first.plan.fork()
+            other.run = first.run.fork()
             for token in first.tokens:
                 other.width = token.width
                 if self._append(other, token.id, True, None):
@@ -384,7 +384,7 @@ class Scheduler:
 
     def _decide(self, branch: Branch, unread: list[int]) -> None:
         """Asks the plan for the next width, appends what it forces, prepares the reads."""
-        decision: Decision = branch.plan.next(branch.token_ids, branch.entropy)
+        decision: Decision = branch.run.next(branch.token_ids, branch.entropy)
         decision.check(self._width_index, self.model.config.vocab_size)
         branch.phase = decision.phase
         changed = branch.width not in ("", decision.width)
