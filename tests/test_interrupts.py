@@ -304,7 +304,7 @@ def test_calls_that_race_with_the_end_are_told(engine):
     with pytest.raises(RequestCancelled, match="the engine was closed before"):
         engine.submit(draw(3), SHORT).result(HANG)
     del worker._start
-    engine._call = lambda job: job()  # for the look at what is free
+    engine.core.call = lambda job: job()  # for the look at what is free
 
 
 # -- promises -----------------------------------------------------------------------------------
