@@ -47,7 +47,8 @@ def variant(folder: Path, source: Path, *flags: str) -> Path:
     """A `_emu` module in `folder`: the one that was built, but for `source`, compiled anew with
     `flags` in the place of the file of that name."""
     made = folder / "variant.o"
-    defines = ["-DELASTIC_EMULATE=1", "-w", "-x", "c++"]
+    [csrc] = [p for p in source.parents if p.name == "csrc"]
+    defines = ["-DELASTIC_EMULATE=1", f"-I{csrc}", "-w", "-x", "c++"]
     subprocess.run([*CXX, *defines, *flags, "-c", str(source), "-o", str(made)], check=True)
     objects = BUILD.glob("CMakeFiles/_emu.dir/csrc/**/*.o")
     others = [str(o) for o in objects if o.name != f"{source.name}.o"]

@@ -24,7 +24,7 @@ LAYOUT_CHECK = """
 #include <cstddef>
 #include <type_traits>
 #include "ATen/dlpack.h"
-#include "core/dlpack.h"
+#include "host/dlpack.h"
 #define SAME_SIZE(T) static_assert(sizeof(::T) == sizeof(ei::T) && alignof(::T) == alignof(ei::T))
 #define SAME(T, m) \\
   static_assert(offsetof(::T, m) == offsetof(ei::T, m) && \\
@@ -51,7 +51,7 @@ static_assert(DLPACK_MAJOR_VERSION == 1);
 
 
 def test_dlpack_layout_is_torchs(tmp_path):
-    """Sizes, offsets and enum values of csrc/core/dlpack.h against the header torch ships."""
+    """Sizes, offsets and enum values of csrc/host/dlpack.h against the header torch ships."""
     compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     assert compiler, "a C++ compiler is needed, as for building the library"
     source = tmp_path / "layout.cpp"

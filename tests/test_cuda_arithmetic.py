@@ -59,7 +59,7 @@ def test_build_passes_the_flag_to_every_file_of_kernels(tmp_path):
 
 
 KERNEL = """
-#include "csrc/core/prim.cuh"
+#include "csrc/cuda/prim.cuh"
 using namespace ei::cuda;
 __global__ void apart(float* x) { x[0] = x[1] * x[2] + x[3]; }
 __global__ void together(float* x) { x[0] = fused(x[1], x[2], x[3]); }

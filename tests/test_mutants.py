@@ -15,20 +15,20 @@ OPS = "csrc/ops/"
 MUTANTS = {
     # barriers and waits
     "sum without its barrier": (
-        "rms_norm", "csrc/core/prim.cuh",
+        "rms_norm", "csrc/cuda/prim.cuh",
         "room[threadIdx.x / kWarp] = v;\n  __syncthreads();", "room[threadIdx.x / kWarp] = v;",
     ),
     "barrier that one thread skips": (
-        "rms_norm", "csrc/core/prim.cuh",
+        "rms_norm", "csrc/cuda/prim.cuh",
         "room[threadIdx.x / kWarp] = v;\n  __syncthreads();",
         "room[threadIdx.x / kWarp] = v;\n  if (threadIdx.x != 5) __syncthreads();",
     ),
     "ring without its barrier": (
-        "matmul", "csrc/core/mma_tile.cuh",
+        "matmul", "csrc/cuda/mma_tile.cuh",
         "__syncthreads();  // stage t is there for all", "// stage t is there for all",
     ),
     "ring without its wait": (
-        "matmul", "csrc/core/mma_tile.cuh", "wait_copies<kStages - 2>();", "",
+        "matmul", "csrc/cuda/mma_tile.cuh", "wait_copies<kStages - 2>();", "",
     ),
     "run of keys that is waited for too late": (
         "attention_decode", OPS + "attention_decode/attention_decode.cu",
@@ -39,11 +39,11 @@ MUTANTS = {
         "__syncthreads();  // before the tokens and the ring are used again", "",
     ),
     "sums of warps read before they are there": (
-        "matmul", "csrc/core/gemv.cuh",
+        "matmul", "csrc/cuda/gemv.cuh",
         "products.write(room.of[warp]);\n    __syncthreads();", "products.write(room.of[warp]);",
     ),
     "sums of warps overwritten while they are read": (
-        "moe_matmul", "csrc/core/gemv.cuh",
+        "moe_matmul", "csrc/cuda/gemv.cuh",
         "__syncthreads();  // all have read what the last call left in the room", "",
     ),
     # the last block to arrive
@@ -95,7 +95,7 @@ MUTANTS = {
     ),
     # ragged ends
     "codes beyond the prefix": (
-        "matmul", "csrc/core/gemv.cuh", "min(4, (columns - t * kTile) / kRun)", "4",
+        "matmul", "csrc/cuda/gemv.cuh", "min(4, (columns - t * kTile) / kRun)", "4",
     ),
     "one key too many": (
         "attention_decode", OPS + "attention_decode/attention_decode.cu",
@@ -106,7 +106,7 @@ MUTANTS = {
         "before + i / group + 1 : 0", "before + i / group : 0",
     ),
     "a step of columns beyond the prefix": (
-        "matmul", "csrc/core/mma_tile.cuh",
+        "matmul", "csrc/cuda/mma_tile.cuh",
         "min(4, (columns - t * 64) / 16)", "min(4, (columns - t * 64) / 16 + 1)",
     ),
     "a sequence cut by a run loses its first tokens": (
@@ -132,20 +132,20 @@ MUTANTS = {
     ),
     # codes and scales
     "a code loses its sign": (
-        "matmul", "csrc/core/tiles.cuh", "(word << 4 & 0x81808180u)", "(word << 4 & 0x81800180u)",
+        "matmul", "csrc/cuda/tiles.cuh", "(word << 4 & 0x81808180u)", "(word << 4 & 0x81800180u)",
     ),
     "an FP8 code loses its last bit": (
-        "matmul", "csrc/core/tiles.cuh", "word >> 4 & 0x07f007f0u", "word >> 4 & 0x07f007e0u",
+        "matmul", "csrc/cuda/tiles.cuh", "word >> 4 & 0x07f007f0u", "word >> 4 & 0x07f007e0u",
     ),
     "small block scales are halved": (
-        "matmul", "csrc/core/tiles.cuh", "exponent = 4;", "exponent = 3;",
+        "matmul", "csrc/cuda/tiles.cuh", "exponent = 4;", "exponent = 3;",
     ),
     "rows take the block scales of others": (
-        "matmul", "csrc/core/tiles.cuh",
+        "matmul", "csrc/cuda/tiles.cuh",
         "part.scales.word[1] >> step", "part.scales.word[0] >> step",
     ),
     "all segments have the first one's scale": (
-        "matmul", "csrc/core/gemv.cuh", "scale.ptr<float>()[index]", "scale.ptr<float>()[0]",
+        "matmul", "csrc/cuda/gemv.cuh", "scale.ptr<float>()[index]", "scale.ptr<float>()[0]",
     ),
     "the largest of a block ignores negative values": (
         "nvfp4_quantize", OPS + "nvfp4_quantize/nvfp4_quantize.cu",
@@ -153,35 +153,35 @@ MUTANTS = {
     ),
     # activations as codes
     "tokens take the block scales of others": (
-        "matmul_w4a4", "csrc/core/w4a4.cuh", "m % 2, n % 4", "m % 2, 0",
+        "matmul_w4a4", "csrc/cuda/w4a4.cuh", "m % 2, n % 4", "m % 2, 0",
     ),
     "weights take the block scales of others": (
-        "matmul_w4a4", "csrc/core/w4a4.cuh", "m % 2, n % 4", "0, n % 4",
+        "matmul_w4a4", "csrc/cuda/w4a4.cuh", "m % 2, n % 4", "0, n % 4",
     ),
     "two codes of a row change places": (
-        "matmul_w4a4", "csrc/core/w4a4.cuh",
+        "matmul_w4a4", "csrc/cuda/w4a4.cuh",
         "v[column_of(h, i)]", "v[column_of(h, i ^ 1)]",
     ),
     "a row's scale is that of all its columns": (
-        "matmul_w4a4", "csrc/core/w4a4.cuh",
+        "matmul_w4a4", "csrc/cuda/w4a4.cuh",
         "b = threadIdx.x; b < blocks;", "b = threadIdx.x; b < q.tiles * 4;",
     ),
     "block scales beyond the prefix count": (
-        "matmul_w4a4", "csrc/core/w4a4.cuh", "if (s < steps) word", "word",
+        "matmul_w4a4", "csrc/cuda/w4a4.cuh", "if (s < steps) word", "word",
     ),
     "steps and block scales are in another order": (
-        "matmul_w4a4", "csrc/core/w4a4.cuh",
+        "matmul_w4a4", "csrc/cuda/w4a4.cuh",
         "return s % 2 * 2 + s / 2;", "return s;",
     ),
     "ring of codes without its barrier": (
-        "matmul_w4a4", "csrc/core/mma_tile.cuh",
+        "matmul_w4a4", "csrc/cuda/mma_tile.cuh",
         "__syncthreads();  // stage t is there for all", "// stage t is there for all",
     ),
     "ring of codes without its wait": (
-        "matmul_w4a4", "csrc/core/mma_tile.cuh", "wait_copies<kStages - 2>();", "",
+        "matmul_w4a4", "csrc/cuda/mma_tile.cuh", "wait_copies<kStages - 2>();", "",
     ),
     "codes beyond a row's own tiles are read": (
-        "matmul_w4a4", "csrc/core/w4a4.cuh", "return t * kTile < tokens_.columns[token];",
+        "matmul_w4a4", "csrc/cuda/w4a4.cuh", "return t * kTile < tokens_.columns[token];",
         "return tokens_.columns[token] > 0;",
     ),
     # experts by codes
@@ -225,7 +225,7 @@ MUTANTS = {
         "matmul_wgmma", OPS + "matmul/matmul_wgmma.cu", "wait_products<0>(sums_[0]);", "",
     ),
     "a descriptor of another row": (
-        "matmul_wgmma", "csrc/core/prim_native.cuh", "uint64_t{1024 >> 4} << 32",
+        "matmul_wgmma", "csrc/cuda/prim_native.cuh", "uint64_t{1024 >> 4} << 32",
         "uint64_t{1152 >> 4} << 32",
     ),
     "columns of the weight beyond the prefix": (
@@ -247,7 +247,7 @@ MUTANTS = {
         "embed", OPS + "embed/embed.cu", "if (id < 0 || id >=", "if (id >=",
     ),
     "heads of a group side by side": (
-        "ssm_step", "csrc/core/ssm.cuh",
+        "ssm_step", "csrc/cuda/ssm.cuh",
         "head % a.groups", "head / static_cast<int>(a.state.shape[1] / a.groups)",
     ),
     "padding has a state": (
@@ -264,7 +264,7 @@ MUTANTS = {
         "rms_norm", OPS + "rms_norm/rms_norm.cu", "clear_row(out, n, D", "clear_row(out, D, D",
     ),
     "gated norm leaves the other heads": (
-        "gated_norm", "csrc/core/mamba.cuh",
+        "gated_norm", "csrc/cuda/mamba.cuh",
         "c < H / G * P", "c < kept * P",
     ),
     "attention leaves values in absent heads": (
@@ -276,7 +276,7 @@ MUTANTS = {
         "i < rows() && i % group < active ?", "i < rows() ?",
     ),
     "a row reads beyond its own columns": (
-        "matmul", "csrc/core/mma_tile.cuh",
+        "matmul", "csrc/cuda/mma_tile.cuh",
         "column < tokens_.columns[token];", "column < tokens_.columns[token] + 16;",
     ),
     "a narrow row keeps wide outputs": (

@@ -1,6 +1,6 @@
 // device.h without a device: memory is host memory, a stream runs at once, a graph is the list of
 // launches that were given while it was recorded.
-#include "../core/device.h"
+#include "host/device.h"
 
 #include <chrono>
 #include <cstring>

@@ -7,9 +7,9 @@
 
 #include <stdexcept>
 
-#include "../core/cuda.h"
-#include "../core/runtime.h"
 #include "emu.h"
+#include "host/cuda.h"
+#include "host/runtime.h"
 #include "selftest.h"
 
 namespace py = pybind11;

@@ -2,8 +2,8 @@
 #include <map>
 #include <vector>
 
-#include "../core/launch.cuh"
-#include "../core/prim_native.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/prim_native.cuh"
 #include "selftest.h"
 
 namespace ei::cuda {

@@ -1,10 +1,10 @@
 // Checks and binding of attention_decode.
 #include "attention_decode.h"
 
-#include "../../core/attention_checks.h"
-#include "../../core/attention_sizes.h"
-#include "../../core/step.h"
-#include "../../core/widths.h"
+#include "cpu/attention_sizes.h"
+#include "host/attention_checks.h"
+#include "host/step.h"
+#include "host/widths.h"
 
 namespace py = pybind11;
 

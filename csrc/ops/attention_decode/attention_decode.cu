@@ -17,9 +17,9 @@
 //   kernel below. q starts its rows at multiples of 16 bytes.
 // Speed: not yet measured on a GPU. Floor: keys and values of the sequences' own lengths read once.
 // Source: Dao et al., "Flash-Decoding for long-context inference".
-#include "../../core/attention.cuh"
-#include "../../core/launch.cuh"
 #include "attention_decode.h"
+#include "cuda/attention.cuh"
+#include "cuda/launch.cuh"
 
 namespace ei::cuda {
 namespace {

@@ -7,8 +7,8 @@
 // Every 8 pages make a partial result, and the partial results are joined in ascending order: where
 // they are computed, and by how many threads, changes no bit.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -1,5 +1,5 @@
 // Computes: attention_decode (attention_decode.h).
-// Layout: the query heads of one KV head are the lanes of a block (core/attention.h).
+// Layout: the query heads of one KV head are the lanes of a block (cpu/attention.h).
 // Work split: parts are (sequence, KV head); with few sequences, (KV head, 8 pages) of one sequence
 //   after the other.
 // Order: keys ascending within 8 pages from zero, partial results of 8 pages joined ascending.
@@ -8,9 +8,9 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "attention_decode.h"
 
-#include "../../core/attention.h"
-#include "../../core/attention_sizes.h"
-#include "../../core/index.h"
+#include "cpu/attention.h"
+#include "cpu/attention_sizes.h"
+#include "host/index.h"
 
 namespace ei::EI_ISA {
 namespace {

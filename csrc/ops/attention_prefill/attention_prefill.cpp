@@ -1,11 +1,11 @@
 // Checks and binding of attention_prefill.
 #include "attention_prefill.h"
 
-#include "../../core/attention_checks.h"
-#include "../../core/attention_sizes.h"
-#include "../../core/segments.h"
-#include "../../core/step.h"
-#include "../../core/widths.h"
+#include "cpu/attention_sizes.h"
+#include "host/attention_checks.h"
+#include "host/segments.h"
+#include "host/step.h"
+#include "host/widths.h"
 
 namespace py = pybind11;
 

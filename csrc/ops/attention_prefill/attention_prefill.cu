@@ -15,9 +15,9 @@
 //   kernel below (a warp per row). q starts its rows at multiples of 16 bytes.
 // Speed: not yet measured on a GPU. Floor: 4 K flops per row and key it sees.
 // Source: Dao, "FlashAttention-2"; pages as in Kwon et al., "PagedAttention".
-#include "../../core/attention.cuh"
-#include "../../core/launch.cuh"
 #include "attention_prefill.h"
+#include "cuda/attention.cuh"
+#include "cuda/launch.cuh"
 
 namespace ei::cuda {
 namespace {

@@ -9,8 +9,8 @@
 // Key tiles are pages and blocks of queries lie within one page, both at absolute positions: where
 // a prompt is cut into chunks changes no bit.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

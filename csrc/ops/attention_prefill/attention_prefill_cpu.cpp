@@ -1,17 +1,17 @@
 // Computes: attention_prefill (attention_prefill.h).
 // Layout: the query heads of one KV head, for a few tokens of one page, are the lanes of a block
-//   (core/attention.h).
+//   (cpu/attention.h).
 // Work split: parts are (sequence, block of tokens, KV head), the longest contexts first.
-// Order: pages ascending; within one, as core/attention.h says.
+// Order: pages ascending; within one, as cpu/attention.h says.
 // Scratch: a block.
 // Limits: K is a multiple of 16. A token's output is finite only if the values of the tokens that
 //   follow it in its block are (they are weighed with zero).
 // Speed: see the op table in the README (bench/ops.py).
 #include "attention_prefill.h"
 
-#include "../../core/attention.h"
-#include "../../core/attention_sizes.h"
-#include "../../core/index.h"
+#include "cpu/attention.h"
+#include "cpu/attention_sizes.h"
+#include "host/index.h"
 
 namespace ei::EI_ISA {
 namespace {

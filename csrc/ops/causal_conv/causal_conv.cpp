@@ -1,10 +1,10 @@
 // Checks and binding of causal_conv.
 #include "causal_conv.h"
 
-#include "../../core/check.h"
-#include "../../core/segments.h"
-#include "../../core/step.h"
-#include "../../core/widths.h"
+#include "host/check.h"
+#include "host/segments.h"
+#include "host/step.h"
+#include "host/widths.h"
 
 namespace py = pybind11;
 

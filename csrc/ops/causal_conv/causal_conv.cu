@@ -12,9 +12,9 @@
 // Limits: rows of x and out start at multiples of 16 bytes.
 // Speed: not yet measured on a GPU. Floor: x read, out written, history in and out.
 // Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block).
-#include "../../core/launch.cuh"
-#include "../../core/mamba.cuh"
 #include "causal_conv.h"
+#include "cuda/launch.cuh"
+#include "cuda/mamba.cuh"
 
 namespace ei::cuda {
 namespace {

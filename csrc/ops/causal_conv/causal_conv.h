@@ -5,8 +5,8 @@
 // the others only the first x_sizes[seq_width[s]], the rest of out and state being untouched. A
 // sequence whose slot is -1 is skipped.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -7,8 +7,8 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "causal_conv.h"
 
-#include "../../core/index.h"
-#include "../../core/mamba.h"
+#include "cpu/mamba.h"
+#include "host/index.h"
 
 namespace ei::EI_ISA {
 namespace {

@@ -1,9 +1,9 @@
 // Checks and binding of embed.
 #include "embed.h"
 
-#include "../../core/check.h"
-#include "../../core/step.h"
-#include "../../core/widths.h"
+#include "host/check.h"
+#include "host/step.h"
+#include "host/widths.h"
 
 namespace py = pybind11;
 

@@ -4,8 +4,8 @@
 // Shared memory: none.
 // Limits: none; rows that are not aligned to 16 bytes are copied value by value.
 // Speed: not yet measured on a GPU. Floor: twice the bytes of the rows.
-#include "../../core/launch.cuh"
-#include "../../core/rows.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
 #include "embed.h"
 
 namespace ei::cuda {

@@ -7,8 +7,8 @@
 #pragma once
 #include <string>
 
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

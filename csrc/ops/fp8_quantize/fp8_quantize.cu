@@ -5,11 +5,11 @@
 // Shared memory: none.
 // Limits: none.
 // Speed: not yet measured on a GPU; it runs once per checkpoint.
-// Source: core/codes.h.
-#include "../../core/codes.h"
-#include "../../core/launch.cuh"
-#include "../../core/rows.cuh"
+// Source: numbers/codes.h.
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
 #include "fp8_quantize.h"
+#include "numbers/codes.h"
 
 namespace ei::cuda {
 namespace {

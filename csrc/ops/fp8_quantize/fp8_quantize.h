@@ -2,8 +2,8 @@
 // ties to even, saturating. A weight is then decoded code * scale.
 // Source: ModelOpt's FP8 (its weight_scale is amax of the tensor / 448).
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -4,10 +4,10 @@
 // Scratch: K floats per thread.
 // Limits: none.
 // Speed: plain C++ for every instruction set; it runs once per checkpoint.
-// Source: core/codes.h.
+// Source: numbers/codes.h.
 #include "fp8_quantize.h"
 
-#include "../../core/quantise.h"
+#include "cpu/quantise.h"
 
 namespace ei::EI_ISA {
 

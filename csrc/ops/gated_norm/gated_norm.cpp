@@ -1,9 +1,9 @@
 // Checks and binding of gated_norm.
 #include "gated_norm.h"
 
-#include "../../core/check.h"
-#include "../../core/step.h"
-#include "../../core/widths.h"
+#include "host/check.h"
+#include "host/step.h"
+#include "host/widths.h"
 
 namespace py = pybind11;
 

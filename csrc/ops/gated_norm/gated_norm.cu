@@ -7,8 +7,8 @@
 // Limits: rows start at multiples of 16 bytes; a group has at most 24 Ki channels.
 // Speed: not yet measured on a GPU. Floor: y and z read, out written.
 // Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block, grouped norm).
-#include "../../core/launch.cuh"
-#include "../../core/mamba.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/mamba.cuh"
 #include "gated_norm.h"
 
 namespace ei::cuda {

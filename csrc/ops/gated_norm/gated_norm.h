@@ -3,8 +3,8 @@
 // on the kept heads n < h_sizes[row_width[r]] (all without row_width) and exact 0 on the others,
 // of which nothing is read.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../../core/attention_checks.h"
-#include "../../core/step.h"
+#include "host/attention_checks.h"
+#include "host/step.h"
 
 namespace py = pybind11;
 

@@ -4,8 +4,8 @@
 // Shared memory: none.
 // Limits: none; places that are not aligned to 16 bytes are copied value by value.
 // Speed: not yet measured on a GPU. Floor: twice the bytes of k and v.
-#include "../../core/launch.cuh"
-#include "../../core/rows.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
 #include "kv_append.h"
 
 namespace ei::cuda {

@@ -3,8 +3,8 @@
 // A row with slot -1 is skipped. Pages of E4M3 codes hold k / k_scale and v / v_scale, divided in
 // float and rounded to nearest, ties to even; beyond 448 the largest code, NaN as NaN.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -5,8 +5,8 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "kv_append.h"
 
-#include "../../core/index.h"
-#include "../../core/vec.h"
+#include "cpu/vec.h"
+#include "host/index.h"
 
 namespace ei::EI_ISA {
 namespace {

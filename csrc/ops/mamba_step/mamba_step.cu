@@ -17,9 +17,9 @@
 //   (4.2 MB, 1 us of an H200's memory) the chain of reads decides: state and inputs, then arrival,
 //   then y and z, each a trip to memory, where three launches would be three of their own.
 // Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block).
-#include "../../core/launch.cuh"
-#include "../../core/mamba.cuh"
-#include "../../core/ssm.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/mamba.cuh"
+#include "cuda/ssm.cuh"
 #include "mamba_step.h"
 
 namespace ei::cuda {

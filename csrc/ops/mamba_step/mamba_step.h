@@ -8,9 +8,9 @@
 // which is exact 0 elsewhere. A sequence whose slot is -1 gets a row of zeros; nothing else of it
 // is touched.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/ssm.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/ssm.h"
+#include "host/tensor.h"
 
 namespace ei {
 

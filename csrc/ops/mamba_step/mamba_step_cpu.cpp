@@ -11,8 +11,8 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "mamba_step.h"
 
-#include "../../core/mamba.h"
-#include "../../core/ssm_core.h"
+#include "cpu/mamba.h"
+#include "cpu/ssm_core.h"
 
 namespace ei::EI_ISA {
 namespace {

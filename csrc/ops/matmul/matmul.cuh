@@ -1,8 +1,8 @@
 // What the kernels of matmul share: which weight rows a block has, and how much of them rows use.
 #pragma once
-#include "../../core/gemv.cuh"
-#include "../../core/launch.cuh"
-#include "../../core/mma_tile.cuh"
+#include "cuda/gemv.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/mma_tile.cuh"
 #include "matmul.h"
 
 namespace ei::cuda {

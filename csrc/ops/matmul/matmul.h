@@ -3,7 +3,7 @@
 // W is float32, bfloat16, FP8 (E4M3 code times its segment's scale) or NVFP4 (E2M1 code times the
 // E4M3 scale of its 16 columns times its segment's scale).
 //
-// W is an image of 64x64 tiles [N tiles][K tiles][tile bytes] (csrc/core/gemm.h). Its rows come in
+// W is an image of 64x64 tiles [N tiles][K tiles][tile bytes] (csrc/cpu/gemm.h). Its rows come in
 // segments: segment s starts at tile row tile_row[s], has rows[s] rows, and its first row goes to
 // output column column[s]. Row r of x uses the first k_sizes[w] columns and writes the first
 // n_sizes[w, s] outputs of each segment, w = row_width[r]; the rest of each segment is written as
@@ -13,8 +13,8 @@
 // well: out = act(W Q(x)), Q(x) what nvfp4_quantize makes of the first k_r values of the row with
 // g = amax of these / (6 * 448). It is never chosen for the caller.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -8,8 +8,8 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "matmul.h"
 
-#include "../../core/gemm.h"
-#include "../../core/index.h"
+#include "cpu/gemm.h"
+#include "host/index.h"
 
 namespace ei::EI_ISA {
 namespace {

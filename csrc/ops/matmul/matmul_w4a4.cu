@@ -7,7 +7,7 @@
 //   multiples of 16.
 // Speed: never run on a GPU. Floor: as of matmul, with half the products' time of bfloat16 or less.
 // Source: as of w4a4.cuh.
-#include "../../core/w4a4.cuh"
+#include "cuda/w4a4.cuh"
 #include "matmul.cuh"
 
 namespace ei::cuda {

@@ -11,7 +11,7 @@
 // Limits: compute capability 9.0; x starts its rows at multiples of 16 bytes.
 // Speed: never run on a GPU; `make gpu-check` times it beside the kernels of matmul.cu and cuBLAS.
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
-#include "../../core/prim_native.cuh"
+#include "cuda/prim_native.cuh"
 #include "matmul.cuh"
 
 namespace ei::cuda {

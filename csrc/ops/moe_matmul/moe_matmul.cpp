@@ -1,11 +1,11 @@
 // Checks and binding of moe_matmul and moe_workspace_bytes.
 #include "moe_matmul.h"
 
-#include "../../core/activations.h"
-#include "../../core/check.h"
-#include "../../core/image.h"
-#include "../../core/step.h"
-#include "../../core/widths.h"
+#include "host/activations.h"
+#include "host/check.h"
+#include "host/image.h"
+#include "host/step.h"
+#include "host/widths.h"
 
 namespace py = pybind11;
 

@@ -1,9 +1,9 @@
 // What the kernels of moe_matmul share: the workspace, where entries of experts are, and how a
 // block goes through those of one.
 #pragma once
-#include "../../core/gemv.cuh"
-#include "../../core/launch.cuh"
-#include "../../core/mma_tile.cuh"
+#include "cuda/gemv.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/mma_tile.cuh"
 #include "moe_matmul.h"
 
 namespace ei::cuda {

@@ -4,7 +4,7 @@
 // once. Row r uses its first k_sizes[w] hidden channels on both sides (out is zero beyond) and
 // the first f_sizes[w] of an expert's width, w = row_width[r].
 //
-// Experts are tiled images (csrc/core/gemm.h) [E][row tiles][column tiles][tile bytes]. Experts
+// Experts are tiled images (csrc/cpu/gemm.h) [E][row tiles][column tiles][tile bytes]. Experts
 // without rows are never read, nor is anything outside the widest prefix among an expert's rows.
 //
 // On request, where the device can multiply 4-bit codes (moe_matmul_w4a4.cu), rows become NVFP4 as
@@ -13,9 +13,9 @@
 #pragma once
 #include <algorithm>
 
-#include "../../core/codes.h"
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
+#include "numbers/codes.h"
 
 namespace ei {
 

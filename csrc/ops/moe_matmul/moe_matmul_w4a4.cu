@@ -15,7 +15,7 @@
 // Source: as of w4a4.cuh and moe_matmul.cu.
 #include <algorithm>
 
-#include "../../core/w4a4.cuh"
+#include "cuda/w4a4.cuh"
 #include "moe_matmul.cuh"
 
 namespace ei::cuda {

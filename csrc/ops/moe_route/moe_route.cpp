@@ -3,9 +3,9 @@
 
 #include <cmath>
 
-#include "../../core/check.h"
-#include "../../core/step.h"
-#include "../../core/widths.h"
+#include "host/check.h"
+#include "host/step.h"
+#include "host/widths.h"
 
 namespace py = pybind11;
 

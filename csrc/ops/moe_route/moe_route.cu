@@ -11,8 +11,8 @@
 // Limits: x starts its rows at multiples of 16 bytes; k sizes are multiples of 16.
 // Speed: not yet measured on a GPU. Floor: the gate's prefix read once.
 // Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", section 2.1, with one group.
-#include "../../core/gemv.cuh"
-#include "../../core/launch.cuh"
+#include "cuda/gemv.cuh"
+#include "cuda/launch.cuh"
 #include "moe_route.h"
 
 namespace ei::cuda {

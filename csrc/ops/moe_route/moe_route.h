@@ -4,8 +4,8 @@
 // weights[r, j] = s[ids[r, j]] / (sum over j of s + 1e-20) * scaling_factor.
 // k_r = k_sizes[w], e_r = e_sizes[w], w = row_width[r]; all of D and E without row_width.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -6,9 +6,9 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "moe_route.h"
 
-#include "../../core/gemm.h"
-#include "../../core/index.h"
-#include "../../core/pool.h"
+#include "cpu/gemm.h"
+#include "host/index.h"
+#include "host/pool.h"
 
 namespace ei::EI_ISA {
 namespace {

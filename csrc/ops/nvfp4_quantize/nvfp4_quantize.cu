@@ -5,10 +5,10 @@
 // Shared memory: none.
 // Limits: K is a multiple of 16.
 // Speed: not yet measured on a GPU; it runs once per checkpoint.
-// Source: core/codes.h.
-#include "../../core/launch.cuh"
-#include "../../core/nvfp4_block.h"
-#include "../../core/rows.cuh"
+// Source: numbers/codes.h.
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
+#include "numbers/nvfp4_block.h"
 #include "nvfp4_quantize.h"
 
 namespace ei::cuda {

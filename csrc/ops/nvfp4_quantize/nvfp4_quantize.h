@@ -7,8 +7,8 @@
 // decoded code * decoded block scale * g.
 // Source: ModelOpt's NVFP4 (its weight_scale_2 is g = amax of the tensor / (6 * 448)).
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -4,11 +4,11 @@
 // Scratch: K floats per thread.
 // Limits: K is a multiple of 16.
 // Speed: plain C++ for every instruction set; it runs once per checkpoint.
-// Source: core/codes.h.
+// Source: numbers/codes.h.
 #include "nvfp4_quantize.h"
 
-#include "../../core/nvfp4_block.h"
-#include "../../core/quantise.h"
+#include "cpu/quantise.h"
+#include "numbers/nvfp4_block.h"
 
 namespace ei::EI_ISA {
 

@@ -9,8 +9,8 @@
 // Limits: rows start at multiples of 16 bytes.
 // Speed: not yet measured on a GPU. Floor: residual and delta read, residual and out written.
 // Source: Zhang and Sennrich, "Root Mean Square Layer Normalization".
-#include "../../core/launch.cuh"
-#include "../../core/rows.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
 #include "rms_norm.h"
 
 namespace ei::cuda {

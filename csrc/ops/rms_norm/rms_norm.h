@@ -2,8 +2,8 @@
 //   out[r, c] = residual[r, c] * rsqrt(mean over c' < n of residual[r, c']^2 + eps) * weight[c]
 // for c < n, and 0 for c >= n, with n = sizes[row_width[r]] (D without row_width).
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

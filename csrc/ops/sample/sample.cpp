@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../../core/check.h"
-#include "../../core/step.h"
+#include "host/check.h"
+#include "host/step.h"
 
 namespace py = pybind11;
 

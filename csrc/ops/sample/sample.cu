@@ -13,8 +13,8 @@
 // Limits: V < 2^31 and at most 2^23 tokens near the maximum (the sums' range).
 // Speed: not yet measured on a GPU. Floor: the logits read once; with top_k or top_p up to 11
 // passes. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10).
-#include "../../core/launch.cuh"
-#include "../../core/rows.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
 #include "sample.h"
 
 namespace ei::cuda {

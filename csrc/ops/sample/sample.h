@@ -14,8 +14,8 @@
 //
 // -1 where the row holds NaN or +inf, or nothing but -inf.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "../../core/check.h"
-#include "../../core/step.h"
+#include "host/check.h"
+#include "host/step.h"
 
 namespace py = pybind11;
 

@@ -7,8 +7,8 @@
 // Limits: V < 2^31.
 // Speed: not yet measured on a GPU. Floor: the logits read once.
 // Source: none.
-#include "../../core/launch.cuh"
-#include "../../core/rows.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
 #include "softmax_stats.h"
 
 namespace ei::cuda {

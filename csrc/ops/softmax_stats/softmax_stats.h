@@ -6,8 +6,8 @@
 // A row with NaN gives NaN; one with +inf has log_sum +inf, one of nothing but -inf -inf, and
 // neither has an entropy (NaN).
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/tensor.h"
+#include "host/isa.h"
+#include "host/tensor.h"
 
 namespace ei {
 

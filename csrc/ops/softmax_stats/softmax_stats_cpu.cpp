@@ -9,8 +9,8 @@
 
 #include <limits>
 
-#include "../../core/pool.h"
-#include "../../core/vec.h"
+#include "cpu/vec.h"
+#include "host/pool.h"
 
 namespace ei::EI_ISA {
 namespace {

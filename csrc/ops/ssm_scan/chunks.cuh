@@ -1,8 +1,8 @@
 // One chunk of 64 tokens of ssm_scan on tensor cores, for one head by four warps: what its kernels
 // share. ssm_scan.cu says what is computed and where it lies.
 #pragma once
-#include "../../core/attention.cuh"
-#include "../../core/ssm.cuh"
+#include "cuda/attention.cuh"
+#include "cuda/ssm.cuh"
 #include "ssm_scan.h"
 
 namespace ei::cuda {

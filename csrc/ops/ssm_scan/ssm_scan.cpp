@@ -1,7 +1,7 @@
-// Binding of ssm_scan; its checks are in core/ssm.cpp.
+// Binding of ssm_scan; its checks are in host/ssm.cpp.
 #include "ssm_scan.h"
 
-#include "../../core/step.h"
+#include "host/step.h"
 
 namespace py = pybind11;
 

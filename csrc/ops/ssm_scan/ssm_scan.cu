@@ -33,8 +33,8 @@
 //   a third of the products, and their states (32 KiB each at 64 x 128) four times to the traffic.
 // Source: Dao and Gu, "Transformers are SSMs", section 6 (the chunked form, states passed between
 //   chunks).
-#include "../../core/launch.cuh"
 #include "chunks.cuh"
+#include "cuda/launch.cuh"
 
 namespace ei::cuda {
 namespace {

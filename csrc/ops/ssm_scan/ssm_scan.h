@@ -1,7 +1,7 @@
-// ssm_scan: the Mamba-2 recurrence (core/ssm.h) over packed sequences of any length.
+// ssm_scan: the Mamba-2 recurrence (host/ssm.h) over packed sequences of any length.
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/ssm.h"
+#include "host/isa.h"
+#include "host/ssm.h"
 
 namespace ei {
 

@@ -7,7 +7,7 @@
 // Speed: see the op table in the README (bench/ops.py).
 #include "ssm_scan.h"
 
-#include "../../core/ssm_core.h"
+#include "cpu/ssm_core.h"
 
 namespace ei::EI_ISA {
 

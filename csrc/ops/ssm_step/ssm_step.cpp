@@ -1,7 +1,7 @@
-// Binding of ssm_step; its checks are in core/ssm.cpp.
+// Binding of ssm_step; its checks are in host/ssm.cpp.
 #include "ssm_step.h"
 
-#include "../../core/step.h"
+#include "host/step.h"
 
 namespace py = pybind11;
 

@@ -10,8 +10,8 @@
 // Speed: not yet measured on a GPU. Floor: the state in and out once.
 // Source: Dao and Gu, "Transformers are SSMs"; the split of a head's rows over warps is common to
 //   public decode kernels.
-#include "../../core/launch.cuh"
-#include "../../core/ssm.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/ssm.cuh"
 #include "ssm_step.h"
 
 namespace ei::cuda {

@@ -1,7 +1,7 @@
-// ssm_step: the Mamba-2 recurrence (core/ssm.h) for one token of each sequence (T = S).
+// ssm_step: the Mamba-2 recurrence (host/ssm.h) for one token of each sequence (T = S).
 #pragma once
-#include "../../core/isa.h"
-#include "../../core/ssm.h"
+#include "host/isa.h"
+#include "host/ssm.h"
 
 namespace ei {
 
