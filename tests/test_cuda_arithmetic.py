@@ -59,7 +59,7 @@ def test_build_passes_the_flag_to_every_file_of_kernels(tmp_path):
 
 
 KERNEL = """
-#include "csrc/cuda/prim.cuh"
+#include "cuda/prim.cuh"
 using namespace ei::cuda;
 __global__ void apart(float* x) { x[0] = x[1] * x[2] + x[3]; }
 __global__ void together(float* x) { x[0] = fused(x[1], x[2], x[3]); }
@@ -72,7 +72,7 @@ def test_products_are_fused_where_a_kernel_says_so_and_nowhere_else(tmp_path):
     source, made = tmp_path / "one.cu", tmp_path / "one.ptx"
     source.write_text(KERNEL)
     flags = [f for f in ptxas.FLAGS if f not in ("-Xptxas", "-v", "-cubin")]
-    command = ["nvcc", *flags, "-ptx", "-arch=sm_90a", f"-I{ROOT}", "-o", made, source]
+    command = ["nvcc", *flags, "-ptx", "-arch=sm_90a", f"-I{ROOT / 'csrc'}", "-o", made, source]
     subprocess.run(command, check=True)
     bodies = dict(re.findall(r"\.entry \w*?(apart|together)\w*\((.*?)\n}", made.read_text(), re.S))
     # Without ".rn" the assembler might still fuse a product with a sum.

@@ -105,6 +105,20 @@ def test_memory_that_was_given_back_is_refused(run):
         rms_norm(x, torch.ones(64), torch.zeros(1 << 10, 64), eps=1e-5, run=run())
 
 
+def test_images_start_at_words():
+    """Family: images of weights, which are bytes to torch, from an odd byte on."""
+    room = torch.zeros(16384 + 16, dtype=U8)
+    start = -room.data_ptr() % 16
+    for shift in (1, 2, 4, 8):
+        odd = room[(start + shift) % 16 :][:16384].view(1, 1, 16384)
+        weight = TiledWeight(odd, 64, (Segment(0, 0, 64),))
+        with pytest.raises(ValueError, match="matmul: w must start at a multiple of 16 bytes"):
+            matmul(torch.ones(2, 64), weight, torch.zeros(2, 64))
+        with pytest.raises(ValueError, match="moe_route: gate must start at a multiple of 16"):
+            moe_route(torch.ones(2, 64), weight, torch.zeros(64), torch.zeros(2, 2, dtype=I32),
+                      torch.zeros(2, 2), scaling_factor=1.0)  # fmt: skip
+
+
 def test_tensors_without_elements_are_contiguous():
     """Family: what torch makes with a size of 0; its strides count such a size as 1."""
     state = torch.zeros(3, 0, 5)

@@ -47,7 +47,8 @@ def short(name: str) -> str:
 
 def assemble(nvcc: str, source: Path, arch: str) -> list[dict]:
     """One row per kernel of `source`. Raises RuntimeError with the compiler's words."""
-    command = [nvcc, *FLAGS, f"-arch=sm_{arch}", "-o", "/dev/null", str(source)]
+    command = [nvcc, *FLAGS, "-I", str(ROOT / "csrc"), f"-arch=sm_{arch}"]
+    command += ["-o", "/dev/null", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     text = done.stdout + done.stderr
     if done.returncode or "warning" in text or ptxas_report.SERIAL.search(text):

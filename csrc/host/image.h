@@ -5,11 +5,20 @@
 
 namespace ei {
 
+// Refuses an image that kernels could not read in words of 16 bytes.
+inline void check_image_start(const Checker& check, const Tensor& w, const char* name) {
+  if (w.numel() > 0 && reinterpret_cast<uintptr_t>(w.data) % 16 != 0)
+    check.fail(name, "start at a multiple of 16 bytes",
+               w.describe() + " at " + std::to_string(reinterpret_cast<uintptr_t>(w.data) % 16) +
+                   " beyond one");
+}
+
 // What the tiles of an image hold, from their bytes; an image that activations of x_dtype can be
 // multiplied with (`x_dtype` other: any).
 inline DType image_dtype(const Checker& check, const Tensor& w, const char* name,
                          DType x_dtype = DType::other) {
   const int64_t bytes = w.ndim ? w.shape[w.ndim - 1] : 0;
+  check_image_start(check, w, name);
   for (const DType t : {DType::f32, DType::bf16, DType::fp8, DType::nvfp4}) {
     if (bytes != tile_bytes(t)) continue;
     if (t == DType::f32 && x_dtype == DType::bf16)

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "host/check.h"
+#include "host/image.h"
 #include "host/step.h"
 #include "host/widths.h"
 
@@ -26,6 +27,7 @@ void moe_route_entry(const TensorArg& x, const TensorArg& gate, int64_t E, int64
       .dtype({DType::u8})
       .shape({(E + 63) / 64, (D + 63) / 64, 64 * 64 * 4})
       .contiguous();
+  check_image_start(check, gate, "gate");
   check(ids, "ids").dtype({DType::i32}).shape({"R", "J"}).rows_dense();
   check(weights, "weights").dtype({DType::f32}).shape({"R", "J"}).rows_dense();
   const int64_t J = check["J"];
