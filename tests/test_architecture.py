@@ -120,6 +120,84 @@ def test_public_names_of_ops():
     assert set(elastic_infer.ops.__all__) == {"OpSpec", "Pool", "Step", "registry"}
 
 
+# -- floors ------------------------------------------------------------------------------------
+
+# The package from the ground up. A module imports from its own folder or from floors below.
+FLOORS = (
+    ("errors", "version", "torch_modes"),
+    ("codes", "outputs", "files"),
+    ("user_calls", "value_checks"),
+    ("checkpoint", "text", "device", "ops"),
+    ("cache", "plans", "sampling", "elastify"),
+    ("model", "quantize"),
+    ("scheduling", "sizing"),
+    ("engine",),
+    ("",),  # the public names, `elastic_infer/__init__.py`
+    ("reasoner",),
+    ("cli",),
+    ("__main__",),
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+MODULES = {
+    path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+    for path in tracked("elastic_infer/**.py")
+    if path.endswith(".py")
+}
+
+
+def room(module):
+    """The folder or top-level file that a module belongs to; empty for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports_of(module):
+    """Modules of the package that a module imports, also for type checkers and inside functions."""
+    path = MODULES[module]
+    inside = module.split(".") if path.endswith("__init__.py") else module.split(".")[:-1]
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            above = inside[: len(inside) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for name in node.names:
+                if f"{base}.{name.name}" in MODULES:
+                    yield f"{base}.{name.name}"
+                elif base in MODULES and name.name != "_C":
+                    yield base
+
+
+def test_every_folder_has_a_floor():
+    assert {room(module) for module in MODULES} == set(FLOOR)
+
+
+def test_imports_go_down_or_stay_in_the_folder():
+    """Stands for the architecture: nothing below knows what is built on it."""
+    up = [
+        f"{module} -> {other}"
+        for module in MODULES
+        for other in imports_of(module)
+        if room(other) != room(module) and FLOOR[room(other)] >= FLOOR[room(module)]
+    ]
+    assert not up
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: set(imports_of(module)) - {module} for module in MODULES}
+    done = set()
+
+    def walk(module, way):
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module in done:
+            return
+        for other in sorted(graph[module]):
+            walk(other, [*way, module])
+        done.add(module)
+
+    for module in MODULES:
+        walk(module, [])
+
+
 # -- native code -------------------------------------------------------------------------------
 
 NATIVE = tracked("*.cpp", "*.h", "*.cu", "*.cuh")
