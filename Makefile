@@ -31,14 +31,13 @@ emu: env ## the CUDA kernels on an emulated GPU, for the tests
 test: env emu ## the tests: at most 10 minutes on 2 cores
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
-LOADED = engine limits scheduling switching sequences ahead batching plan plans streams \
-  bad_requests interrupts examples
+LOADED = $(addprefix engine/test_,engine limits sequences ahead streams bad_requests interrupts) \
+  scheduling plans project/test_examples
 test-loaded: env emu ## the engine's tests, three times beside four busy loops: none depends on pace
-	$(PY) tools/loaded.py $(PYTEST) -x -m "not slow" $(LOADED:%=tests/test_%.py) $(TEST_ARGS)
+	$(PY) tools/loaded.py $(PYTEST) -x -m "not slow" $(wildcard $(LOADED:%=tests/%) $(LOADED:%=tests/%.py)) $(TEST_ARGS)
 
 test-emu: env emu ## only the tests of the CUDA kernels, emulated
-	$(PYTEST) tests/test_emulator.py tests/test_cuda_ops.py tests/test_cuda_shapes.py \
-	  tests/test_batch_invariant.py tests/test_w4a4.py tests/test_wgmma.py tests/test_ptxas.py -m "not slow" $(TEST_ARGS)
+	$(PYTEST) tests/cuda -m "not slow" $(TEST_ARGS)
 
 # Not all of `test-emu`: of the small cases law 1 alone. Its tensors have their exact size, so that what
 # is out of bounds is found; the other laws run the same kernels again, for many minutes more.
@@ -48,9 +47,9 @@ test-emu-asan: env ## the CUDA kernels, emulated, under AddressSanitizer and UBS
 	@$(subst build/emu,build/emu-asan,$(EMU))
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 EMU_BUILD=build/emu-asan \
-	  $(PYTEST) tests/test_cuda_ops.py::test_reference tests/test_cuda_shapes.py \
-	  tests/test_ssm_segments.py tests/test_w4a4.py tests/test_wgmma.py tests/test_emulator.py \
-	  --deselect tests/test_emulator.py::test_fibers_without_assembly $(TEST_ARGS)
+	  $(PYTEST) tests/cuda/test_cuda_ops.py::test_reference tests/cuda/test_cuda_shapes.py \
+	  tests/cuda/test_ssm_segments.py tests/cuda/test_w4a4.py tests/cuda/test_wgmma.py tests/cuda/test_emulator.py \
+	  --deselect tests/cuda/test_emulator.py::test_fibers_without_assembly $(TEST_ARGS)
 
 test-slow: env emu ## the tests that take minutes each
 	$(PYTEST) -m slow $(TEST_ARGS)
@@ -58,7 +57,7 @@ test-slow: env emu ## the tests that take minutes each
 test-all: test test-slow ## all tests
 
 test-asan: env ## the ops under AddressSanitizer and UBSan
-	PYTHON=$(PY) bash tests/sanitize.sh
+	PYTHON=$(PY) bash tests/support/sanitize.sh
 
 ptxas: env ## registers and spills of every CUDA kernel, for all architectures (needs nvcc, no GPU)
 	$(PY) -m bench.gpu.ptxas

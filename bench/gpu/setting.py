@@ -148,7 +148,7 @@ def native(setting: Setting):
 
     registry()
     sys.path.insert(0, str(ROOT / "tests"))
-    from emulated import built, installed, load
+    from support.emulated import built, installed, load
 
     with installed(load(built())) as module:
         yield module
