@@ -25,12 +25,17 @@ def tool(name: str) -> str:
 class CMakeBuild(build_ext):
     """Runs CMakeLists.txt, the only list of sources, and puts the module in its place."""
 
+    def finalize_options(self) -> None:
+        """Remembers whether the module is for this checkout: `run` forgets it."""
+        super().finalize_options()
+        self.for_checkout = bool(self.inplace)
+
     def build_extension(self, extension: Extension) -> None:
         """Configures and builds `elastic_infer._C`."""
         import pybind11
 
         # A checkout keeps its build between runs; a wheel is built in a folder of its own.
-        in_place = self.inplace or getattr(self, "editable_mode", False)
+        in_place = self.for_checkout or getattr(self, "editable_mode", False)
         folder = ROOT / "build" / "cmake" if in_place else Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()

@@ -145,8 +145,9 @@ def pip(python: Path, *arguments: str) -> None:
         stop(f"pip must succeed, got an error (above) from: pip {' '.join(arguments)}")
 
 
-def install_packages(python: Path, extras: str) -> None:
-    """torch where there is none, and what pyproject.toml asks for; never another torch."""
+def prepare(python: Path, extras: str) -> None:
+    """Installs torch where there is none, compiles the native module, and installs what
+    pyproject.toml asks for; never another torch."""
     version = torch_version(python)
     if not is_new_enough(version):
         say(f"bootstrap: installing torch {TORCH}: {TORCH_SIZE}")
@@ -156,15 +157,18 @@ def install_packages(python: Path, extras: str) -> None:
     text = (ROOT / "pyproject.toml").read_text() + (ROOT / "setup.py").read_text()
     wanted = f"{python} {version} {extras} {hashlib.sha256(text.encode()).hexdigest()}"
     stamp = STATE / "installed"
-    if stamp.is_file() and stamp.read_text() == wanted:
-        return
-    say("bootstrap: installing the packages that pyproject.toml lists")
+    installed = stamp.is_file() and stamp.read_text() == wanted
     constraint = STATE / "constraints.txt"
-    constraint.write_text(f"torch=={version}\n")
-    pip(python, "install", "-q", "-c", str(constraint), *BUILD_TOOLS)
-    pip(python, "install", "-q", "-c", str(constraint), "--no-build-isolation",
-        "-e", f"{ROOT}[{extras}]")  # fmt: skip
-    stamp.write_text(wanted)
+    if not installed:
+        say("bootstrap: installing the build tools")
+        constraint.write_text(f"torch=={version}\n")
+        pip(python, "install", "-q", "-c", str(constraint), *BUILD_TOOLS)
+    build_module(python)  # before pip does it, which shows no progress
+    if not installed:
+        say("bootstrap: installing the packages that pyproject.toml lists")
+        pip(python, "install", "-q", "-c", str(constraint), "--no-build-isolation",
+            "-e", f"{ROOT}[{extras}]")  # fmt: skip
+        stamp.write_text(wanted)
 
 
 def build_module(python: Path) -> None:
@@ -175,7 +179,7 @@ def build_module(python: Path) -> None:
     if progress.run("bootstrap: compiling the native module", command, ROOT) != 0:
         stop("the native module must compile, got the errors above")
     if first:
-        say(f"bootstrap: ready, with {note.read_text().strip()}")
+        say(f"bootstrap: compiled, with {note.read_text().strip()}")
 
 
 def main() -> None:
@@ -187,8 +191,7 @@ def main() -> None:
     check_compiler()
     STATE.mkdir(parents=True, exist_ok=True)
     python = choose_environment()
-    install_packages(python, extras)
-    build_module(python)
+    prepare(python, extras)
     (STATE / "python").write_text(f"{python}\n")
 
 
