@@ -141,11 +141,15 @@ class Random:
 
 @dataclass
 class Built:
-    """What `compare.Ours` asks of an engine."""
+    """A model without an engine, with the parts that `beside_llama.Ours` asks of one."""
 
     config: ModelConfig
     widths: dict[str, Width]
-    _model: Model
+    model: Model
+
+    @property
+    def core(self) -> Built:
+        return self
 
 
 def build(data: dict[str, Any], width: str, threads: int, isa: str = "auto") -> Built:

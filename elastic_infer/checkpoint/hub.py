@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 WIDTHS_NAME = "elastic_widths.json"
 # Whatever is read, the weights beside it, and what exports take along.
-_HUB_FILES = ("config.json", SIDECAR, WIDTHS_NAME, INDEX_NAME, *TEXT_FILES, "*.safetensors",
+HUB_FILES = ("config.json", SIDECAR, WIDTHS_NAME, INDEX_NAME, *TEXT_FILES, "*.safetensors",
               *TAKEN_ALONG)  # fmt: skip
 # A snapshot need not be complete without a network: these are not read, or missed when they are.
 _SPARED = ("*.safetensors", *TAKEN_ALONG)
 
 
 def resolve_folder(
-    path_or_hub_id: str | Path, revision: str | None = None, files: Sequence[str] = _HUB_FILES
+    path_or_hub_id: str | Path, revision: str | None = None, files: Sequence[str] = HUB_FILES
 ) -> Path:
     """The local folder of a checkpoint: the path itself, else a snapshot from the Hub.
 

@@ -17,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import elastic_infer
-from elastic_infer.checkpoint import checkpoint
 from elastic_infer.checkpoint.checkpoint import Checkpoint
-from elastic_infer.checkpoint.hub import resolve_folder
+from elastic_infer.checkpoint.hub import HUB_FILES, resolve_folder
 from elastic_infer.engine.loading import read_generation_config
 from elastic_infer.errors import CheckpointError, ElasticError
 from elastic_infer.files import reading as files
@@ -209,7 +208,7 @@ def test_everything_that_is_read_is_fetched(whole):
         "hf_quant_config.json", "model.safetensors.index.json"
     }  # fmt: skip
     wanted = [*opened, "hf_quant_config.json", "model.safetensors.index.json"]
-    assert set(filter_repo_objects(wanted, allow_patterns=[*checkpoint._HUB_FILES])) == set(wanted)
+    assert set(filter_repo_objects(wanted, allow_patterns=[*HUB_FILES])) == set(wanted)
     assert sorted(tokenizer._templates.templates) == ["default", "tool_use"]
 
 
@@ -274,5 +273,6 @@ def test_json_and_tensors_of_files_have_one_reader():
             if call.rpartition(".")[2] in ("safe_open", "load_file"):
                 readers["safetensors"].add(name)
     # In memory: what a decoder of the tokenizer says, and the arguments in a caller's messages.
-    in_memory = {"text.py", "chat_messages.py"}
-    assert readers == {"json": {"files.py"} | in_memory, "safetensors": {"tensor_files.py"}}
+    in_memory = {"text/stream_rule.py", "text/messages.py"}
+    assert readers["json"] == {"files/reading.py"} | in_memory
+    assert readers["safetensors"] == {"checkpoint/tensor_files.py"}
