@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -62,6 +61,7 @@ def chat(
     """The command; its arguments are its options."""
     c.log_to_stderr(verbose)
     c.read_plan(plan, width)  # refused before the model is loaded
+    lines = c.standard_input()
     engine = c.open_engine(
         model, revision=revision, widths=widths, max_width=max_width, threads=threads,
         max_num_seqs=1, kv_cache_dtype=kv_cache_dtype, mamba_ssm_cache_dtype=state_dtype,
@@ -77,7 +77,7 @@ def chat(
         if thinking is not None:
             talk.template["enable_thinking"] = thinking
         talk.check()
-        converse(talk, sys.stdin.isatty())
+        converse(talk, lines.isatty())
 
 
 class Conversation:
@@ -164,7 +164,7 @@ def converse(talk: Conversation, interactive: bool) -> None:
 def read_line(interactive: bool) -> str | None:
     """The next line without its blanks, None at the end of the input or on an interrupt."""
     if not interactive:
-        line = sys.stdin.readline()
+        line = c.standard_input().readline()
         return line.strip() if line else None
     try:
         return input("> ").strip()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from ..errors import ElasticError, InvalidRequest, shown
+from ..files.reading import is_folder, user_path
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
@@ -45,7 +46,28 @@ class Commands(TyperGroup):
                 raise
             where = error.ctx.command_path if error.ctx else ctx.command_path
             tell(f"{error.format_message().rstrip('.')}; see {where} --help")
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader had enough; click ends this quietly
+                raise
+            what = "standard output" if error.filename is None else shown(error.filename)
+            tell(f"{what}: must be usable, got: {error.strerror or error}")
+            discard_output()
         raise typer.Exit(BAD_REQUEST)
+
+
+def discard_output() -> None:
+    """Sends what standard output still holds to nowhere, so that Python's last flush of a full
+    disk is no second error."""
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def standard_input() -> IO[str]:
+    """Standard input. Raises InvalidRequest where the caller has closed it."""
+    if sys.stdin is None:
+        raise InvalidRequest("standard input: must be open, got a closed one; give it a file")
+    return sys.stdin
 
 
 def escape_what_cannot_be_printed() -> None:
@@ -148,9 +170,9 @@ def open_engine(model: str, *, revision: str | None = None, **options: Any) -> E
     """`Engine.from_pretrained` with a bar while the weights are read."""
     from ..engine.engine import Engine
 
-    folder = Path(model).expanduser()
+    folder = user_path(model, "checkpoint: path")
     # The bytes that a narrower max_width reads are only known once they were read.
-    whole = options.get("max_width") is None and folder.is_dir()
+    whole = options.get("max_width") is None and is_folder(folder)
     files = folder.glob("*.safetensors") if whole else ()
     with byte_progress(f"loading {model}", sum(f.stat().st_size for f in files) or None) as advance:
         return Engine.from_pretrained(

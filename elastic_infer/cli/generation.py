@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -77,6 +76,7 @@ def generate(
                 stream(request, list(engine.widths))
         finally:
             request.cancel()  # an interrupt ends the request too
+            request.wait()
 
 
 def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
@@ -94,7 +94,7 @@ def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
             raise InvalidRequest(
                 f"--prompt-ids: must be numbers joined by commas, got {shown(prompt_ids)}"
             ) from None
-    return sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    return c.standard_input().read().rstrip("\n") if prompt == "-" else prompt
 
 
 def stream(request: Any, names: list[str]) -> None:

@@ -32,6 +32,7 @@ EXAMPLES = c.examples(
     "elastic-infer info owner/name --memory 64GB --length 32768",
     "elastic-infer info MODEL --json",
 )
+MOST_BYTES = 1 << 60
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {unit + "I": 1024 ** (i + 1) for i, unit in enumerate("KMGT")}
 _AXES = {
@@ -106,7 +107,10 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if match is None or match.group(2) not in _UNITS:
         raise InvalidRequest(f"--memory: must be a size such as 16GB or 24GiB, got {shown(text)}")
-    return int(float(match.group(1)) * _UNITS[match.group(2)])
+    size = float(match.group(1)) * _UNITS[match.group(2)]
+    if size > MOST_BYTES:
+        raise InvalidRequest(f"--memory: must be a size of at most 1 EiB, got {shown(text)}")
+    return int(size)
 
 
 def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:

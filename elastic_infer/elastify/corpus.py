@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, InvalidRequest
-from ..files.reading import parse_json
+from ..files.reading import is_file, is_folder, parse_json, user_path
 from ..files.writing import Stream, write_whole
 
 __all__ = ["Batch", "Corpus", "IteratorData", "as_data"]
@@ -172,7 +172,7 @@ class Corpus:
         """
         if cache is not None and Path(cache).is_file():
             return cls(np.memmap(cache, np.int32, "r"), longest)
-        files = _files(Path(folder))
+        files = _files(user_path(folder, "data: folder"))
         pieces = _documents(files, encode, vocab_size, progress)
         if cache is None:
             parts = [np.asarray([*ids, *_end(end_token)], np.int32) for ids in pieces]
@@ -230,10 +230,10 @@ def _end(end_token: int | None) -> list[int]:
 
 def _files(folder: Path) -> list[Path]:
     kinds = TEXT_SUFFIXES + LINE_SUFFIXES
-    if folder.is_file():
+    if is_file(folder):
         found = [folder]
-    elif folder.is_dir():
-        found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in kinds)
+    elif is_folder(folder):
+        found = sorted(p for p in folder.rglob("*") if p.suffix in kinds and is_file(p))
     else:
         raise InvalidRequest(f"data: must be a folder or a file, got {folder}, which is neither")
     if not found:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from .corpus import Batch
 from .torch_model import ElasticNemotronH
 
@@ -39,7 +39,14 @@ class Group:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise InvalidRequest(
+                f"device: must be auto, cpu, cuda or cuda:N, got {shown(device)}"
+            ) from error
+        if device.type not in ("cpu", "cuda"):
+            raise InvalidRequest(f"device: must be auto, cpu, cuda or cuda:N, got {device}")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InvalidRequest(f"device: must be one that torch has, got {device} without CUDA")
         if dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched():

@@ -20,6 +20,7 @@ from ..checkpoint.slicing import SHARD_BYTES, copy_side_files, with_kv_factors
 from ..checkpoint.tensor_files import write_safetensors
 from ..checkpoint.width_table import width_to_dict
 from ..errors import CheckpointError, InvalidRequest, shown
+from ..files.reading import user_path
 from ..files.writing import make_folder, only_writer, require_new, withdraw, write_json
 from .budget import LearnedSizes
 from .corpus import Corpus, as_data
@@ -180,7 +181,7 @@ def elastify(
     config = checkpoint.config
     given = default_choices(config) if settings.choices is None else settings.choices
     choices = check_choices(config, given)
-    out = Path(out).expanduser()
+    out = user_path(out, "elastify: out")
     if _is_complete(out, settings, choices):
         logger.info("elastify: %s is finished", out)
         return out

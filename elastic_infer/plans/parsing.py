@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from . import parsing as plan_text
 from .plan import Plan
 
@@ -27,22 +27,23 @@ def read_plan(text: str) -> Plan:
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key or not value:
-            raise InvalidRequest(f"plan: {part!r} must be key=value; a plan is {_FORMS}")
+            raise InvalidRequest(f"plan: {shown(part)} must be key=value; a plan is {_FORMS}")
         if key in words:
-            raise InvalidRequest(f"plan: {key} must be given once, got {text!r}")
+            raise InvalidRequest(f"plan: {key} must be given once, got {shown(text)}")
         words[key] = value
     kinds = [key for key in words if key in _KEYS]
     if len(kinds) != 1:
-        unknown = ", ".join(words)
         raise InvalidRequest(
-            f"plan: must have exactly one of {', '.join(_KEYS)}, got {unknown}; a plan is {_FORMS}"
+            f"plan: must have exactly one of {', '.join(_KEYS)}, got {shown(', '.join(words))}; "
+            f"a plan is {_FORMS}"
         )
     kind = kinds[0]
     for key in words:
         if key != kind and key not in _KEYS[kind]:
             allowed = ", ".join(_KEYS[kind]) or "(nothing)"
             raise InvalidRequest(
-                f"plan: what comes with {kind}= must be among {allowed}, got {key}={words[key]}"
+                f"plan: what comes with {kind}= must be among {allowed}, got "
+                f"{shown(f'{key}={words[key]}')}"
             )
     return _FROM_WORDS[kind](words)
 
@@ -52,7 +53,7 @@ def _number(words: Mapping[str, str], key: str, convert: Callable[[str], Any]) -
         return convert(words[key])
     except ValueError:
         kind = "an integer" if convert is int else "a number"
-        raise InvalidRequest(f"plan: {key} must be {kind}, got {words[key]!r}") from None
+        raise InvalidRequest(f"plan: {key} must be {kind}, got {shown(words[key])}") from None
 
 
 def _need(words: Mapping[str, str], kind: str, key: str) -> str:
@@ -64,12 +65,12 @@ def _need(words: Mapping[str, str], kind: str, key: str) -> str:
 def _read_schedule(words: Mapping[str, str]) -> Plan:
     steps = []
     for part in words["schedule"].split("+"):
-        start, colon, width = part.partition(":")
-        if not colon or not start.strip().isdecimal():
+        start, colon, width = (piece.strip() for piece in part.partition(":"))
+        if not colon or not start.isdecimal():
             raise InvalidRequest(
-                f"plan: schedule must be start:width joined by +, like 0:S+12:L, got {part!r}"
+                f"plan: schedule must be start:width joined by +, like 0:S+12:L, got {shown(part)}"
             )
-        steps.append((int(start), width.strip()))
+        steps.append((_number({"start of a step": start}, "start of a step", int), width))
     return Plan.schedule(steps, policy=words.get("policy", "carry"))
 
 

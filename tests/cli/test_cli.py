@@ -95,10 +95,46 @@ def test_the_first_help_names_every_command():
         (("widths", "x", "--slice", "a=b", "--slice", "a=c"), "--slice: a name must be given once"),
         (("demo", "--ask", "48+"), "--ask: must be a chain of +, - and *"),
         (("demo", "--problems", "0"), "--problems: must be at least 1, got 0"),
+        (("generate", "~noone/x", "-p", "a"), "checkpoint: path must be a path, got '~noone/x'"),
+        (("generate", "a" * 5000, "-p", "a"), "checkpoint: path must be a checkpoint folder"),
+        (("generate", "x\0y", "-p", "a"), "checkpoint: path must be a checkpoint folder"),
+        (("info", "x", "--memory", f"{'9' * 400}GB"), "--memory: must be a size of at most"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(arguments, problem):
     assert refused(*arguments).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "schedule=0:S+{}:L", "think=S,answer=L,budget={}", "think=S,answer=L,grace={}",
+        "narrow=S,wide=L,threshold=x{}", "narrow=S,wide=L,threshold=1,hold={}", "width=S,{}=1",
+        "{}=S", "{}",
+    ],
+)  # fmt: skip
+def test_a_long_word_in_a_plan_is_refused_and_cut(plan):
+    """Family: numbers with more digits than Python converts, and long words, anywhere in a plan."""
+    for word in ("9" * 5000, "é" * 5000):
+        assert len(refused("generate", "x", "-p", "a", "--plan", plan.format(word))) < 400
+
+
+@pytest.mark.parametrize(
+    "command, problem",
+    [
+        ("generate FOLDER --prompt - <&-", "standard input: must be open"),
+        ("chat FOLDER <&-", "standard input: must be open"),
+        ("generate FOLDER -p a > /dev/full", "standard output: must be usable, got: No space left"),
+        ("info FOLDER > /dev/full", "standard output: must be usable, got: No space left"),
+    ],
+)
+def test_streams_that_cannot_be_used_are_one_line_and_code_2(folder, command, problem):
+    """Family: standard input that is closed, standard output that takes nothing."""
+    words = f"{sys.executable} -m elastic_infer {command.replace('FOLDER', str(folder))}"
+    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"error: {problem}")
 
 
 def test_errors_show_brackets_as_they_are(folder):
