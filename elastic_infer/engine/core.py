@@ -14,7 +14,7 @@ from ..scheduling.batching import Limits, StepCosts, check_mixing
 from ..scheduling.scheduler import Scheduler
 from ..torch_modes import plain_torch
 from .intake import Intake
-from .loading import Loaded
+from .loading import Loaded, check_switch
 from .worker import Worker
 
 
@@ -29,7 +29,7 @@ class Core:
     def __init__(
         self, loaded: Loaded, max_waiting: int | None, mixing: str, async_scheduling: bool
     ):
-        check_queue(max_waiting, mixing)
+        check_queue(max_waiting, mixing, async_scheduling)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.checkpoint, self.capacity = loaded.checkpoint, loaded.capacity
         self.config, self.default_width = loaded.model.config, loaded.default_width
@@ -76,7 +76,7 @@ class Core:
         return self.model.cache.open(track)
 
 
-def check_queue(max_waiting: object, mixing: str) -> None:
+def check_queue(max_waiting: object, mixing: str, async_scheduling: object) -> None:
     """Raises InvalidRequest for options of the scheduler that there are none of."""
     given = max_waiting
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
@@ -84,3 +84,4 @@ def check_queue(max_waiting: object, mixing: str) -> None:
             f"engine: max_waiting must be None or an int >= 0, got {shown(max_waiting)}"
         )
     check_mixing(mixing)
+    check_switch("async_scheduling", async_scheduling)

@@ -120,7 +120,7 @@ class Engine:
             kv_cache_memory_bytes, gpu_memory_utilization, threads, isa, progress, batch_invariant,
             enforce_eager, kv_cache_dtype, mamba_ssm_cache_dtype, activation_quantization,
         )  # fmt: skip
-        check_queue(max_waiting, mixing)
+        check_queue(max_waiting, mixing, async_scheduling)
         loaded = load(path_or_hub_id, revision, widths, options)
         return cls(loaded, max_waiting, mixing, async_scheduling)
 

@@ -86,6 +86,7 @@ def _load(
     options: Options,
 ) -> Loaded:
     device = choose_device(options.device)
+    _check_switches(options)
     _check_share(options.gpu_memory_utilization)
     checkpoint = Checkpoint.open(path, revision, widths)
     kept, served = served_widths(checkpoint.widths, options.max_width)
@@ -238,6 +239,26 @@ def _where(device: Device, pool: _C.Pool) -> str:
     if device.stream is None:
         return "CUDA kernels, emulated"
     return f"CUDA kernels on {device.name} ({torch.cuda.get_device_name(device.place)})"
+
+
+def _check_switches(options: Options) -> None:
+    for name in ("batch_invariant", "enforce_eager"):
+        check_switch(name, getattr(options, name))
+    if not isinstance(options.isa, str):
+        raise InvalidRequest(
+            f"engine: isa must be auto, portable, avx2 or avx512, got {shown(options.isa)}"
+        )
+    if options.progress is not None and not callable(options.progress):
+        raise InvalidRequest(
+            "engine: progress must be None or a function of (tensor name, bytes), got "
+            f"{shown(options.progress)}"
+        )
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raises InvalidRequest unless an option of the engine is True or False."""
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"engine: {name} must be True or False, got {shown(value)}")
 
 
 def _check_share(value: object) -> None:

@@ -12,6 +12,7 @@ from ..checkpoint.widths import Width
 from ..codes import Packed
 from ..device.device import CPU, Device
 from ..device.memory import WeightMemory
+from ..errors import shown
 from ..ops.tiles import FP8, NVFP4, ExpertWeights, TiledWeight
 from .weights import (
     AttentionWeights,
@@ -207,11 +208,11 @@ def activation_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype) -> torch.
     Raises: ValueError for anything but auto, float32 and bfloat16.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         stored = checkpoint.dtype_of("backbone.embeddings.weight")
         return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
     if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
-    if dtype in known:
+    if isinstance(dtype, str) and dtype in known:
         return known[dtype]
-    raise ValueError(f"engine: dtype must be auto, float32 or bfloat16, got {dtype}")
+    raise ValueError(f"engine: dtype must be auto, float32 or bfloat16, got {shown(dtype)}")

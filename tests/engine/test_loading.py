@@ -416,3 +416,24 @@ def test_a_file_needs_the_width_it_was_read_by(tmp_path, folder):
         narrow.load(path)
     with base_engine(tmp_path / "again") as engine, engine.load(path) as sequence:
         assert sequence.width == "L"
+
+
+# Options of an engine, and values of other kinds than theirs.
+_ODD = (3, 0.5, None, "x", [], {}, b"auto", torch.float16)
+_OPTIONS = {
+    "dtype": (), "isa": (), "kv_cache_dtype": (), "mamba_ssm_cache_dtype": (), "mixing": (),
+    "activation_quantization": (), "batch_invariant": (), "enforce_eager": (),
+    "async_scheduling": (), "device": (), "progress": (None,), "threads": (3, None),
+    "max_num_batched_tokens": (3,), "gpu_memory_utilization": (0.5,), "max_waiting": (3, None),
+    "max_width": (None,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_an_option_of_another_kind_is_refused_by_name(folder, name):
+    """Family: any value of any type where `from_pretrained` wants one of a few words, a number, a
+    switch or a function."""
+    for value in _ODD:
+        if not any(value is fine for fine in _OPTIONS[name]):
+            with pytest.raises((InvalidRequest, WidthError), match=name):
+                open_engine(folder, **{name: value})
