@@ -6,6 +6,8 @@ import builtins
 import reprlib
 from typing import Any
 
+from .public import public
+
 _LONGEST_VALUE = 80  # characters of one value in a message
 _LONGEST_MESSAGE = 4000
 
@@ -56,6 +58,7 @@ def shown(value: Any, longest: int = _LONGEST_VALUE) -> str:
     return _cut(printable(text), longest)
 
 
+@public
 class ElasticError(Exception):
     """Base of all errors of this library. A message can be printed and has a limited length."""
 
@@ -65,39 +68,48 @@ class ElasticError(Exception):
         )
 
 
+@public
 class InvalidRequest(ElasticError, ValueError):
     """A request, prompt, plan or sampling parameter that cannot be served."""
 
 
+@public
 class CheckpointError(ElasticError, ValueError):
     """A checkpoint folder, its config.json or one of its tensors that cannot be used."""
 
 
+@public
 class WidthError(ElasticError, ValueError):
     """A width or width table that does not fit its checkpoint, or an unknown width name."""
 
 
+@public
 class OutOfCapacity(ElasticError, RuntimeError):
     """The request needs more cache than the engine has; says needed, free and what fits."""
 
 
+@public
 class EngineFull(ElasticError, RuntimeError):
     """The waiting queue has reached its limit; try again later."""
 
 
+@public
 class RequestCancelled(ElasticError, RuntimeError):
     """The request was cancelled before it was finished."""
 
 
+@public
 class RequestFailed(ElasticError, RuntimeError):
     """The request ended by an error that is none of the above; that one is its cause."""
 
 
+@public
 class EngineFault(ElasticError, RuntimeError):
     """The engine itself failed in a pass, or its thread could not start; names the cause. The
     engine goes on."""
 
 
+@public
 class NonFiniteLogits(ElasticError, RuntimeError):
     """The model returned NaN or infinite logits for this request."""
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .public import public
+from .showing import one_line
+
 __all__ = ["Choice", "FinishReason", "Output", "Phase", "Times", "Token", "Usage"]
 
 Phase = Literal["thinking", "answer"]
@@ -18,6 +21,7 @@ def _short(text: str | None, limit: int = 60) -> str:
     return f"{text[:limit]!r}… ({len(text)} characters)"
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Token:
     """One token of a stream.
@@ -43,6 +47,7 @@ class Token:
     logprob: float | None = None
     top_logprobs: TopLogprobs | None = None
 
+    @one_line
     def __repr__(self) -> str:
         extra = " forced" if self.forced else ""
         return f"Token({self.id} {_short(self.text, 20)} {self.width} {self.phase}{extra})"
@@ -89,6 +94,7 @@ class Times:
     total_s: float = 0.0
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One generated continuation.
@@ -116,11 +122,13 @@ class Choice:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
+    @one_line
     def __repr__(self) -> str:
         runs = "+".join(f"{width}:{count}" for width, count in self.width_runs)
         return f"Choice({_short(self.text)}, {runs or 'no tokens'}, {self.finish_reason})"
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Output:
     """The result of one request. The fields of its first choice can be read on it directly.
@@ -183,10 +191,12 @@ class Output:
         """`choices[0].stop_reason`."""
         return self.choices[0].stop_reason
 
+    @one_line
     def __repr__(self) -> str:
+        first = repr(self.choices[0]) if self.choices else "no choice"
         more = f" +{len(self.choices) - 1} choices" if len(self.choices) > 1 else ""
         return (
-            f"Output({self.request_id}: {self.choices[0]!r}{more}, "
+            f"Output({self.request_id}: {first}{more}, "
             f"{self.usage.prompt_tokens}+{self.usage.completion_tokens} tokens, "
             f"{self.times.total_s:.3f} s)"
         )

@@ -15,6 +15,8 @@ import torch
 from ..codes import Packed
 from ..errors import CheckpointError, WidthError
 from ..files.reading import is_file, read_json, user_path
+from ..public import public
+from ..showing import count_text, name_text, names_text, one_line
 from ..torch_modes import plain_torch
 from .config import ModelConfig
 from .hub import WIDTHS_NAME, config_folder, resolve_folder
@@ -32,11 +34,13 @@ logger = logging.getLogger(__name__)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@public
 class Checkpoint:
     """An opened checkpoint: config, widths, and tensors that are read piece by piece.
 
     Attributes:
         folder: Path of the folder.
+        name: the folder's own, or the Hub id.
         config: ModelConfig of the full checkpoint.
         names: of the model's tensors in checkpoint order, quantised ones under their plain name.
         quantized: {name: StoredWeight} of the quantised ones.
@@ -59,6 +63,7 @@ class Checkpoint:
     ):
         """Use ``Checkpoint.open``; this takes what it has read and checked."""
         self.folder = folder
+        self.name = Path(os.path.abspath(folder)).name or str(folder)
         self.config = config
         self.names = names
         self.quantized = quantized
@@ -111,7 +116,18 @@ class Checkpoint:
         _check_names(files, config)
         quantized = stored_weights(files, expected_shapes(config), published)
         names = _check_tensors(files, config, quantized)
-        return cls(folder, files, config, names, quantized, published, widths, config_home)
+        opened = cls(folder, files, config, names, quantized, published, widths, config_home)
+        if folder != user_path(path_or_hub_id, "checkpoint: path"):
+            opened.name = str(path_or_hub_id)
+        return opened
+
+    @one_line
+    def __repr__(self) -> str:
+        formats = "".join(f", {name}" for name in sorted(set(self.formats.values())))
+        return (
+            f"Checkpoint({name_text(self.name)}, widths {names_text(list(self.widths), ' < ')}, "
+            f"{count_text(len(self.names), 'tensor')}{formats})"
+        )
 
     def _find_table(
         self, widths: str | Path | Mapping[str, Any] | None, config_home: str | Path | None

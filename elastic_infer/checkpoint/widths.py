@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import WidthError
+from ..public import public
+from ..showing import name_text, one_line
 from .config import LAYER_KEYS
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 MOST_WIDTHS = 256  # every width has a table of sizes per layer
 
 
+@public
 @dataclass(frozen=True)
 class Width:
     """One named submodel: a prefix length on every axis.
@@ -32,6 +35,16 @@ class Width:
     moe_intermediate_size: tuple[int, ...]
     moe_shared_expert_intermediate_size: tuple[int, ...]
     intermediate_size: tuple[int, ...]
+
+    @one_line
+    def __repr__(self) -> str:
+        parts = [name_text(self.name), f"hidden_size {self.hidden_size}"]
+        for key in LAYER_KEYS:
+            sizes = [size for size in getattr(self, key) if size]
+            if sizes:
+                least, most = min(sizes), max(sizes)
+                parts.append(f"{key} {least if least == most else f'{least}–{most}'}")
+        return f"Width({', '.join(parts)})"
 
     def same_sizes(self, other: Width) -> bool:
         """True when both keep the same prefixes, whatever their names."""

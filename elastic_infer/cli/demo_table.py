@@ -24,8 +24,8 @@ from rich.text import Text
 import elastic_infer
 
 from ..files.reading import read_json
+from ..showing import size_text
 from . import common as c
-from .inspection import size_text
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InvalidRequest, shown
+from ..showing import size_text
 from . import common as c
 from . import installation
 
@@ -307,11 +308,3 @@ def count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
-
-
-def size_text(size: int) -> str:
-    """Bytes with a decimal unit, such as 58.8 GB."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} B"

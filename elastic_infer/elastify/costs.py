@@ -11,6 +11,7 @@ from ..checkpoint.config import ATTENTION, LAYER_KEYS, MAMBA, MLP, ModelConfig
 from ..checkpoint.counts import kv_bytes_per_token
 from ..checkpoint.widths import Width
 from ..errors import InvalidRequest, shown
+from ..showing import size_text
 from ..value_checks import check_count, check_real
 
 __all__ = ["Cost", "parameters", "parse_bytes", "parse_parameters"]
@@ -123,10 +124,7 @@ class Cost:
     def text(self, value: float) -> str:
         """A cost for people: "17.9B parameters" or "15.2 GB"."""
         if self.kind == "memory":
-            for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-                if value >= size:
-                    return f"{value / size:.3g} {unit}"
-            return f"{value:.0f} bytes"
+            return size_text(value)
         what = "active parameters" if self.kind == "active" else "parameters"
         for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
             if value >= size:

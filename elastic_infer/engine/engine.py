@@ -14,10 +14,12 @@ from ..errors import EngineFull, InvalidRequest, shown
 from ..outputs import Output
 from ..plans.decision import ChatPrompt
 from ..plans.plan import Plan
+from ..public import public
 from ..sampling.params import SamplingParams
 from ..scheduling.reader import Reader
 from ..scheduling.reads import Read
 from ..scheduling.request import Request, Stream
+from ..showing import count_text, name_text, names_text, one_line, size_text
 from ..sizing.capacity import Capacity
 from ..text.stream import StepText
 from ..text.tokenizer import Tokenizer
@@ -29,6 +31,7 @@ from .sequence_file import read_sequence
 from .session import EngineSequence
 
 
+@public
 class Engine:
     """One checkpoint, loaded once, that serves all of its widths. See `from_pretrained`.
 
@@ -125,6 +128,18 @@ class Engine:
         return cls(loaded, max_waiting, mixing, async_scheduling)
 
     # -- what it is --------------------------------------------------------------------------
+
+    @one_line
+    def __repr__(self) -> str:
+        core = self.core
+        name = name_text(core.checkpoint.name)
+        if self.closed:
+            return f"Engine({name}, closed)"
+        return (
+            f"Engine({name}, widths {names_text(list(self.widths), ' < ')}, "
+            f"{size_text(core.model.weights.nbytes)}, "
+            f"{count_text(core.capacity.max_num_seqs, 'sequence')})"
+        )
 
     @property
     def widths(self) -> dict[str, Width]:

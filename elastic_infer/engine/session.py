@@ -13,11 +13,13 @@ from ..cache.sequence import Run, Sequence
 from ..errors import InvalidRequest, NonFiniteLogits, RequestCancelled, shown
 from ..outputs import Token
 from ..plans.policy import Policy
+from ..public import public
 from ..sampling.params import SamplingParams
 from ..scheduling.reader import Reader, state_is_lost
 from ..scheduling.reads import Read, replay_reads
 from ..scheduling.scheduler import CLOSED
 from ..scheduling.switching import switch
+from ..showing import count_text, name_text, names_text, one_line
 from ..text.stream import StepText
 from ..torch_modes import plain_torch
 from .core import Core
@@ -48,6 +50,7 @@ def _one_at_a_time(method: _Method) -> _Method:
     return guarded  # type: ignore[return-value]  # `wraps` keeps the signature
 
 
+@public
 class EngineSequence:
     """One open sequence of an engine; made by `Engine.open`. Close it, or use it in a `with`.
 
@@ -78,6 +81,24 @@ class EngineSequence:
         core.worker.own(self, sequence)
 
     # -- state -------------------------------------------------------------------------------
+
+    @one_line
+    def __repr__(self) -> str:
+        queued = sum(len(read.tokens) for read in self._queue)
+        tokens = len(self._sequence.tokens) + queued + len(self._unread)
+        parts = [count_text(tokens, "token"), f"at {name_text(self._width)}"]
+        if self._closed or self._core.worker.closed:
+            parts[1:] = ["closed"]
+        elif self._failure is not None:
+            parts[1:] = ["lost by a failed pass"]
+        elif self._sequence.runs:
+            counts: list[tuple[str, int]] = []
+            for run in list(self._sequence.runs):  # neighbours may differ in how they were read
+                before = counts.pop()[1] if counts and counts[-1][0] == run.width else 0
+                counts.append((run.width, before + run.count))
+            runs = [f"{name_text(width)}:{count}" for width, count in counts]
+            parts.append(f"runs {names_text(runs, ' ')}")
+        return f"EngineSequence({', '.join(parts)})"
 
     @property
     def width(self) -> str:

@@ -13,6 +13,8 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest, WidthError, shown
+from ..public import public
+from ..showing import one_line
 from ..value_checks import MOST_IDS
 from .decision import DEFAULT_GRACE, PROMPT_PHASES, Decision, PlanView
 from .kinds import ByUncertainty, Custom, Fixed, Kind, Schedule, ThinkAnswer
@@ -49,6 +51,7 @@ def _width_name(name: str, value: Any) -> str:
     return value
 
 
+@public
 @dataclass(frozen=True)
 class Plan:
     """Which width computes which token. Make one with the static methods; it never changes.
@@ -267,6 +270,7 @@ class Plan:
         start = Start(self.tags, self.prompt_phase, prompt_ids, tokenizer, tuple(widths))
         return self.kind.start(start)
 
+    @one_line
     def __repr__(self) -> str:
         return self.kind.describe(str(self.policy))
 

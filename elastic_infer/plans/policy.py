@@ -6,10 +6,13 @@ import re
 from dataclasses import dataclass
 
 from ..errors import InvalidRequest, shown
+from ..public import public
+from ..showing import one_line
 
 DEFAULT_WINDOW = 256
 
 
+@public
 @dataclass(frozen=True)
 class Policy:
     """What happens to the cache when the width changes.
@@ -53,6 +56,10 @@ class Policy:
             )
         n = match.group(2) or match.group(3)
         return cls(match.group(1), None if n is None else int(n))
+
+    @one_line
+    def __repr__(self) -> str:
+        return f"Policy({self})"
 
     def __str__(self) -> str:
         return self.kind if self.n is None else f"{self.kind}({self.n})"

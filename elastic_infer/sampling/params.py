@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from ..errors import InvalidRequest, shown
 from ..ops.softmax_stats import softmax_stats
 from ..outputs import Phase
+from ..public import public
 from .checks import (
     MOST_BAD_WORDS,
     MOST_LOGPROBS,
@@ -47,6 +48,7 @@ GREEDY_BELOW = 1e-5  # dividing logits by less than this overflows; such a tempe
 # ---------------------------------------------------------------------------------------------
 
 
+@public
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are sampled and when generation ends. Names and defaults are vLLM's.
@@ -115,6 +117,11 @@ class SamplingParams:
                 raise fail(name, "be True or False", getattr(self, name))
         if self.n > 1 and self.greedy:
             raise fail("n", "be 1 at temperature 0, where all would be equal", self.n)
+
+    def __repr__(self) -> str:
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        given = [f"{n}={shown(v)}" for n, v, default in values if v not in (default, {})]
+        return f"SamplingParams({', '.join(given)})"
 
     def _check_counts(self) -> None:
         check_int("n", self.n, 1)

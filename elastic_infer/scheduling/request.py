@@ -13,8 +13,10 @@ from ..errors import ElasticError, InvalidRequest, RequestCancelled
 from ..outputs import Choice, FinishReason, Output, Phase, Times, Token, Usage
 from ..plans.plan import Plan
 from ..plans.run import PlanRun
+from ..public import public
 from ..sampling.params import SamplingParams
 from ..sampling.processors import RowProcessors
+from ..showing import count_text, name_text, one_line
 from ..text.stops import split_reasoning
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
@@ -146,6 +148,7 @@ def _spelled(plan: Plan) -> bool:
     return isinstance(plan.start_tag, str) and isinstance(plan.end_tag, str)
 
 
+@public
 @dataclass(eq=False)
 class Request:
     """A submitted prompt: iterate over its tokens as they come, or wait for `result()`.
@@ -177,6 +180,16 @@ class Request:
         self._wake: Callable[[], None] | None = None
         self._is_worker: Callable[[], bool] | None = None
         self._owner: object = None
+
+    @one_line
+    def __repr__(self) -> str:
+        if self.done:
+            reasons = [branch.finish_reason for branch in self.branches[:1]]
+            state = "error" if self.error is not None or not reasons else reasons[0]
+        else:
+            state = "waiting" if self.started is None else "running"
+        tokens = count_text(sum(len(branch.tokens) for branch in self.branches), "token")
+        return f"Request({name_text(self.request_id)}, {state}, {tokens})"
 
     def attach(self, wake: Callable[[], None], is_worker: Callable[[], bool]) -> None:
         """Called by the worker that takes the request.
@@ -295,6 +308,10 @@ class Stream(Iterator[Token]):
 
     def __init__(self, request: Request):
         self._request, self._tokens = request, iter(request)
+
+    @one_line
+    def __repr__(self) -> str:
+        return f"Stream({self._request!r})"
 
     def __next__(self) -> Token:
         try:

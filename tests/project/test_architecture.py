@@ -124,7 +124,9 @@ def test_public_names_of_ops():
 
 # The package from the ground up. A module imports from its own folder or from floors below.
 FLOORS = (
-    ("errors", "version", "torch_modes"),
+    ("public", "version", "torch_modes"),
+    ("errors",),
+    ("showing",),
     ("codes", "outputs", "files"),
     ("user_calls", "value_checks"),
     ("checkpoint", "text", "device", "ops"),
