@@ -1,4 +1,4 @@
-"""What a request gives back: tokens of a stream, and whole outputs."""
+"""Results of a request: tokens of a stream, and whole outputs."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def text_of(error: BaseException) -> str:
 
 
 def as_failure(name: str, error: BaseException) -> Exception:
-    """What waits for the request `name` get for what ended it: errors of this library and
+    """The error that callers get who wait for the request `name`: errors of this library and
     exceptions that a user's function raised as they are, anything else as their cause."""
     if isinstance(error, ElasticError) or (
         isinstance(error, Exception) and getattr(error, _MARK, False)

@@ -15,7 +15,7 @@ MOST = 1 << 40  # of anything that is counted
 
 
 def is_real(value: Any) -> bool:
-    """Whether this is a finite number that a float can hold, and no bool."""
+    """True if this is a finite number that a float can hold, and no bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return -1.7e308 <= value <= 1.7e308 and value == value

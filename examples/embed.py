@@ -42,7 +42,7 @@ MOST_BYTES = 1 << 18  # of a body
 
 
 class Question(BaseModel):
-    """What a client sends: a prompt, and either one width or a width each for think and answer."""
+    """A client's question: a prompt, and either one width or a width each for think and answer."""
 
     prompt: str
     width: str | None = None

@@ -95,7 +95,7 @@ def active_python() -> Path | None:
 
 
 def ask(python: Path, code: str) -> str:
-    """What a short program prints in another Python; empty when it fails."""
+    """Output of a short program in another Python; empty when it fails."""
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -106,7 +106,7 @@ def torch_version(python: Path) -> str:
 
 
 def is_new_enough(version: str) -> bool:
-    """Whether a torch version is at least the oldest that works."""
+    """True if a torch version is at least the oldest that works."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return bool(numbers) and (int(numbers.group(1)), int(numbers.group(2))) >= OLDEST_TORCH
 

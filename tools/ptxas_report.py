@@ -1,4 +1,4 @@
-"""What the CUDA assembler says of kernels (`nvcc -Xptxas -v`): registers, shared memory, spills.
+"""The CUDA assembler's report (`nvcc -Xptxas -v`): registers, shared memory, spills.
 
 As a compiler launcher it runs the compiler that follows, and fails where a kernel spills registers,
 keeps local memory, or has its asynchronous matrix products made serial:
@@ -54,7 +54,7 @@ def spills(rows: list[dict]) -> list[str]:
 
 
 def faults(text: str) -> list[str]:
-    """What a release must not have in the assembler's output, one line each."""
+    """Faults in the assembler's output that a release must not have, one line each."""
     return spills(kernels(text)) + SERIAL.findall(text)
 
 

@@ -1,1 +1,1 @@
-"""What the CPU engine reaches: ops, decoding, quantised models, beside llama.cpp."""
+"""Speed of the CPU engine: ops, decoding, quantised models, beside llama.cpp."""

@@ -1,4 +1,4 @@
-"""What int8 and NVFP4 activations cost in accuracy: the shipped reasoner with NVFP4 matrices.
+"""Accuracy with int8 and NVFP4 activations: the shipped reasoner with NVFP4 matrices.
 
     python -m bench.cpu.activations                  # bench/results/activations.json
     python -m bench.cpu.activations --problems 50    # fewer problems

@@ -1,4 +1,4 @@
-"""What a smaller cache does over 4,000 steps: Mamba state in float16, keys and values in FP8.
+"""Smaller caches over 4,000 steps: Mamba state in float16, keys and values in FP8.
 
     python -m bench.cpu.drift                  # bench/results/drift.json and drift.svg
     python -m bench.cpu.drift --problems 40    # fewer problems of the reasoner

@@ -1,4 +1,4 @@
-"""What the miniature of bench/elastify/run.py trains and is measured on: chains of arithmetic."""
+"""Chains of arithmetic: the problems of the miniature in bench/elastify/run.py."""
 
 from __future__ import annotations
 

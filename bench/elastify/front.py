@@ -22,7 +22,7 @@ def pareto(points: Sequence[Point], latency: str) -> list[Point]:
 
 
 def is_plain(point: Point) -> bool:
-    """Whether the full model does everything: what gains are measured against."""
+    """True if the full model does everything: the base of all gains."""
     return point["think"] == point["answer"] == "L"
 
 

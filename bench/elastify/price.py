@@ -1,4 +1,4 @@
-"""What the tokens of a plan would take on the published shapes: 30B, 23B and 12B.
+"""Time of a plan's tokens on the published shapes: 30B, 23B and 12B.
 
 The miniature says how many tokens each width reads and writes; a price list says what one costs.
 """

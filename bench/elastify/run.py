@@ -415,7 +415,7 @@ def main() -> None:
 
 
 def header(given: argparse.Namespace, scale: Scale) -> dict[str, Any]:
-    """What the figures are of: commit, machine, date, scale."""
+    """Origin of the figures: commit, machine, date, scale."""
     return {"commit": commit(), "machine": machine(), "date": today(), "threads": given.threads,
             "quick": given.quick, "scale": asdict(scale)}  # fmt: skip
 

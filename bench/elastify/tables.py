@@ -51,7 +51,7 @@ def greedy(score: Figures) -> str:
 
 
 def scale_text(figures: Figures) -> str:
-    """What was run, where and when."""
+    """Scale, place and time of the runs."""
     scale, machine, results = figures["scale"], figures["machine"], figures["results"]
     more: dict[str, list[str]] = {}
     for part, runs in results.items():
@@ -106,7 +106,7 @@ def tokens_text(results: Figures) -> str:
 
 
 def nested_text(results: Figures) -> str:
-    """Whether one nested run is as good as one run a width, and learnt sizes as picked ones."""
+    """One nested run beside one run a width, learnt sizes beside picked ones."""
     parts = []
     for part, title in NESTED[:2]:
         for seed, run in results[part].items():

@@ -61,7 +61,7 @@ class Part(PartBase):
 
 
 def _note(folder: Path) -> str:
-    """What CMake says it built."""
+    """CMake's report of its build."""
     return (folder / "kernels.txt").read_text(encoding="utf-8").strip()
 
 
@@ -84,7 +84,7 @@ def _configuration(folder: Path, options: list[str]) -> list[str]:
 
 
 def _run(command: list[str]) -> str:
-    """What the command prints. Raises: RuntimeError with the end of it if it fails."""
+    """Output of a command. Raises: RuntimeError with the end of it if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     printed = done.stdout + done.stderr
     if done.returncode:
@@ -95,7 +95,7 @@ def _run(command: list[str]) -> str:
 
 
 def _imports(module: Path) -> str:
-    """What the fresh module says it has kernels for, asked in a process of its own."""
+    """Architectures of the fresh module's kernels, asked in a process of its own."""
     code = (
         "import importlib.util, sys; "
         "spec = importlib.util.spec_from_file_location('_C', sys.argv[1]); "

@@ -1,4 +1,4 @@
-"""What a whole pass must move and compute, from sizes alone: its floor on a device."""
+"""Bytes and operations of a whole pass, from sizes alone: its floor on a device."""
 
 from __future__ import annotations
 

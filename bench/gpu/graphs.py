@@ -1,4 +1,4 @@
-"""What one captured graph for all widths costs: against single launches, when widths change from
+"""Cost of one captured graph for all widths: against single launches, when widths change from
 step to step, and when they differ within a batch."""
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ SPARE = 3 << 30  # bytes for activations, the loader's pieces and the roof's buf
 
 
 class RandomCheckpoint:
-    """What a checkpoint is to the loader, with values drawn on the device when they are asked for:
+    """A checkpoint for the loader, with values drawn on the device when they are asked for:
     nothing is on a disk, and no more than one tensor at a time exists beside its tiles."""
 
     formats: dict[str, str] = {}  # noqa: RUF012  (what a checkpoint offers: nothing is quantised)

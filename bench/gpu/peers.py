@@ -1,4 +1,4 @@
-"""What the kernels are timed beside on a GPU: torch's own best way to do the same.
+"""Peers of the kernels on a GPU: torch's own best way to do the same.
 
 Most are those of `torch_peers.py`. Here are the ones that a GPU has something better for, or that
 would wait for the device where a graph cannot. `mamba_ssm` and `causal_conv1d` are used where they
@@ -181,7 +181,7 @@ def mamba_scan(a: Arguments) -> Peer:
 
 
 def peers_of(op: str) -> list[Callable[[Arguments], Peer]]:
-    """What to time an op beside, the best first; empty for an op that nothing here computes."""
+    """Peers of an op, the best first; empty for an op that has none here."""
     own = {"matmul": matmul, "causal_conv": causal_conv, "moe_matmul": moe_matmul}
     found = [own.get(op) or torch_peers.PEERS.get(op)]
     if find_spec("mamba_ssm"):

@@ -1,4 +1,4 @@
-"""What the assembler says of every CUDA kernel: registers, shared memory, spills, per architecture.
+"""The assembler's report on every CUDA kernel: registers, shared memory, spills, by architecture.
 
     python -m bench.gpu.ptxas [--jobs 2] [--out FILE] [--arch 80 ...] [--op matmul ...]
 

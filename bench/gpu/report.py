@@ -8,7 +8,7 @@ Figures = dict[str, Any]
 
 
 def text(name: str, part: Figures) -> str:
-    """What a part did and did not."""
+    """Report of a part: its results and its omissions."""
     done, wrong = len(part["rows"]), part["failed"]
     lines = [f"{name}: {done} done in {part['seconds']:.0f} s, {len(wrong)} failed"]
     lines += [f"  FAILED {item}: {_short(why)}" for item, why in wrong.items()]

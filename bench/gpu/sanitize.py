@@ -90,6 +90,6 @@ def errors_of(printed: str) -> list[str]:
 
 
 def refused(printed: str) -> bool:
-    """Whether the tool could not work on this machine at all."""
+    """True if the tool could not work on this machine at all."""
     lines = [line for line in printed.splitlines() if line.startswith("=========")]
     return any("not supported" in line or "Failed to initialize" in line for line in lines)

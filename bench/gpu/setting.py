@@ -68,7 +68,7 @@ def native_arch() -> str:
 
 
 def about(setting: Setting) -> dict[str, Any]:
-    """What a result is worth nothing without: commit, card, driver, versions and date."""
+    """Facts that every result needs: commit, card, driver, versions and date."""
     import torch
 
     from bench.common.commit import commit

@@ -98,7 +98,7 @@ def _spread(values: list[float]) -> float:
 
 
 def roofs(clock: Clock) -> dict[str, float]:
-    """What the device reaches now: bytes per second of a copy (both directions counted) and of
+    """Rates of the device now: bytes per second of a copy (both directions counted) and of
     reading alone, and operations per second of a bfloat16 product. The fastest of several runs of
     the fastest of several ways: a rate that was reached, so the ceiling is no lower."""
     size, n = (2 << 30, 8192) if clock.cuda else (8 << 20, 256)

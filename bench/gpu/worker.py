@@ -184,7 +184,7 @@ def _one_worker(name: str, setting: Setting, journal: Path, log: Path, until: fl
 
 
 def _why(status: int, log: Path, late: bool) -> str:
-    """What is known about a worker that ended on its own or was stopped."""
+    """Known facts about a worker that ended on its own or was stopped."""
     if late and status == -signal.SIGKILL:
         return "stopped: it ran past its time"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""What README says of GPUs: the figures of every committed run, and what never ran on one.
+"""GPUs in the documentation: figures of every committed run, kernels that never ran on one.
 
 Sources: `bench/results/gpu-*.json` (bench.gpu.run), `bench/results/ptxas.json` (bench.gpu.ptxas).
 """

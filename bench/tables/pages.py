@@ -49,7 +49,7 @@ def measured(figures: Figures) -> str:
 
 
 def demo_table(figures: Figures) -> str:
-    """What `elastic-infer demo` prints."""
+    """The table that `elastic-infer demo` prints."""
     rows = []
     for row in figures["rows"]:
         large = "-" if row["ms_620m"] is None else f"{row['ms_620m']:.1f}"
@@ -152,7 +152,7 @@ def sizes_table(config: Figures) -> str:
 
 
 def training_table(figures: Figures) -> str:
-    """What was spent on the shipped reasoner."""
+    """Time and tokens spent on the shipped reasoner."""
     head = ("parameters", "training", "steps", "tokens")
     row = (f"{figures['parameters']:,}", f"{figures['minutes']:.0f} minutes of one CPU core",
            f"{figures['steps']:,}", f"{figures['tokens'] / 1e6:.1f} million")  # fmt: skip
@@ -160,7 +160,7 @@ def training_table(figures: Figures) -> str:
 
 
 def quantized_table(figures: Figures) -> str:
-    """What each width solves with quantised weights."""
+    """Accuracy of each width with quantised weights."""
     widths = list(figures["ways"]["bf16"]["widths"])
     rows = []
     for name, way in figures["ways"].items():
@@ -190,7 +190,7 @@ def quantized_table(figures: Figures) -> str:
 
 
 def activations_table(figures: Figures) -> str:
-    """What each width solves with activations of every form."""
+    """Accuracy of each width with activations of every form."""
     rows = [
         [way, form, *(share(row) for row in widths.values())]
         for way, told in figures["ways"].items()
@@ -248,7 +248,7 @@ def nvfp4_table(figures: Figures) -> str:
 
 
 def drift_table(figures: Figures) -> str:
-    """What a smaller cache costs: heads at the end, logits and choices, problems solved."""
+    """Cost of a smaller cache: heads at the end, logits and choices, problems solved."""
     rows = []
     names = list(dict.fromkeys([*figures["heads"], *figures["reasoner"]]))
     widths = list(next(iter(figures["accuracy"].values())))

@@ -1,4 +1,4 @@
-"""What the cache is kept in: KV in the model's dtype or in 8 bits, SSM state in 32 or 16 bits."""
+"""Formats of the cache: KV in the model's dtype or in 8 bits, SSM state in 32 or 16 bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CacheDtypes:
 
     @classmethod
     def of(cls, dtype: torch.dtype | CacheDtypes) -> CacheDtypes:
-        """What a model of this dtype has by default; formats that were chosen as they are."""
+        """Defaults for a model dtype; a CacheDtypes is returned unchanged."""
         return dtype if isinstance(dtype, cls) else cls(dtype, torch.float32, dtype)
 
     @property

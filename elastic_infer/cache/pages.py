@@ -59,5 +59,5 @@ class IdPool:
                 self._free.append(i)
 
     def shared(self, i: int) -> bool:
-        """Whether more than one holder refers to id i."""
+        """True if more than one holder refers to id i."""
         return self._references[i] > 1

@@ -171,7 +171,7 @@ class Checkpoint:
         return [name for name in names if name not in parts]
 
     def kv_factor(self, layer: int, kind: str) -> float | None:
-        """What the codes of an attention layer's 8-bit keys or values are multiplied by.
+        """Factor of the codes of an attention layer's 8-bit keys or values.
 
         Args:
             layer: index of the layer.

@@ -104,7 +104,7 @@ def _from_hub(repo: str, revision: str | None, files: Sequence[str]) -> Path:
 
 
 def is_download_cache(folder: str | Path) -> bool:
-    """Whether ``folder`` belongs to a Hub download cache, whose files must not be touched.
+    """True if ``folder`` belongs to a Hub download cache, whose files must not be touched.
 
     True for ``models--*/snapshots/<commit>`` folders, for anything under the Hub client's cache
     folder, and where config.json is a link into a ``blobs`` folder.

@@ -90,7 +90,7 @@ _MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}
 
 
 def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]:
-    """What ``width`` keeps of every tensor, in checkpoint order (order of the layers).
+    """The part of every tensor that ``width`` keeps, in checkpoint order (order of the layers).
 
     Hidden channels, experts and FFN channels are the first ones; Mamba heads the first wH/G of
     every group, query heads the first wHq/Hkv of every KV head; B, C, K and V are whole. A
@@ -131,7 +131,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def iterate_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What `expected_shapes` returns, one (name, shape) after another: config.json may speak of
+    """The shapes of `expected_shapes`, one (name, shape) after another: config.json may speak of
     more tensors than names fit in memory."""
     yield EMBEDDING, (config.vocab_size, config.hidden_size)
     for layer, kind in enumerate(config.layers):
@@ -202,7 +202,7 @@ def selection_shape(shape: tuple[int, ...], selection: Selection) -> tuple[int, 
 
 
 def is_uniform(config: ModelConfig, width: Width) -> bool:
-    """Whether every axis has one size over all the layers that it sizes."""
+    """True if every axis has one size over all the layers that it sizes."""
     return width.same_sizes(hull(config, width))
 
 

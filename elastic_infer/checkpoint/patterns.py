@@ -35,7 +35,7 @@ def matches(pattern: str, module: str, wildcards: bool = False) -> bool:
 
 
 def regex_problem(text: str) -> str | None:
-    """What is wrong with a regular expression of a file; None for one that can be used.
+    """The fault in a regular expression of a file; None for one that can be used.
 
     Python tries all ways to match before it gives up. Their number grows with a power of the
     name's length for every repeat, and without any limit for repeats inside repeats: both are

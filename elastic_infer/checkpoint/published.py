@@ -31,7 +31,7 @@ _MIXED = "MIXED_PRECISION"
 
 @dataclass(frozen=True)
 class Published:
-    """What a checkpoint says of its own weights.
+    """A checkpoint's own statement about its weights.
 
     method: "modelopt" or "compressed-tensors". source: file, for messages. default: format of
     every matrix that nothing else speaks of, None = left as it is. ignored: patterns of modules
@@ -49,7 +49,7 @@ class Published:
     kv_cache: str | None = None
 
     def is_ignored(self, module: str) -> bool:
-        """Whether a pattern leaves this module as it is.
+        """True if a pattern leaves this module as it is.
 
         "re:" begins a regular expression; else `*` and `?` are wildcards, and ModelOpt's patterns
         also stand for everything below the module that they name.
@@ -58,7 +58,7 @@ class Published:
         return any(matches(pattern, module, wildcards) for pattern in self.ignored)
 
     def explicit(self, module: str) -> bool:
-        """Whether the module itself is listed as quantised."""
+        """True if the module itself is listed as quantised."""
         return self.named.get(module) is not None
 
     def format_of(self, module: str) -> str | None:
@@ -145,7 +145,7 @@ def _modelopt(data: Mapping[str, Any], source: str, folder: Path | None) -> Publ
 
 
 def _kv_cache(data: Mapping[str, Any]) -> str | None:
-    """What a quantization_config says of keys and values."""
+    """Formats of keys and values in a quantization_config."""
     name = data.get("kv_cache_quant_algo")
     if isinstance(name, str) and name.upper() != "NONE":
         return name
@@ -234,7 +234,7 @@ def _layout(weights: Mapping[str, Any], layout: Any, source: str, key: str) -> s
 def modelopt_config(
     formats: Mapping[str, str], unquantized: list[str], version: str, kv_cache: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ModelOpt's exporter writes for these weights.
+    """The statement that ModelOpt's exporter writes for these weights.
 
     One format gives `quant_algo` NVFP4 (weights alone: W4A16_NVFP4) or FP8 and a list of the
     modules that are left; several give MIXED_PRECISION and a list of the modules that are not.

@@ -139,7 +139,7 @@ def with_kv_factors(
     specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     tensor: Callable[[str], torch.Tensor],
 ) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], torch.Tensor]]:
-    """What `write_safetensors` takes, with the factors of 8-bit keys and values: every export has
+    """Tensors for `write_safetensors`, with the factors of 8-bit keys and values: every export has
     those of its source, whose KV heads it keeps whole.
 
     Args:

@@ -210,7 +210,7 @@ def _columns(axis: Axis, size: int, name: str, per: int) -> Axis:
 
 
 def stored_selections(stored: StoredWeight, kept: Selection) -> dict[str, Selection]:
-    """What a selection of a quantised matrix keeps of each of its tensors; scalars are whole.
+    """Parts of a quantised matrix's tensors that a selection keeps; scalars are whole.
 
     Args:
         stored: the matrix. kept: rows and columns of its values.

@@ -42,7 +42,7 @@ Axis = slice | Sequence[int] | None
 
 
 class Selection(NamedTuple):
-    """What a width keeps of one tensor: indices of dimensions 0 and 1, None = all of it."""
+    """The part of one tensor that a width keeps: indices of dimensions 0 and 1, None = all."""
 
     rows: slice | list[int] | None
     cols: slice | list[int] | None

@@ -25,7 +25,7 @@ class Device:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether kernels read the host's memory themselves."""
+        """True if kernels read the host's memory themselves."""
         return self.name == "cpu"
 
     def running(self) -> AbstractContextManager:
@@ -70,7 +70,7 @@ CPU = Device("cpu")
 
 
 def is_emulated() -> bool:
-    """Whether the module of kernels is the tests' emulator."""
+    """True if the module of kernels is the tests' emulator."""
     return _C.cuda_architectures() == ["emulated"]
 
 

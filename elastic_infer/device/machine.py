@@ -1,4 +1,4 @@
-"""What a measurement says about where and when it was made."""
+"""Place and time of a measurement."""
 
 from __future__ import annotations
 

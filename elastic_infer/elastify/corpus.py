@@ -302,7 +302,7 @@ def _read_line(text: str, where: str, encode: Callable[[str], list[int]] | None)
 
 
 def as_data(data: Any) -> Corpus | IteratorData:
-    """What has `batches` and `validation` as it is; any other iterable as `IteratorData`."""
+    """A source with `batches` and `validation` as it is; any other iterable as `IteratorData`."""
     if hasattr(data, "batches") and hasattr(data, "validation"):
         return data
     if isinstance(data, (str, Path)):

@@ -1,4 +1,4 @@
-"""What a submodel costs, for whole sizes and for the expected sizes that a router learns with."""
+"""Cost of a submodel, for whole sizes and for the expected sizes that a router learns with."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def parameters(config: ModelConfig, hidden: Any, sizes: Sizes) -> tuple[Any, Any
 
 @dataclass(frozen=True)
 class Cost:
-    """What a budget limits.
+    """The quantity that a budget limits.
 
     kind: "total" or "active" parameters, or "memory" in bytes of a submodel that is loaded alone:
         weights, KV cache and Mamba state of its own heads.

@@ -82,7 +82,7 @@ def evaluate(
 
 @dataclass
 class Result:
-    """What a run leaves.
+    """Results of a run.
 
     widths: {name: Width}, by active parameters. budgets: {name: share}. losses: {name: mean KL
     per position}, on held-out data, or the mean of the last training steps where there is none
@@ -97,7 +97,7 @@ class Result:
 
 
 def is_finished(out: Path, settings: Settings, choices: Mapping[str, Any] | None) -> bool:
-    """Whether the folder holds a run of these settings, with a router of these choices, at its end.
+    """True if the folder holds a run of these settings, with a router of these choices, at its end.
 
     Raises: CheckpointError for a state.pt that is damaged.
     """
@@ -111,7 +111,7 @@ def is_finished(out: Path, settings: Settings, choices: Mapping[str, Any] | None
 def _identity(
     settings: Settings, picked: Mapping[str, Width] | None, choices: Mapping[str, Any] | None
 ) -> str:
-    """What a run must have in common with the one that it continues."""
+    """Settings that a run must share with the one that it continues."""
     sizes = None if picked is None else {name: vars(width) for name, width in picked.items()}
     return json.dumps([settings.identity(), sizes, choices], sort_keys=True, default=str)
 
@@ -261,7 +261,7 @@ class Distiller:
 
     @property
     def learning_sizes(self) -> bool:
-        """Whether the router still learns; afterwards, and without one, widths are fixed."""
+        """True if the router still learns; afterwards, and without one, widths are fixed."""
         last = self.settings.router_steps
         return self.router is not None and (last is None or self.step < last)
 

@@ -62,7 +62,7 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and messages."""
+        """True if this process writes files and messages."""
         return self.rank == 0
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What distillation minimises, and where a sequence switches widths."""
+"""Losses of distillation, and the places where a sequence switches widths."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None
 
 
 def _is_complete(out: Path, settings: Settings, choices: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint of this very run is there already; a run that was killed after its
+    """True if the checkpoint of this very run is there already; a run that was killed after its
     last file must not fail when it is called again.
 
     Raises: CheckpointError for a folder with other things in it.

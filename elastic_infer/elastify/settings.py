@@ -1,4 +1,4 @@
-"""What a distillation run is told."""
+"""Settings of a distillation run."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class Settings:
         return rise * fall
 
     def identity(self) -> dict[str, Any]:
-        """What must agree where a run is continued."""
+        """Settings that must agree where a run is continued."""
         data = dataclasses.asdict(self)
         for name in ("save_every", "validation_batches"):
             del data[name]

@@ -178,7 +178,7 @@ _MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}
 
 
 def sorted_sources(config: ModelConfig, order: Order) -> dict[str, Source]:
-    """What every tensor of the sorted checkpoint is made of, in checkpoint order.
+    """Sources of every tensor of the sorted checkpoint, in checkpoint order.
 
     Hidden channels are permuted everywhere alike; Mamba heads (z, x and dt rows, conv channels,
     A_log, D, dt_bias, norm, out_proj columns), query heads, FFN neurons, experts (gate rows,

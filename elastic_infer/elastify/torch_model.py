@@ -61,7 +61,7 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def cached(self, x: Tensor, width: Width, kept: int) -> tuple[Tensor, Tensor]:
-        """What `kept` heads take of x [B, T, wD]: convolution inputs [B, T, C], time steps."""
+        """Projections of x [B, T, wD] for `kept` heads: inputs of the convolution, time steps."""
         cfg = self.config
         total, size, groups = cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.n_groups
         full, state = total * size, groups * cfg.ssm_state_size

@@ -160,7 +160,7 @@ def heads_of(weight: Tensor, groups: int, total: int, kept: int, size: int) -> T
 
 
 class Carried:
-    """What one width leaves in the cache for another: keys and values, raw convolution inputs and
+    """The cache that one width leaves for another: keys and values, raw convolution inputs and
     time steps of all heads of the reader (a narrow writer tracks those beyond its own).
 
     No dataclass: sharded modules (FSDP) copy those, and the layers would fill a copy.
@@ -178,7 +178,7 @@ class Carried:
         self.reading = False
 
     def pass_on(self, layer: int, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the reader finds: the writer's tensors [B, T, ...] at its positions, or its own."""
+        """The reader's view: the writer's tensors [B, T, ...] at its positions, or its own."""
         at = self.positions
         return tuple(
             torch.where(at.view(*at.shape, *[1] * (mine.ndim - 2)), left, mine)

@@ -152,7 +152,7 @@ class Engine:
 
     @property
     def default_params(self) -> SamplingParams:
-        """What `params=None` means: the checkpoint's generation_config.json."""
+        """Sampling parameters that `params=None` stands for: the checkpoint's own."""
         return self.core.intake.default_params
 
     @property

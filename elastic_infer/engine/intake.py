@@ -236,7 +236,7 @@ def _seed(params: SamplingParams) -> int:
 
 
 def is_one_prompt(prompt: object) -> bool:
-    """Whether this is one prompt (text, or a list of ints) and not a list of prompts.
+    """True if this is one prompt (text, or a list of ints) and not a list of prompts.
 
     Raises: InvalidRequest for what is neither.
     """

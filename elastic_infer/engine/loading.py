@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """What an engine is made of."""
+    """The parts of an engine."""
 
     model: Model
     tokenizer: Tokenizer | None
@@ -204,7 +204,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """What ends a sequence: what the checkpoint's files state and the tokenizer's own."""
+    """Tokens that end a sequence, by the checkpoint's files and by its tokenizer."""
     stated = eos_ids_from_folder(checkpoint.folder)
     own = tokenizer.eos_ids if tokenizer else ()
     return tuple(dict.fromkeys((*stated, *own))) or checkpoint.config.eos_token_ids
@@ -233,7 +233,7 @@ def _pool(device: Device, options: Options) -> _C.Pool:
 
 
 def _where(device: Device, pool: _C.Pool) -> str:
-    """What runs the kernels, for the log."""
+    """The kernels and their threads or device, for the log."""
     if device.is_cpu:
         return f"{pool.isa} kernels on {pool.threads} threads"
     if device.stream is None:

@@ -82,7 +82,7 @@ def sequence_content(
 
 
 def _dtypes(core: Core) -> dict[str, str]:
-    """What the engine keeps its cache in, by the names of its options."""
+    """Formats of the engine's cache, by the names of its options."""
     kv, state = core.model.cache.dtypes.names
     return {"kv_cache_dtype": kv, "mamba_ssm_cache_dtype": state}
 

@@ -122,7 +122,7 @@ class EngineSequence:
 
     @property
     def closed(self) -> bool:
-        """Whether its place in the cache was given back."""
+        """True if its place in the cache was given back."""
         return self._closed
 
     # -- what it does ------------------------------------------------------------------------

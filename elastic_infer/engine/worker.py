@@ -134,11 +134,11 @@ class Worker:
 
     @property
     def closed(self) -> bool:
-        """Whether `close()` was called."""
+        """True if `close()` was called."""
         return self._closed
 
     def is_current(self) -> bool:
-        """Whether the caller is the worker thread itself."""
+        """True if the caller is the worker thread itself."""
         return threading.get_ident() == self._identity
 
     def close(self) -> None:
@@ -243,7 +243,7 @@ class Worker:
             self._ended.set()
 
     def _take(self, progressed: bool) -> deque[_Job | _Place]:
-        """What came in, after sleeping until there is something to do."""
+        """Everything that came in, after sleeping until there is something to do."""
         scheduler, inbox, items = self._scheduler, self._inbox, deque()
         busy = progressed and self.passes_left > 0 and (scheduler.has_work or self._blocked)
         if not (busy or self._arrivals or scheduler.has_cancelled):

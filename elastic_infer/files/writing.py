@@ -282,7 +282,7 @@ def _lock(descriptor: int, wait: bool = False) -> bool | None:
 
 
 def _is_at(descriptor: int, path: bytes | Path) -> bool:
-    """Whether the path still leads to the open file."""
+    """True if the path still leads to the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:

@@ -1,4 +1,4 @@
-"""What the ops over packed sequences share in their references and cases."""
+"""Shared by the ops over packed sequences: parts of their references and cases."""
 
 from __future__ import annotations
 

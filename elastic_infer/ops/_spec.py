@@ -1,4 +1,4 @@
-"""What the library knows about one op beyond its function: reference, cases, inputs, cost.
+"""One op as the library knows it beyond its function: reference, cases, inputs, cost.
 
 Tests, benchmarks and documentation iterate :func:`registry`; adding an op means adding its module
 to this package and its folder to ``csrc/ops``, and edits no list.

@@ -48,7 +48,7 @@ def to_codes(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def from_codes(codes: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """What E4M3 codes stand for."""
+    """Values of E4M3 codes."""
     return codes.view(torch.float8_e4m3fn).to(dtype) * scale
 
 

@@ -83,7 +83,7 @@ def _cases():
 
 
 def _close_call(a: Arguments, r: int) -> bool:
-    """Whether rounding alone could change the choice of row r (exact ties are no close call)."""
+    """True if rounding alone could change the choice of row r (exact ties are no close call)."""
     one = {**a, "x": a["x"][r : r + 1], "row_width": a["row_width"][r : r + 1]}
     k, e = width_rows(one, "k_sizes")[0], width_rows(one, "e_sizes")[0]
     logits = a["gate"][:e, :k].double() @ a["x"][r, :k].double()

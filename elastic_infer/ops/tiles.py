@@ -31,7 +31,7 @@ def tile_bytes(dtype: torch.dtype) -> int:
 
 
 def image_dtype(image: torch.Tensor) -> torch.dtype:
-    """What the tiles of an image [..., tile bytes] hold, as :func:`tile_bytes` names it."""
+    """Format of the tiles of an image [..., tile bytes], as :func:`tile_bytes` names it."""
     return {size: dtype for dtype, size in TILE_BYTES.items()}[image.shape[-1]]
 
 

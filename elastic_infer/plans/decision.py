@@ -17,7 +17,7 @@ DEFAULT_GRACE = 16
 
 @dataclass(frozen=True)
 class Decision:
-    """What computes the next token.
+    """A plan's answer: width, phase, and tokens forced before the next step.
 
     width: the width that reads every token not read yet, so the next token's logits are its.
     phase: the phase the next token is sampled in; None where that is unknown.
@@ -65,7 +65,7 @@ class ReadOnly(Sequence[int]):
 
 @dataclass(frozen=True)
 class PlanView:
-    """What a custom plan sees before the next token.
+    """View of a sequence that a custom plan gets before the next token.
 
     prompt_ids: the prompt's tokens.
     token_ids: all generated tokens so far.

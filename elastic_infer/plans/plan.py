@@ -219,7 +219,7 @@ class Plan:
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether `PlanRun.next` needs the entropy of the last sampled distribution."""
+        """True if `PlanRun.next` needs the entropy of the last sampled distribution."""
         return self.kind.needs_entropy
 
     @property
@@ -233,7 +233,7 @@ class Plan:
         return self.start_tag, self.end_tag
 
     def can_widen(self, order: Sequence[str] | Mapping[str, Any]) -> bool:
-        """Whether a switch may go to a width with more Mamba heads than an earlier one had.
+        """True if a switch may go to a width with more Mamba heads than an earlier one had.
 
         order: widths from few to many Mamba heads, or {width: head count, or one per layer}
             (there, equal counts do not widen).
@@ -283,7 +283,7 @@ class Plan:
 
 
 def _wider(a: Any, b: Any) -> bool:
-    """Whether head counts a exceed b in any layer."""
+    """True if head counts a exceed b in any layer."""
     if isinstance(a, Sequence) and isinstance(b, Sequence):
         return any(x > y for x, y in zip(a, b, strict=True))
     if isinstance(a, Sequence):

@@ -15,7 +15,7 @@ DEFAULT_WINDOW = 256
 @public
 @dataclass(frozen=True)
 class Policy:
-    """What happens to the cache when the width changes.
+    """Treatment of the cache when the width changes.
 
     kind: "carry" keeps it, "exact" rebuilds it from the tokens, "window" rebuilds its last part.
     n: tokens between two snapshots for "window" (n to 2n tokens are rebuilt, soon after a prompt up

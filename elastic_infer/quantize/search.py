@@ -43,7 +43,7 @@ class Quantized(NamedTuple):
 def block_importance(
     energy: Tensor, kept: Mapping[str, Selection], weights: Mapping[str, float] | None = None
 ) -> Tensor:
-    """What a squared error of each block of a matrix counts.
+    """Weight of each block's squared error.
 
     ``sum over widths that hold the block of weight / (squared weights that the width holds)``, so
     that the sum over all blocks is the weighted mean of the widths' relative squared errors.

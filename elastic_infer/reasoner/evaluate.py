@@ -79,7 +79,7 @@ class Score:
 
 @dataclass
 class Evaluation:
-    """What was measured of one width or plan.
+    """Measurements of one width or plan.
 
     score, by_operations: problems solved, in all and by number of operations. tokens: generated
     tokens by width. rebuilt_tokens: read again by switches. seconds: from the first submission to

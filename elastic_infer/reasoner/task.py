@@ -31,7 +31,7 @@ class Problem:
 
     @property
     def completion(self) -> str:
-        """What the model is to write: the thinking and the answer, without the end token."""
+        """The text that the model should write: thinking and answer, without the end token."""
         return f"{THINK}{';'.join(self.steps)}{END_THINK}{self.answer}"
 
 

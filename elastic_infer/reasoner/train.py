@@ -40,7 +40,7 @@ LONGEST_STEP = 10.0  # seconds; a longer step was a suspended process and counts
 
 @dataclasses.dataclass
 class Settings:
-    """What a run can be told, at its start or in control.json.
+    """Settings of a run, at its start or in control.json.
 
     minutes: training time, suspended time not counted. decay: last share of it, in which the
     learning rates fall linearly to zero. tokens: positions per batch. small, medium: share of

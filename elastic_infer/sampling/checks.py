@@ -29,7 +29,7 @@ def fail(name: str, rule: str, value: Any) -> InvalidRequest:
 
 
 def is_int(value: Any) -> bool:
-    """Whether this is an int and no bool."""
+    """True if this is an int and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

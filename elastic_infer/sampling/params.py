@@ -165,7 +165,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the largest logit is always taken."""
+        """True if the largest logit is always taken."""
         return self.temperature < GREEDY_BELOW
 
     @classmethod

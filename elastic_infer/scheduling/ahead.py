@@ -20,7 +20,7 @@ UNKNOWN = 0  # any id, in the place of one that only the device knows
 
 
 def following(flight: Flight, running: Iterable[Branch], max_length: int) -> list[Part] | None:
-    """What the branches read after `flight`, in order of arrival; those that end with the token in
+    """Reads of the branches after `flight`, in order of arrival; those that end with the token in
     flight, whatever it is, are left out. None where it depends on the tokens in flight, or where
     the host must see the logits that they were drawn from.
 

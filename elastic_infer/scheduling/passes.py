@@ -19,7 +19,7 @@ from .sampler import Sampler
 
 @dataclass
 class Part:
-    """What one row reads in a pass.
+    """The tokens that one row reads in a pass.
 
     count: tokens of `read`, from its first on. feed: the row of what the pass before drew that
     holds the token; -1 where `read` does. samples: whether the row's next token follows.
@@ -55,7 +55,7 @@ class Flight:
 
     @property
     def wanted(self) -> bool:
-        """Whether any of its rows has not ended."""
+        """True if any of its rows has not ended."""
         return any(isinstance(p.row, Reader) or p.row.finish_reason is None for p in self.parts)
 
 

@@ -37,7 +37,7 @@ class Reader:
 
     @property
     def ready(self) -> bool:
-        """Whether it has tokens to read and a place in the cache."""
+        """True if it has tokens to read and a place in the cache."""
         return bool(self.pending) and self.sequence.slot >= 0
 
     def take(self, rows: torch.Tensor) -> None:
@@ -65,6 +65,6 @@ class Reader:
 
 
 def state_is_lost(error: BaseException) -> bool:
-    """Whether a sequence may be half updated after this: anything but a lack of pages and a
+    """True if a sequence may be half updated after this: anything but a lack of pages and a
     cancellation, which come between two passes."""
     return not isinstance(error, (OutOfCapacity, RequestCancelled))

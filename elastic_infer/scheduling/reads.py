@@ -20,7 +20,7 @@ class Read:
     mark: bool = False
 
     def after(self, count: int) -> Read:
-        """What is left of it once `count` tokens were read."""
+        """The rest of it after `count` tokens were read."""
         return replace(self, tokens=self.tokens[count:])
 
 

@@ -65,12 +65,12 @@ class Branch:
 
     @property
     def ready(self) -> bool:
-        """Whether it has tokens to read and a place in the cache."""
+        """True if it has tokens to read and a place in the cache."""
         return bool(self.pending) and self.sequence is not None and self.sequence.slot >= 0
 
     @property
     def plain(self) -> bool:
-        """Whether its tokens are drawn from the logits as they are, which nobody looks at."""
+        """True if its tokens are drawn from the logits as they are, and no logits are needed."""
         return not (
             self.processors.active
             or self.request.params.logprobs is not None
@@ -78,7 +78,7 @@ class Branch:
         )
 
     def is_full(self, count: int, max_length: int) -> bool:
-        """Whether it ends with `count` tokens, whatever they are. max_length: of a sequence."""
+        """True if it ends with `count` tokens, whatever they are. max_length: of a sequence."""
         full = len(self.request.prompt_ids) + count >= max_length
         return full or count == self.request.params.max_tokens
 
@@ -220,7 +220,7 @@ class Request:
 
     @property
     def done(self) -> bool:
-        """Whether the result is there."""
+        """True if the result is there."""
         return self._end.done
 
     def cancel(self) -> None:
@@ -337,5 +337,5 @@ class Stream(Iterator[Token]):
 
 
 def closed_error(request: Request) -> RequestCancelled:
-    """What waits for a request of a closed engine gets."""
+    """Error for callers that still wait when the engine closes."""
     return RequestCancelled(f"{request.request_id}: the engine was closed before the request ended")

@@ -75,7 +75,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request or reader has not ended."""
+        """True if any request or reader has not ended."""
         return bool(self.waiting or self.running or self.readers)
 
     def add_reader(self, reader: Reader) -> None:
@@ -95,7 +95,7 @@ class Scheduler:
 
     @property
     def has_cancelled(self) -> bool:
-        """Whether a request or a reader that has not ended was cancelled."""
+        """True if a request or a reader that has not ended was cancelled."""
         return (
             any(r.cancelled for r in self.waiting)
             or any(b.request.cancelled for b in self.running)

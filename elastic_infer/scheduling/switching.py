@@ -1,4 +1,4 @@
-"""What happens to a sequence's cache when its width changes, and the reads that follow."""
+"""A sequence's cache when its width changes, and the reads that follow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reads import Read
 
 
 def state_is_complete(sequence: Sequence, target: Width, widths: dict[str, Width]) -> bool:
-    """Whether the state of all of the target's Mamba heads has seen every token: each run either
+    """True if the state of all of the target's Mamba heads has seen every token: each run either
     tracked or was at a width with as many heads."""
     return all(
         run.tracked

@@ -1,4 +1,4 @@
-"""Whether a model fits a GPU, and what is left of it for the cache."""
+"""A model on a GPU: its fit, and the memory that is left for the cache."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def cache_budget(
 
 @dataclass(frozen=True)
 class Fit:
-    """What a given memory holds. weights, working: bytes of weights and of activation buffers.
+    """Contents of a given memory. weights, working: bytes of weights and of activation buffers.
     sequences: how many of `length` tokens fit in the rest; longest: tokens of a single one (0 when
     not even the weights fit)."""
 
@@ -92,7 +92,7 @@ def fit(
     formats: Mapping[str, str] | None = None,
     dtypes: CacheDtypes | None = None,
 ) -> Fit:
-    """What `memory` bytes hold when `width` is the widest served.
+    """Contents of `memory` bytes when `width` is the widest served.
 
     Args:
         length: tokens of a sequence, prompt and output.

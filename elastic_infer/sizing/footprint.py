@@ -1,4 +1,4 @@
-"""What a width costs, from its sizes alone: bytes of weights, bytes a token reads, what fits."""
+"""Cost of a width from its sizes alone: bytes of weights, bytes per token, sequences that fit."""
 
 from __future__ import annotations
 

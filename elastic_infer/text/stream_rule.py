@@ -106,7 +106,7 @@ class StreamRule:
         return found
 
     def is_byte(self, token_id: int) -> bool:
-        """Whether the token is one byte of a byte-fallback run ("<0x0A>")."""
+        """True if the token is one byte of a byte-fallback run ("<0x0A>")."""
         if not self.byte_runs:
             return False
         token = self.backend.id_to_token(token_id) or ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold the text: whether it has no lone surrogates."""
+    """True if UTF-8 can hold the text: it has no lone surrogates."""
     if text.isascii():
         return True
     try:

@@ -326,3 +326,14 @@ def test_the_library_reads_no_environment_variable():
         and re.search(r"\bos\.(environ|getenv)\b", (ROOT / path).read_text())
     ]  # fmt: skip
     assert not offenders
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    """No headless question: not "What …", not "Whether …"."""
+    folders = ("elastic_infer/", "bench/", "docs/", "tools/", "examples/")
+    for path in (path for path in tracked("*.py") if path.startswith(folders)):
+        for node in ast.walk(syntax(path)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                first = (ast.get_docstring(node) or "").split(" ")[0]
+                name = getattr(node, "name", "module")
+                assert first not in ("What", "Whether"), f"{path}: {name}"
