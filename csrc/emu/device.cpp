@@ -40,7 +40,16 @@ Memory allocate(int64_t bytes) {
 
 void poison(char* memory, int64_t bytes) { std::memset(memory, 0xff, bytes); }
 
-bool recording(Stream stream) { return stream != nullptr; }
+bool recording(Stream stream) { return stream != nullptr && !emu::is_stream(stream); }
+
+Stream current() { return emu::current_stream(); }
+
+void order(Stream before, Stream) {
+  if (!before) return;  // it ran at once
+  const emu::Launches ahead = std::move(*static_cast<emu::Launches*>(before));
+  static_cast<emu::Launches*>(before)->clear();
+  emu::run_all(ahead);
+}
 
 // The stream of a graph is its list of launches; cuda::launch puts them there.
 struct Graph::Recorded {
@@ -51,7 +60,11 @@ Graph::Graph() : recorded_(std::make_unique<Recorded>()) {}
 Graph::~Graph() = default;
 Stream Graph::begin() { return &recorded_->launches; }
 void Graph::end() {}
-void Graph::run(Stream) { emu::run_all(recorded_->launches); }
+void Graph::run(Stream stream) {
+  if (!stream) return emu::run_all(recorded_->launches);
+  for (const emu::Launch& l : recorded_->launches)
+    static_cast<emu::Launches*>(stream)->push_back(l);
+}
 
 struct Clock::Marks {
   std::vector<std::chrono::steady_clock::time_point> times;

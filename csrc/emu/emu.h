@@ -99,6 +99,14 @@ struct Listed {
 // checked but not run.
 std::vector<Listed> take_list(bool only);
 
+// Streams beside the default one, which is null and runs at once. What number 1 or 2 is given waits
+// until another stream is to come after it, or finish_streams() runs a launch of each in turn.
+constexpr int kStreams = 2;
+Launches& stream(int number);
+bool is_stream(const void* launches);  // one of these, not that of a graph
+Launches*& current_stream();
+void finish_streams();
+
 // Checks a launch, and runs it or appends it to `recording`. What a kernel's static objects add to
 // its shared memory is known, and checked, when it runs.
 void submit(Launches* recording, const Launch& launch);

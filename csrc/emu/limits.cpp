@@ -1,4 +1,4 @@
-// What a driver refuses of a launch, and the list of launches (emu.h).
+// What a driver refuses of a launch, the list of launches, and the streams of tests (emu.h).
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -66,6 +66,24 @@ std::vector<Listed> take_list(bool only) {
   list().seen.clear();
   list().only = only;
   return found;
+}
+
+Launches& stream(int number) {
+  static Launches all[kStreams];
+  if (number < 1 || number > kStreams) throw std::invalid_argument("streams are 1 and 2");
+  return all[number - 1];
+}
+bool is_stream(const void* launches) { return launches == &stream(1) || launches == &stream(2); }
+Launches*& current_stream() {
+  static Launches* current = nullptr;
+  return current;
+}
+void finish_streams() {
+  const Launches first = std::move(stream(1)), second = std::move(stream(2));
+  stream(1).clear(), stream(2).clear();
+  for (size_t i = 0; i < std::max(first.size(), second.size()); ++i)
+    for (const Launches* one : {&first, &second})
+      if (i < one->size()) run_all({(*one)[i]});
 }
 
 void submit(Launches* recording, const Launch& launch) {

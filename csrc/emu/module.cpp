@@ -66,6 +66,12 @@ PYBIND11_MODULE(_emu, m) {
       "The different launches since the last call, each as (address of the kernel in the module, "
       "threads, bytes of dynamic shared memory, whether the kernel is told that these may be "
       "many). From now on, with `only`, launches are listed and checked but not run.");
+  m.def(
+      "use_stream",
+      [](int number) { emu::current_stream() = number ? &emu::stream(number) : nullptr; },
+      py::arg("number"), "The stream that ops and steps are given: 0 runs at once, 1 and 2 wait.");
+  m.def("finish_streams", &emu::finish_streams, py::call_guard<py::gil_scoped_release>(),
+        "Runs what streams 1 and 2 were given, a launch of each in turn.");
   m.def("has_kernel",
         [](const std::string& op) { return find_cuda_kernel(op.c_str()) != nullptr; });
   m.def("selftest", emu::selftest, py::arg("name"), py::call_guard<py::gil_scoped_release>(),

@@ -106,6 +106,15 @@ bool recording(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+void order(Stream before, Stream after) {
+  cudaEvent_t event = nullptr;
+  must(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "event");
+  cudaError_t error = cudaEventRecord(event, of(before));
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(of(after), event, 0);
+  cudaEventDestroy(event);  // once it has been reached
+  must(error, "order of streams");
+}
+
 struct Graph::Recorded {
   cudaStream_t stream = nullptr;
   cudaGraphExec_t exec = nullptr;
@@ -193,6 +202,7 @@ void Free::operator()(char*) const {}
 Memory allocate(int64_t) { refuse(); }
 void poison(char*, int64_t) {}
 bool recording(Stream) { refuse(); }
+void order(Stream, Stream) { refuse(); }
 struct Graph::Recorded {};
 Graph::Graph() { refuse(); }
 Graph::~Graph() = default;

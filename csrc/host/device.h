@@ -69,6 +69,14 @@ void poison(char* memory, int64_t bytes);
 // Whether work given to `stream` is being recorded rather than run.
 bool recording(Stream stream);
 
+// What `after` is given from now on begins when all that `before` was given is done.
+void order(Stream before, Stream after);
+
+#if defined(ELASTIC_EMULATE)
+// The stream that ops are given; a test chooses it (emu.h).
+Stream current();
+#endif
+
 // What was given to a stream between begin() and end(), to be run again by one call.
 class Graph {
  public:

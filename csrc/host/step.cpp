@@ -9,7 +9,7 @@ namespace ei {
 
 device::Stream Place::stream() const {
 #if defined(ELASTIC_EMULATE)
-  return nullptr;
+  return device::current();
 #else
   return current_stream(source, device_id);
 #endif
@@ -77,8 +77,15 @@ void Step::launch_all(const CudaCall& call) const {
   for (const Call& c : calls_) c.cuda->launch(c.args.get(), call);
 }
 
+void Step::come_after_last(device::Stream stream) {
+  if (ran_ && stream != last_) device::order(last_, stream);
+  ran_ = true;
+  last_ = stream;
+}
+
 void Step::run_on_device(device::Stream stream) {
   const device::Use use(place_->device_id);
+  come_after_last(stream);
   if (graph_) return graph_->run(stream);
   // The first time one by one: that loads the kernels, which must not happen during a capture.
   launch_all(cuda_call(stream));
@@ -110,6 +117,7 @@ std::vector<std::pair<std::string, double>> Step::profile() {
   const auto lock = pool_->hold();
   if (place_) {
     const device::Use use(place_->device_id);
+    come_after_last(stream);
     device::Clock clock(static_cast<int>(calls_.size()) + 1);
     const CudaCall context = cuda_call(stream);
     clock.mark(stream);

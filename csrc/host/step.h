@@ -7,7 +7,8 @@
 //
 // An op on CUDA tensors runs on their framework's current stream; the pool's threads do nothing
 // then, but its `batch_invariant` holds. The first run of a Step on CUDA gives its kernels to that
-// stream one by one and then records them as a graph, which every later run launches.
+// stream one by one and then records them as a graph, which every later run launches. Runs on
+// different streams come one after another: they share the step's workspace and buffers.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -83,6 +84,7 @@ class Step {
   CudaCall cuda_call(device::Stream stream) const;
   void launch_all(const CudaCall& call) const;
   void run_on_device(device::Stream stream);
+  void come_after_last(device::Stream stream);
 
   // While one lives, the list of calls does not change. Made and destroyed with the interpreter
   // lock.
@@ -100,6 +102,8 @@ class Step {
   device::Memory workspace_;      // of the call that needs most
   int64_t workspace_bytes_ = 0;
   std::unique_ptr<device::Graph> graph_;
+  bool ran_ = false;
+  device::Stream last_ = nullptr;  // where it ran last
   int captures_ = 0;
   int running_ = 0;  // guarded by the interpreter lock
 };

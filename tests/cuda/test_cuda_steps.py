@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from elastic_infer.ops import registry
+from elastic_infer.ops.causal_conv import causal_conv
+from elastic_infer.ops.gated_norm import gated_norm
+from elastic_infer.ops.mamba_step import parts
 from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.moe_route import moe_route
 from elastic_infer.ops.rms_norm import rms_norm
+from elastic_infer.ops.ssm_step import ssm_step
 from elastic_infer.ops.testing import laws as _laws
 from elastic_infer.ops.tiles import TiledWeight
 from support.emulated import ORDERS, built, check_overlap, installed, load
@@ -93,6 +97,32 @@ def test_launches_that_overlap_equal_eager(threads, blocks):
 def test_every_op_may_follow_a_launch_that_still_runs(name):
     for case in _laws.small_cases(registry()[name]):
         check_overlap(emu, registry()[name], case)
+
+
+@pytest.mark.parametrize("second", [0, 2])
+def test_runs_on_different_streams_come_one_after_another(second):
+    """A step whose ops hand on buffers and move on a state: launches of two streams that take turns
+    would read each other's."""
+    case = {"S": 3, "H": 4, "P": 16, "N": 16, "G": 2, "widths": (2, 4)}
+    a = _laws.make(registry()["mamba_step"], case, torch.float32)
+    want, found = _laws.copy(a), []
+    for given in (a, want):
+        step = emu.Step(emu.Pool())
+        for op, arguments in zip((causal_conv, ssm_step, gated_norm), parts(given)):
+            op(run=step, **arguments)
+        found.append(step)
+    step, alone = found
+    for _ in range(3):
+        alone.run()
+    step.run()
+    try:
+        for stream in (1, second):
+            emu.use_stream(stream)
+            step.run()
+    finally:
+        emu.use_stream(0)
+        emu.finish_streams()
+    assert all(_laws.same_bits(a[n], want[n]) for n in ("state", "conv_state", "out"))
 
 
 def test_profile_runs_every_op_once():
