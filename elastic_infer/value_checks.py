@@ -1,15 +1,17 @@
-"""Checks of numbers that callers give: any value is either in its range or refused by name."""
+"""Checks of values that callers give: each is in its range or refused by name."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Sized
+from itertools import islice
 from typing import Any
 
 from .errors import InvalidRequest, shown
 
 MOST_IDS = 1 << 20  # more than any vocabulary has
 
-__all__ = ["check_count", "check_real", "is_real"]
+__all__ = ["check_count", "check_real", "elements", "is_one_of", "is_real"]
 
 MOST = 1 << 40  # of anything that is counted
 
@@ -19,6 +21,33 @@ def is_real(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return -1.7e308 <= value <= 1.7e308 and value == value
+
+
+def is_one_of(value: Any, words: Collection[str | None]) -> bool:
+    """Tells if this is one of a few words, or None where that is among them; also for values that
+    compare to no bool, such as arrays."""
+    return (value is None or isinstance(value, str)) and value in words
+
+
+def elements(what: str, value: Any, kind: str, most: int = MOST_IDS) -> tuple:
+    """The elements of an iterable, of which no more than `most` are made.
+
+    what: begins the message, "<object>: <argument>". kind: of what it must be a list.
+
+    Raises: InvalidRequest for a text, for what cannot be iterated over, and for too many.
+    """
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"{what} must be a list of {kind}, got {shown(value)}")
+    try:
+        found = tuple(islice(value, most + 1))
+    except Exception as error:  # a tensor without dimensions, an iterator that fails
+        raise InvalidRequest(
+            f"{what} must be a list of {kind}, got {shown(value)} ({type(error).__name__})"
+        ) from error
+    if len(found) > most:
+        got = len(value) if isinstance(value, Sized) else shown(value)
+        raise InvalidRequest(f"{what} must hold at most {most} {kind}, got {got}")
+    return found
 
 
 def check_count(what: str, value: Any, least: int = 1, most: int = MOST) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.config import ModelConfig
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
+from ..value_checks import is_one_of
 
 FP8 = torch.uint8  # pages of 8-bit floats (E4M3) hold their codes
 _STATES = {"float32": torch.float32, "float16": torch.float16}
@@ -52,12 +53,14 @@ def cache_dtypes(
 
     Raises: InvalidRequest for another name.
     """
-    if kv_cache_dtype not in ("auto", "fp8"):
-        raise InvalidRequest(f"engine: kv_cache_dtype must be auto or fp8, got {kv_cache_dtype!r}")
-    if mamba_ssm_cache_dtype not in ("auto", *_STATES):
+    if not is_one_of(kv_cache_dtype, ("auto", "fp8")):
+        raise InvalidRequest(
+            f"engine: kv_cache_dtype must be auto or fp8, got {shown(kv_cache_dtype)}"
+        )
+    if not is_one_of(mamba_ssm_cache_dtype, ("auto", *_STATES)):
         raise InvalidRequest(
             "engine: mamba_ssm_cache_dtype must be auto, float32 or float16, got "
-            f"{mamba_ssm_cache_dtype!r}"
+            f"{shown(mamba_ssm_cache_dtype)}"
         )
     stated = config.raw.get("mamba_ssm_cache_dtype")
     state = stated if mamba_ssm_cache_dtype == "auto" else mamba_ssm_cache_dtype

@@ -99,13 +99,15 @@ def choose_device(name: object) -> Device:
 
     Raises: InvalidRequest for another name, or a device that cannot be used, with the remedy.
     """
+    if not isinstance(name, str):
+        raise InvalidRequest(f"engine: device must be auto, cpu, cuda or cuda:N, got {shown(name)}")
     if is_emulated() and name in ("auto", "emulated"):
         return Device("emulated")
     if name == "auto":
         return Device("cpu") if why_not_cuda() else Device("cuda:0")
     if name == "cpu":
         return Device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d{1,9}))?", name) if isinstance(name, str) else None
+    match = re.fullmatch(r"cuda(?::(\d{1,9}))?", name)
     if match is None:
         raise InvalidRequest(f"engine: device must be auto, cpu, cuda or cuda:N, got {shown(name)}")
     index = int(match[1] or 0)

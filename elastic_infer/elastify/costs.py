@@ -12,7 +12,7 @@ from ..checkpoint.counts import kv_bytes_per_token
 from ..checkpoint.widths import Width
 from ..errors import InvalidRequest, shown
 from ..showing import size_text
-from ..value_checks import check_count, check_real
+from ..value_checks import check_count, check_real, is_one_of
 
 __all__ = ["Cost", "parameters", "parse_bytes", "parse_parameters"]
 
@@ -88,7 +88,7 @@ class Cost:
     kv_itemsize: int = 2
 
     def __post_init__(self):
-        if self.kind not in KINDS:
+        if not is_one_of(self.kind, KINDS):
             raise InvalidRequest(
                 f"cost: kind must be one of {', '.join(KINDS)}, got {shown(self.kind)}"
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidRequest, shown
-from ..value_checks import MOST, check_count, check_real, is_real
+from ..value_checks import MOST, check_count, check_real, is_one_of, is_real
 from .costs import Cost
 from .router import check_budgets
 
@@ -113,12 +113,12 @@ class Settings:
         object.__setattr__(self, "names", tuple(names))
         if not isinstance(self.cost, Cost):
             raise InvalidRequest(f"settings: cost must be a Cost, got {shown(self.cost)}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
+        if not is_one_of(self.precision, ("auto", "float32", "bfloat16")):
             raise InvalidRequest(
                 "settings: precision must be auto, float32 or bfloat16, got "
                 f"{shown(self.precision)}"
             )
-        if self.optimiser not in ("adamw", "muon"):
+        if not is_one_of(self.optimiser, ("adamw", "muon")):
             raise InvalidRequest(
                 f"settings: optimiser must be adamw or muon, got {shown(self.optimiser)}"
             )

@@ -26,6 +26,7 @@ from ..sizing.capacity import Capacity, check_limits, plan_capacity
 from ..sizing.fit import cache_budget
 from ..text.tokenizer import Tokenizer, eos_ids_from_folder
 from ..torch_modes import plain_torch
+from ..value_checks import is_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def check_activations(wish: object, device: Device, formats: Mapping[str, str]) 
     Raises: InvalidRequest.
     """
     name = "engine: activation_quantization"
-    if wish not in ("none", "int8", "nvfp4"):
+    if not is_one_of(wish, ("none", "int8", "nvfp4")):
         raise InvalidRequest(f"{name} must be none, int8 or nvfp4, got {shown(wish)}")
     if wish == "none":
         return

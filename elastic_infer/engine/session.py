@@ -185,6 +185,8 @@ class EngineSequence:
 
         Raises: NonFiniteLogits, with nothing added; InvalidRequest at max_model_len.
         """
+        if width is not None:
+            self._core.intake.check_width(width)
         if width is not None and width != self._width:
             self._switch(width, Policy.parse("carry"))
         self._check_room(1)

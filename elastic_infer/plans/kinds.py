@@ -152,7 +152,7 @@ class ThinkAnswer(Kind):
             if tag_id(tag, tokenizer) is None:
                 why = "there is no tokenizer" if tokenizer is None else "the vocabulary has none"
                 raise InvalidRequest(
-                    f"plan: {name} must be a single token of the vocabulary, got {tag!r} and"
+                    f"plan: {name} must be a single token of the vocabulary, got {shown(tag)} and"
                     f" {why}; give the model's own tag, or its token id"
                 )
         newlines = self.newline_ids
@@ -179,14 +179,15 @@ class ThinkAnswer(Kind):
             if tokenizer is None:
                 raise InvalidRequest(
                     "plan: closing_text must be token ids without a tokenizer, got"
-                    f" {self.closing!r}"
+                    f" {shown(self.closing)}"
                 )
             if isinstance(tag, int):
                 tag = tokenizer.decode([tag], skip_special_tokens=False)
             before, found, after = self.closing.partition(tag)
             if not found or tag in after:
                 raise InvalidRequest(
-                    f"plan: closing_text must hold the end tag {tag!r} once, got {self.closing!r}"
+                    f"plan: closing_text must hold the end tag {shown(tag)} once, got "
+                    f"{shown(self.closing)}"
                 )
             parts = [tokenizer.encode(part, add_special_tokens=False) for part in (before, after)]
             ids = (*parts[0], end, *parts[1])

@@ -7,15 +7,15 @@ which is asked before every sampling and answers with a `Decision`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest, WidthError, shown
 from ..public import public
 from ..showing import one_line
-from ..value_checks import MOST_IDS
+from ..value_checks import elements, is_one_of
 from .decision import DEFAULT_GRACE, PROMPT_PHASES, Decision, PlanView
 from .kinds import ByUncertainty, Custom, Fixed, Kind, Schedule, ThinkAnswer
 from .phase import Tag
@@ -37,11 +37,7 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 
 def _integers(name: str, values: Any) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise InvalidRequest(f"plan: {name} must be a list of token ids, got {shown(values)}")
-    ids = tuple(islice(values, MOST_IDS + 1))
-    if len(ids) > MOST_IDS:
-        raise InvalidRequest(f"plan: {name} must hold at most {MOST_IDS} token ids")
+    ids = elements(f"plan: {name}", values, "token ids")
     return tuple(_integer(f"{name}: an id", i, 0) for i in ids)
 
 
@@ -84,8 +80,9 @@ class Plan:
         policy: "carry", "exact" or "window(n)".
         """
         try:
-            pairs = tuple((start, width) for start, width in steps)
-        except (TypeError, ValueError):
+            given = elements("plan: steps", steps, "steps like (0, 'S')")
+            pairs = tuple((start, width) for start, width in given)
+        except (InvalidRequest, TypeError, ValueError):
             pairs = ()
         if not pairs:
             raise InvalidRequest(
@@ -136,7 +133,7 @@ class Plan:
         prompt_phase: overrides what the tags in the prompt say: "thinking" (it ends inside a
             block), "answer" (the model will not think) or "undecided" (it may open a block).
         """
-        if prompt_phase not in PROMPT_PHASES:
+        if not is_one_of(prompt_phase, PROMPT_PHASES):
             raise InvalidRequest(
                 'plan: prompt_phase must be None, "thinking", "answer" or "undecided", got '
                 + shown(prompt_phase)
@@ -146,7 +143,9 @@ class Plan:
             if isinstance(tag, bool) or not isinstance(tag, (str, int)) or tag in ("",):
                 raise InvalidRequest(f"plan: {name} must be text or a token id, got {shown(tag)}")
         if start_tag == end_tag:
-            raise InvalidRequest(f"plan: end_tag must differ from start_tag, got {end_tag!r} twice")
+            raise InvalidRequest(
+                f"plan: end_tag must differ from start_tag, got {shown(end_tag)} twice"
+            )
         if think_tokens is not None:
             _integer("think_tokens (None for no limit)", think_tokens, 0)
         _integer("grace", grace, 0)
@@ -305,7 +304,8 @@ def _closing(value: str | Sequence[int] | None, end_tag: Tag) -> str | tuple[int
             )
         if isinstance(end_tag, str) and value.count(end_tag) != 1:
             raise InvalidRequest(
-                f"plan: closing_text must hold the end tag {end_tag!r} once, got {shown(value)}"
+                f"plan: closing_text must hold the end tag {shown(end_tag)} once, got "
+                f"{shown(value)}"
             )
         return value
     ids = _integers("closing_text", value)

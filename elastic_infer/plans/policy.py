@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..errors import InvalidRequest, shown
 from ..public import public
 from ..showing import one_line
+from ..value_checks import is_one_of
 
 DEFAULT_WINDOW = 256
 
@@ -26,7 +27,7 @@ class Policy:
     n: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("carry", "exact", "window"):
+        if not is_one_of(self.kind, ("carry", "exact", "window")):
             raise InvalidRequest(
                 f"policy: must be 'carry', 'exact' or 'window(n)', got {shown(self.kind)}"
             )

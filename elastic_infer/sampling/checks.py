@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InvalidRequest, shown
 from ..text.unicode import encodable
-from ..value_checks import MOST_IDS, is_real
+from ..value_checks import MOST_IDS, elements, is_real
 
 __all__ = [
-    "MOST_BAD_WORDS", "MOST_LOGPROBS", "MOST_STOPS", "biases_of", "check_int", "check_number",
-    "encodable", "fail", "functions_of", "ids_of", "is_int", "texts_of",
+    "MOST_BAD_WORDS", "MOST_LOGPROBS", "MOST_STOPS", "biases_of", "check_int",
+    "encodable", "fail", "functions_of", "ids_of", "is_int", "number_of", "texts_of",
 ]  # fmt: skip
 
 # A value must be normal in float32: what rounds to zero or infinity there is not what was asked.
@@ -45,27 +44,26 @@ def check_int(
         raise fail(name, f"be {none}an int {bounds}", value)
 
 
-def check_number(
+def number_of(
     name: str, value: Any, rule: str, holds: Callable[[float], bool], positive: bool = False
-) -> None:
-    """Raises InvalidRequest unless `value` is a finite number that obeys the rule, in float32 too.
+) -> float:
+    """A finite number that obeys the rule, in float32 too, as a float: torch takes no longer ints.
 
     positive: whether zero would break the rule.
+
+    Raises: InvalidRequest for anything else.
     """
     if not is_real(value) or not holds(value):
         raise fail(name, f"be a finite number {rule}", value)
     if value > FLOAT32_MOST or (positive and value < FLOAT32_LEAST):
         bounds = f"{FLOAT32_LEAST if positive else 0:.4g} to {FLOAT32_MOST:.4g}"
         raise fail(name, f"be a finite number {rule} that float32 can hold ({bounds})", value)
+    return float(value)
 
 
 def ids_of(name: str, value: Any) -> tuple[int, ...]:
     """The token ids of a list, each once."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise fail(name, "be a list of token ids", value)
-    ids = tuple(islice(value, MOST_IDS + 1))
-    if len(ids) > MOST_IDS:
-        raise fail(name, f"hold at most {MOST_IDS} token ids", value)
+    ids = elements(f"SamplingParams: {name}", value, "token ids")
     for token_id in ids:
         if not is_int(token_id) or token_id < 0:
             raise fail(name, "hold token ids (ints >= 0) only", token_id)
@@ -79,8 +77,7 @@ def texts_of(name: str, value: Any, most: int) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)):
         raise fail(name, "be a str or a list of str", value)
-    if len(texts) > most:
-        raise fail(name, f"hold at most {most} texts", len(texts))
+    texts = elements(f"SamplingParams: {name}", texts, "texts", most)
     for text in texts:
         if not isinstance(text, str) or not text:
             raise fail(name, "hold non-empty str only", text)
@@ -88,7 +85,7 @@ def texts_of(name: str, value: Any, most: int) -> tuple[str, ...]:
             raise fail(name, f"hold texts of at most {LONGEST_TEXT} characters", text)
         if not encodable(text):
             raise fail(name, "hold texts that UTF-8 can encode (no lone surrogates)", text)
-    return tuple(texts)
+    return texts
 
 
 def biases_of(name: str, value: Any) -> dict[int, float]:
@@ -110,8 +107,9 @@ def biases_of(name: str, value: Any) -> dict[int, float]:
 def functions_of(name: str, value: Any) -> tuple[Callable, ...]:
     """The functions of a list."""
     functions = () if value is None else value
-    if not isinstance(functions, (list, tuple)) or not all(map(callable, functions)):
+    if not isinstance(functions, (list, tuple)):
         raise fail(name, "be a list of functions", functions)
-    if len(functions) > MOST_FUNCTIONS:
-        raise fail(name, f"hold at most {MOST_FUNCTIONS} functions", len(functions))
-    return tuple(functions)
+    found = elements(f"SamplingParams: {name}", functions, "functions", MOST_FUNCTIONS)
+    if not all(map(callable, found)):
+        raise fail(name, "be a list of functions", functions)
+    return found

@@ -18,11 +18,11 @@ from .checks import (
     MOST_STOPS,
     biases_of,
     check_int,
-    check_number,
     fail,
     functions_of,
     ids_of,
     is_int,
+    number_of,
     texts_of,
 )
 
@@ -138,14 +138,17 @@ class SamplingParams:
             raise fail("seed", "be None or an int in [0, 2**64)", self.seed)
 
     def _check_numbers(self) -> None:
-        check_number("temperature", self.temperature, ">= 0", lambda x: x >= 0)
-        check_number("top_p", self.top_p, "in (0, 1]", lambda x: 0 < x <= 1, positive=True)
-        check_number("min_p", self.min_p, "in [0, 1]", lambda x: 0 <= x <= 1)
-        check_number(
-            "repetition_penalty", self.repetition_penalty, "> 0", lambda x: x > 0, positive=True
-        )
+        self._number("temperature", ">= 0", lambda x: x >= 0)
+        self._number("top_p", "in (0, 1]", lambda x: 0 < x <= 1, positive=True)
+        self._number("min_p", "in [0, 1]", lambda x: 0 <= x <= 1)
+        self._number("repetition_penalty", "> 0", lambda x: x > 0, positive=True)
         for name in ("presence_penalty", "frequency_penalty"):
-            check_number(name, getattr(self, name), "in [-2, 2]", lambda x: -2 <= x <= 2)
+            self._number(name, "in [-2, 2]", lambda x: -2 <= x <= 2)
+
+    def _number(
+        self, name: str, rule: str, holds: Callable[[float], bool], positive: bool = False
+    ) -> None:
+        self._set(name, number_of(name, getattr(self, name), rule, holds, positive))
 
     def _check_lists(self) -> None:
         self._set("stop", texts_of("stop", self.stop, MOST_STOPS))

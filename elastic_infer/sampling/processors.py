@@ -164,7 +164,13 @@ class RowProcessors:
                     "logits_processors: a function must return None or a row"
                     f" [{self.vocab_size}], got {got}"
                 )
-            row.copy_(result.detach())
+            try:
+                row.copy_(result.detach())
+            except RuntimeError as error:
+                raise InvalidRequest(
+                    "logits_processors: a function must return a dense tensor with values of its"
+                    f" own, got {result.dtype} {result.layout} on {result.device}"
+                ) from error
 
     def _check_kept(self, handed: torch.Tensor, row: torch.Tensor) -> None:
         """Raises InvalidRequest if a function made something else of the tensor it was given."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import InvalidRequest, shown
+from ..value_checks import is_one_of
 
 GRID = 64
 
@@ -47,7 +48,7 @@ Cost = Callable[[int, int], float]  # (width index, rows) -> seconds of a pass o
 
 def check_mixing(mixing: str) -> None:
     """Raises InvalidRequest unless it is one of the three."""
-    if mixing not in ("auto", "always", "never"):
+    if not is_one_of(mixing, ("auto", "always", "never")):
         raise InvalidRequest(f"engine: mixing must be auto, always or never, got {shown(mixing)}")
 
 

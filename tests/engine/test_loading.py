@@ -419,7 +419,7 @@ def test_a_file_needs_the_width_it_was_read_by(tmp_path, folder):
 
 
 # Options of an engine, and values of other kinds than theirs.
-_ODD = (3, 0.5, None, "x", [], {}, b"auto", torch.float16)
+_ODD = (3, 0.5, None, "x", [], {}, b"auto", torch.float16, torch.ones(2))
 _OPTIONS = {
     "dtype": (), "isa": (), "kv_cache_dtype": (), "mamba_ssm_cache_dtype": (), "mixing": (),
     "activation_quantization": (), "batch_invariant": (), "enforce_eager": (),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import ClassVar
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -379,10 +381,10 @@ def test_parse_plan(text: str, plan: Plan) -> None:
         ("S", "'S' must be key=value; a plan is width=S"),
         ("", "must be key=value"),
         ("think=M", "must come with answer="),
-        ("think=M,answer=L,budgets=4", "answer, budget, grace, policy.* got budgets=4"),
+        ("think=M,answer=L,budgets=4", "answer, budget, grace, policy.* got 'budgets=4'"),
         ("think=M,answer=L,budget=many", "budget must be an integer, got 'many'"),
         ("think=M,answer=L,budget=-1", "think_tokens .* must be an int >= 0, got -1"),
-        ("width=S,policy=exact", r"\(nothing\), got policy=exact"),
+        ("width=S,policy=exact", r"\(nothing\), got 'policy=exact'"),
         ("width=S,think=M", "exactly one of width, schedule, think, narrow"),
         ("policy=exact", "exactly one of"),
         ("width=S,width=L", "width must be given once"),
@@ -396,3 +398,53 @@ def test_parse_plan(text: str, plan: Plan) -> None:
 def test_parse_plan_refuses(text: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         parse_plan(text)
+
+
+class Failing(list):
+    """A list whose iteration fails."""
+
+    def __iter__(self):
+        raise RuntimeError("no elements today")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda: torch.tensor(3), lambda: torch.ones(2), lambda: Failing([1]),
+        lambda: iter([1, "a"]), lambda: itertools.repeat((0, "S")),
+    ],
+    ids=("tensor", "array", "failing", "mixed", "endless"),
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: Plan.fixed(value),
+        lambda value: Plan.schedule(value),
+        lambda value: Plan.schedule([(0, "S"), (value, "L")]),
+        lambda value: Plan.schedule([(0, "S")], policy=value),
+        lambda value: Plan.by_uncertainty("S", "L", value),
+        lambda value: Plan.by_uncertainty("S", "L", 1.0, hold=value),
+        lambda value: Plan.custom(value),
+        lambda value: Policy(value),
+        lambda value: Policy("window", value),
+        *(
+            lambda value, name=name: Plan.think_answer(**{"think": "S", "answer": "L", name: value})
+            for name in ("think", "answer", "think_tokens", "grace", "closing_text", "start_tag",
+                         "end_tag", "policy", "newline_ids", "prompt_phase")
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_compare_or_iterate_oddly_are_refused(make, value):
+    """Family: tensors, and iterators that fail, are mixed or never end, in every argument."""
+    with pytest.raises(InvalidRequest):
+        make(value())
+
+
+def test_long_tags_are_cut_in_messages():
+    """Family: tags and closing texts of any length that are refused."""
+    for tag in ("x" * 5000, "y" * 60_000):
+        given = [{"start_tag": tag}, {"end_tag": tag}, {"closing_text": tag + "</think>"}]
+        for plan in [Plan.think_answer("S", "L", **values) for values in given]:
+            with pytest.raises(InvalidRequest) as refused:
+                plan.begin([WORD], None, {"S": None, "L": None})
+            assert len(str(refused.value)) < 400

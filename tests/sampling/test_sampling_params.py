@@ -47,6 +47,29 @@ def applied(
 # -- parameters -------------------------------------------------------------------------------
 
 
+class Failing(list):
+    """A list whose iteration fails."""
+
+    def __iter__(self):
+        raise RuntimeError("no elements today")
+
+
+ODD = [torch.tensor(3), torch.ones(2), Failing([1]), iter([1, "a"]), object(), b"ab", 2**70]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SamplingParams)])
+def test_values_that_compare_or_iterate_oddly_are_refused_by_name(name, value):
+    """Family: tensors, iterators and objects whose ==, len or iteration gives no plain answer, in
+    every parameter. A number that is taken works in every step, also as a long int."""
+    try:
+        params = SamplingParams(**{name: value})
+    except InvalidRequest as error:
+        assert name in str(error)
+    else:
+        assert not applied(params, prompt=[1], output=[2]).isnan().any()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
