@@ -2,91 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ..errors import CheckpointError
 from .config import LAYER_KEYS, MOE, ModelConfig
+from .geometry import HIDDEN, Tensor, each_tensor, kept, layer_sizes
 from .tensor_files import Selection
 from .widths import Width
 
 EMBEDDING = "backbone.embeddings.weight"
 MOST_TENSORS = 1 << 19
-
-
-def _kept_heads(total: int, kept: int, groups: int) -> list[int]:
-    """The first kept/groups heads of every group of total/groups heads, in checkpoint order."""
-    step, keep = total // groups, kept // groups
-    return [group * step + head for group in range(groups) for head in range(keep)]
-
-
-def _channels(heads: Iterable[int], size: int, start: int = 0) -> list[int]:
-    """Indices of the channels of ``heads``, each ``size`` wide, from ``start`` on."""
-    return [start + head * size + channel for head in heads for channel in range(size)]
-
-
-def _mamba(config: ModelConfig, width: Width, layer: int) -> dict[str, Selection]:
-    total, size = config.mamba_num_heads, config.mamba_head_dim
-    inner, shared = total * size, 2 * config.n_groups * config.ssm_state_size
-    heads = _kept_heads(total, width.mamba_num_heads[layer], config.n_groups)
-    channels = _channels(heads, size)
-    # in_proj rows: z | x | B, C | dt; conv channels: x | B, C. B and C are kept whole.
-    conv = channels + list(range(inner, inner + shared))
-    rows = channels + [inner + channel for channel in conv]
-    rows += [2 * inner + shared + head for head in heads]
-    hidden = slice(0, width.hidden_size)
-    return {
-        "A_log": Selection(heads, None),
-        "D": Selection(heads, None),
-        "dt_bias": Selection(heads, None),
-        "conv1d.weight": Selection(conv, None),
-        "conv1d.bias": Selection(conv, None),
-        "in_proj.weight": Selection(rows, hidden),
-        "norm.weight": Selection(channels, None),
-        "out_proj.weight": Selection(hidden, channels),
-    }
-
-
-def _attention(config: ModelConfig, width: Width, layer: int) -> dict[str, Selection]:
-    heads = _kept_heads(
-        config.num_attention_heads, width.num_attention_heads[layer], config.num_key_value_heads
-    )
-    channels = _channels(heads, config.head_dim)
-    hidden = slice(0, width.hidden_size)
-    return {
-        "q_proj.weight": Selection(channels, hidden),
-        "k_proj.weight": Selection(None, hidden),
-        "v_proj.weight": Selection(None, hidden),
-        "o_proj.weight": Selection(hidden, channels),
-    }
-
-
-def _mlp(config: ModelConfig, width: Width, layer: int) -> dict[str, Selection]:
-    inner, hidden = slice(0, width.intermediate_size[layer]), slice(0, width.hidden_size)
-    return {
-        "up_proj.weight": Selection(inner, hidden),
-        "down_proj.weight": Selection(hidden, inner),
-    }
-
-
-def _moe(config: ModelConfig, width: Width, layer: int) -> dict[str, Selection]:
-    hidden = slice(0, width.hidden_size)
-    experts = width.n_routed_experts[layer]
-    inner = slice(0, width.moe_intermediate_size[layer])
-    shared = slice(0, width.moe_shared_expert_intermediate_size[layer])
-    out = {
-        "gate.weight": Selection(slice(0, experts), hidden),
-        "gate.e_score_correction_bias": Selection(slice(0, experts), None),
-    }
-    for expert in range(experts):
-        out[f"experts.{expert}.up_proj.weight"] = Selection(inner, hidden)
-        out[f"experts.{expert}.down_proj.weight"] = Selection(hidden, inner)
-    out["shared_experts.up_proj.weight"] = Selection(shared, hidden)
-    out["shared_experts.down_proj.weight"] = Selection(hidden, shared)
-    return out
-
-
-_MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}
 
 
 def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]:
@@ -103,16 +29,15 @@ def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]
     Returns:
         {checkpoint name: Selection}
     """
-    hidden = slice(0, width.hidden_size)
-    out = {EMBEDDING: Selection(None, hidden)}
-    for layer, kind in enumerate(config.layers):
-        out[f"backbone.layers.{layer}.norm.weight"] = Selection(hidden, None)
-        for name, selection in _MIXERS[kind](config, width, layer).items():
-            out[f"backbone.layers.{layer}.mixer.{name}"] = selection
-    out["backbone.norm_f.weight"] = Selection(hidden, None)
-    if not config.tie_word_embeddings:
-        out["lm_head.weight"] = Selection(None, hidden)
-    return out
+    sizes = layer_sizes(width)
+
+    def selection(_name: str, tensor: Tensor, layer: int | None) -> Selection:
+        at = {HIDDEN: width.hidden_size} if layer is None else sizes[layer]
+        rows, *columns = (kept(axis, at) for axis in tensor.axes[:2])
+        return Selection(rows, columns[0] if columns else None)
+
+    found = each_tensor(config, selection, width.n_routed_experts)
+    return {name: selected for name, _, selected in found}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -133,56 +58,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def iterate_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The shapes of `expected_shapes`, one (name, shape) after another: config.json may speak of
     more tensors than names fit in memory."""
-    yield EMBEDDING, (config.vocab_size, config.hidden_size)
-    for layer, kind in enumerate(config.layers):
-        yield f"backbone.layers.{layer}.norm.weight", (config.hidden_size,)
-        for name, shape in _mixer_shapes(config, kind):
-            yield f"backbone.layers.{layer}.mixer.{name}", shape
-    yield "backbone.norm_f.weight", (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
-
-
-def _mixer_shapes(config: ModelConfig, kind: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden = config.hidden_size
-    inner = config.mamba_num_heads * config.mamba_head_dim
-    conv = inner + 2 * config.n_groups * config.ssm_state_size
-    heads = (config.mamba_num_heads,)
-    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    ffn, shared = config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
-    mixers: dict[str, dict[str, tuple[int, ...]]] = {
-        "M": {
-            "A_log": heads,
-            "D": heads,
-            "dt_bias": heads,
-            "conv1d.weight": (conv, 1, config.conv_kernel),
-            "conv1d.bias": (conv,),
-            "in_proj.weight": (inner + conv + config.mamba_num_heads, hidden),
-            "norm.weight": (inner,),
-            "out_proj.weight": (hidden, inner),
-        },
-        "*": {
-            "q_proj.weight": (q, hidden),
-            "k_proj.weight": (kv, hidden),
-            "v_proj.weight": (kv, hidden),
-            "o_proj.weight": (hidden, q),
-        },
-        "-": {
-            "up_proj.weight": (config.intermediate_size, hidden),
-            "down_proj.weight": (hidden, config.intermediate_size),
-        },
-        "E": {
-            "gate.weight": (config.n_routed_experts, hidden),
-            "gate.e_score_correction_bias": (config.n_routed_experts,),
-        },
-    }
-    yield from mixers[kind].items()
-    if kind == MOE:
-        for expert in range(config.n_routed_experts):
-            yield f"experts.{expert}.up_proj.weight", (ffn, hidden)
-            yield f"experts.{expert}.down_proj.weight", (hidden, ffn)
-        yield "shared_experts.up_proj.weight", (shared, hidden)
-        yield "shared_experts.down_proj.weight", (hidden, shared)
+    for name, _, shape in each_tensor(config, lambda _name, tensor, _layer: tensor.shape):
+        yield name, shape
 
 
 def _axis_size(axis: slice | list[int] | None, size: int) -> int:
