@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from .config import ATTENTION, MAMBA, MLP
+from .config import ATTENTION, MAMBA
+from .geometry import layer_sizes, layer_tensors
 from .widths import Width
 
 if TYPE_CHECKING:
@@ -34,33 +35,19 @@ def count_parameters(config: ModelConfig, width: Width) -> Counts:
         Counts(total, active, active_without_embedding), norms, biases and per-head vectors
         included, the router's correction bias too.
     """
-    hidden = width.hidden_size
-    total = active = hidden  # final norm
-    for i, layer in enumerate(config.layers):
-        shared = hidden  # the layer's own norm
-        experts = used = 0
-        if layer == MAMBA:
-            heads = width.mamba_num_heads[i]
-            inner = heads * config.mamba_head_dim
-            conv = config.conv_dim(heads)
-            shared += hidden * (inner + conv + heads) + conv * (config.conv_kernel + 1)
-            shared += 3 * heads + inner + inner * hidden
-        elif layer == ATTENTION:
-            rows = width.num_attention_heads[i] + config.num_key_value_heads
-            shared += 2 * rows * config.head_dim * hidden
-        elif layer == MLP:
-            shared += 2 * width.intermediate_size[i] * hidden
-        else:
-            count = width.n_routed_experts[i]
-            expert = 2 * width.moe_intermediate_size[i] * hidden
-            shared += count * hidden + count
-            shared += 2 * width.moe_shared_expert_intermediate_size[i] * hidden
-            experts, used = count * expert, config.num_experts_per_tok * expert
-        total += shared + experts
-        active += shared + used
-    embedding = config.vocab_size * hidden
-    lookup = 0 if config.tie_word_embeddings else embedding
-    return Counts(total + embedding + lookup, active + embedding + lookup, active + embedding)
+    embedding = config.vocab_size * width.hidden_size
+    total = active = width.hidden_size + embedding  # the last norm
+    if not config.tie_word_embeddings:
+        total, active = total + embedding, active + embedding
+    tensors = {kind: layer_tensors(config, kind) for kind in set(config.layers)}
+    for kind, sizes in zip(config.layers, layer_sizes(width)):
+        experts, used = sizes["n_routed_experts"], config.num_experts_per_tok
+        total, active = total + width.hidden_size, active + width.hidden_size  # the layer's norm
+        for tensor in tensors[kind]:
+            count = tensor.count(sizes)
+            total += count * (experts if tensor.per_expert else 1)
+            active += count * (used if tensor.per_expert else 1)
+    return Counts(total, active, active - (0 if config.tie_word_embeddings else embedding))
 
 
 def kv_bytes_per_token(config: ModelConfig, itemsize: int = 2) -> int:
