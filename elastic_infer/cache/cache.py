@@ -42,7 +42,6 @@ class Cache:
         self.pages = IdPool(num_pages, "KV page")
         self.slots = IdPool(num_slots, "state slot")
         kv_shape = (num_pages, config.num_key_value_heads, PAGE, config.head_dim)
-        bc = 2 * config.n_groups * config.ssm_state_size
         self.k: list[torch.Tensor] = []
         self.v: list[torch.Tensor] = []
         self.ssm: list[torch.Tensor] = []
@@ -55,9 +54,8 @@ class Cache:
                 H, P = served.mamba_num_heads[layer], config.mamba_head_dim
                 ssm_shape = (num_slots, H, P, config.ssm_state_size)
                 self.ssm.append(zeros(*ssm_shape, dtype=dtypes.ssm))
-                self.conv.append(
-                    zeros(num_slots, H * P + bc, config.conv_kernel - 1, dtype=dtypes.conv)
-                )
+                conv_shape = (num_slots, config.conv_dim(H), config.conv_kernel - 1)
+                self.conv.append(zeros(*conv_shape, dtype=dtypes.conv))
 
     # -- opening and closing -----------------------------------------------------------------
 

@@ -33,7 +33,8 @@ def sizes_of(config: ModelConfig, width: Width) -> Sizes:
 def parameters(config: ModelConfig, hidden: Any, sizes: Sizes) -> tuple[Any, Any]:
     """(total, active) parameters, as `checkpoint.counts.count_parameters` counts them.
 
-    Polynomial in the sizes, so it also takes expected sizes as tensors and has a gradient.
+    Polynomial in the sizes, so it also takes expected sizes as tensors and has a gradient. By hand,
+    not from the table of tensors: a run repeats only if its float32 sums keep their order.
 
     Args:
         config: the checkpoint.
@@ -48,8 +49,7 @@ def parameters(config: ModelConfig, hidden: Any, sizes: Sizes) -> tuple[Any, Any
         shared, experts, used = hidden, 0, 0
         if layer == MAMBA:
             heads = size["mamba_num_heads"]
-            inner = heads * config.mamba_head_dim
-            conv = inner + 2 * config.n_groups * config.ssm_state_size
+            inner, conv = heads * config.mamba_head_dim, config.conv_dim(heads)
             shared = shared + hidden * (inner + conv + heads) + conv * (config.conv_kernel + 1)
             shared = shared + 3 * heads + inner + inner * hidden
         elif layer == ATTENTION:
@@ -110,10 +110,10 @@ class Cost:
         state = 0
         for layer, size in zip(config.layers, sizes):
             if layer == MAMBA:
-                inner = size["mamba_num_heads"] * config.mamba_head_dim
-                conv = inner + 2 * config.n_groups * config.ssm_state_size
+                heads = size["mamba_num_heads"]
+                inner = heads * config.mamba_head_dim
                 state = state + 4 * inner * config.ssm_state_size
-                state = state + 2 * conv * (config.conv_kernel - 1)
+                state = state + 2 * config.conv_dim(heads) * (config.conv_kernel - 1)
         cache = self.context * kv_bytes_per_token(config, self.kv_itemsize)
         return total * (self.bits_per_weight / 8) + self.sequences * (cache + state)
 

@@ -46,12 +46,12 @@ def free_memory() -> int:
 def slot_bytes(config: ModelConfig, served: Width, dtypes: CacheDtypes | torch.dtype) -> int:
     """Bytes of one state slot at the served width; a dtype stands for a model's defaults."""
     dtypes = CacheDtypes.of(dtypes)
-    item, bc = item_size(dtypes.conv), config.n_groups * config.ssm_state_size
+    ssm, conv = item_size(dtypes.ssm), item_size(dtypes.conv)
     total = 0
     for layer in config.layers_of("M"):
-        inner = served.mamba_num_heads[layer] * config.mamba_head_dim
-        total += inner * config.ssm_state_size * item_size(dtypes.ssm)
-        total += (inner + 2 * bc) * (config.conv_kernel - 1) * item
+        heads = served.mamba_num_heads[layer]
+        total += heads * config.mamba_head_dim * config.ssm_state_size * ssm
+        total += config.conv_dim(heads) * (config.conv_kernel - 1) * conv
     return total
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from ..cache.dtypes import item_size
-from ..checkpoint.config import ATTENTION, MAMBA, MLP, ModelConfig
+from ..checkpoint.config import ModelConfig
 from ..checkpoint.counts import count_parameters
+from ..checkpoint.geometry import Tensor, layer_sizes, layer_tensors, size_of
 from ..checkpoint.widths import Width
 from ..codes import bits_per_weight
 from ..ops.tiles import TILE, tile_count
@@ -21,14 +22,15 @@ class _Store:
         self.plain = str(dtype).removeprefix("torch.")
         self.formats = formats or {}
 
-    def weights(self, name: str, count: int) -> int:
+    def weights(self, name: str, count: int, float32: bool = False) -> int:
         """Bytes of `count` weights of a matrix as they are read."""
-        return int(count * bits_per_weight(self.formats.get(name, self.plain)) / 8)
+        form = "float32" if float32 else self.formats.get(name, self.plain)
+        return int(count * bits_per_weight(form) / 8)
 
-    def tiles(self, name: str, rows: int, columns: int) -> int:
+    def tiles(self, name: str, rows: int, columns: int, float32: bool = False) -> int:
         """Bytes of a matrix in whole tiles, with its scale where it has one."""
         count = tile_count(rows) * tile_count(columns) * TILE * TILE
-        return self.weights(name, count) + (4 if name in self.formats else 0)
+        return self.weights(name, count, float32) + (4 if name in self.formats else 0)
 
 
 def head_name(config: ModelConfig) -> str:
@@ -47,44 +49,30 @@ def weight_bytes(
 
     formats: {checkpoint name: "nvfp4" or "fp8"} of quantised matrices (`Checkpoint.formats`).
     """
-    size, D, matrix = item_size(dtype), width.hidden_size, _Store(dtype, formats).tiles
-    total = (config.vocab_size + 1) * D * size + matrix(head_name(config), config.vocab_size, D)
-    for i, kind in enumerate(config.layers):
-        at = f"backbone.layers.{i}.mixer."
-        total += D * size  # the layer's norm
-        if kind == MAMBA:
-            heads = width.mamba_num_heads[i]
-            inner, bc = heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
-            segments = (inner, inner, bc, bc, heads)
-            total += sum(matrix(at + "in_proj.weight", rows, D) for rows in segments)
-            total += matrix(at + "out_proj.weight", D, inner)
-            total += inner * size + _mamba_vectors(config, heads)
-        elif kind == ATTENTION:
-            q = width.num_attention_heads[i] * config.head_dim
-            kv = config.num_key_value_heads * config.head_dim
-            for name, rows in (("q", q), ("k", kv), ("v", kv)):
-                total += matrix(f"{at}{name}_proj.weight", rows, D)
-            total += matrix(at + "o_proj.weight", D, q)
-        elif kind == MLP:
-            total += _up_down(matrix, at, width.intermediate_size[i], D)
+    size, D, store = item_size(dtype), width.hidden_size, _Store(dtype, formats)
+    total = (config.vocab_size + 1) * D * size
+    total += store.tiles(head_name(config), config.vocab_size, D)
+    for sizes, name, tensor in _tensors(config, width):
+        if tensor.is_matrix:
+            rows, columns = tensor.axes
+            across = size_of(columns, sizes)
+            held = sum(
+                store.tiles(name, part.size(sizes), across, tensor.float32) for part in rows
+            )
         else:
-            E, F = width.n_routed_experts[i], width.moe_intermediate_size[i]
-            S = width.moe_shared_expert_intermediate_size[i]
-            total += E * _up_down(matrix, at + "experts.0.", F, D)
-            total += _up_down(matrix, at + "shared_experts.", S, D)
-            total += tile_count(E) * tile_count(D) * TILE * TILE * 4 + 4 * E  # the router
-    return total
+            held = tensor.count(sizes) * (4 if tensor.float32 else size)
+        total += held * (sizes["n_routed_experts"] if tensor.per_expert else 1)
+    return total + config.num_layers * D * size  # the norms of the layers
 
 
-def _up_down(matrix, at: str, inner: int, hidden: int) -> int:
-    return matrix(at + "up_proj.weight", inner, hidden) + matrix(
-        at + "down_proj.weight", hidden, inner
-    )
-
-
-def _mamba_vectors(config: ModelConfig, heads: int) -> int:
-    """Float32 bytes beside the matrices: A_log, D, dt_bias, convolution weights and bias."""
-    return 4 * (3 * heads + config.conv_dim(heads) * (config.conv_kernel + 1))
+def _tensors(
+    config: ModelConfig, width: Width, tracked: Width | None = None
+) -> Iterator[tuple[dict[str, int], str, Tensor]]:
+    """(sizes, name, tensor) of all layers; the first expert stands for every expert."""
+    tensors = {kind: layer_tensors(config, kind) for kind in set(config.layers)}
+    for layer, sizes in enumerate(layer_sizes(width, tracked)):
+        for tensor in tensors[config.layers[layer]]:
+            yield sizes, f"backbone.layers.{layer}.mixer.{tensor.name.format(0)}", tensor
 
 
 def bytes_per_token(
@@ -105,36 +93,15 @@ def bytes_per_token(
             updated too.
         formats: {checkpoint name: "nvfp4" or "fp8"} of quantised matrices.
     """
-    size, D, read = item_size(dtype), width.hidden_size, _Store(dtype, formats).weights
-    total = D * size * 2 + read(head_name(config), config.vocab_size * D)  # norm, a row, the head
-    for i, kind in enumerate(config.layers):
-        at = f"backbone.layers.{i}.mixer."
-        total += D * size
-        if kind == MAMBA:
-            heads = width.mamba_num_heads[i]
-            state = heads if tracked is None else tracked.mamba_num_heads[i]
-            inner, bc = heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
-            rows = inner + state * config.mamba_head_dim + 2 * bc + state  # z | x | B | C | dt
-            total += read(at + "in_proj.weight", rows * D) + inner * size
-            total += read(at + "out_proj.weight", inner * D) + _mamba_vectors(config, state)
-        elif kind == ATTENTION:
-            q = width.num_attention_heads[i] * config.head_dim
-            kv = config.num_key_value_heads * config.head_dim
-            for name, rows in (("q", q), ("k", kv), ("v", kv), ("o", q)):
-                total += read(f"{at}{name}_proj.weight", rows * D)
-        elif kind == MLP:
-            total += sum(
-                read(f"{at}{name}_proj.weight", width.intermediate_size[i] * D)
-                for name in ("up", "down")
-            )
+    size, D, store = item_size(dtype), width.hidden_size, _Store(dtype, formats)
+    total = D * size * 2 + store.weights(head_name(config), config.vocab_size * D)  # norm, a row
+    for sizes, name, tensor in _tensors(config, width, tracked):
+        count = tensor.count(sizes) * (config.num_experts_per_tok if tensor.per_expert else 1)
+        if tensor.is_matrix:
+            total += store.weights(name, count, tensor.float32)
         else:
-            inner = config.num_experts_per_tok * width.moe_intermediate_size[i]
-            shared = width.moe_shared_expert_intermediate_size[i]
-            for name in ("up", "down"):
-                total += read(f"{at}experts.0.{name}_proj.weight", inner * D)
-                total += read(f"{at}shared_experts.{name}_proj.weight", shared * D)
-            total += 4 * width.n_routed_experts[i] * (D + 1)
-    return total
+            total += count * (4 if tensor.float32 else size)
+    return total + config.num_layers * D * size  # the norms of the layers
 
 
 def mean_bits(
