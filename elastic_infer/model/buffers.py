@@ -6,6 +6,7 @@ import torch
 
 from ..cache.pages import PAGE
 from ..checkpoint.config import ModelConfig
+from ..checkpoint.geometry import layer_sizes, projection, size_of
 from ..checkpoint.widths import Width
 from ..device.device import CPU, Device
 from ..device.shared import Shared, Sizes
@@ -38,10 +39,10 @@ class Buffers:
     ):
         D, zeros = served.hidden_size, device.zeros
         widest = activation_columns(config, served)
-        inner = config.mamba_head_dim * max(served.mamba_num_heads, default=0)
+        inner = config.mamba_head_dim * max(served.mamba_num_heads)
         # Sizes of a kind of layer that the model lacks count as absent.
         has = {kind: kind in config.layers for kind in "ME"}
-        conv = inner + 2 * config.n_groups * config.ssm_state_size * has["M"]
+        conv = config.conv_dim(max(served.mamba_num_heads)) * has["M"]
         heads = config.head_dim * max(served.num_attention_heads, default=0)
         J = config.num_experts_per_tok * has["E"]
 
@@ -104,17 +105,7 @@ def _workspace(config: ModelConfig, served: Width, rows: int, dtype: torch.dtype
 
 def activation_columns(config: ModelConfig, served: Width) -> int:
     """Widest projection output that a pass needs room for, in elements per row."""
-    widest = 0
-    for layer, kind in enumerate(config.layers):
-        if kind == "M":
-            heads = served.mamba_num_heads[layer]
-            bc = config.n_groups * config.ssm_state_size
-            widest = max(widest, 2 * heads * config.mamba_head_dim + 2 * bc + heads)
-        elif kind == "*":
-            heads = served.num_attention_heads[layer] + 2 * config.num_key_value_heads
-            widest = max(widest, heads * config.head_dim)
-        elif kind == "-":
-            widest = max(widest, served.intermediate_size[layer])
-        else:
-            widest = max(widest, served.moe_shared_expert_intermediate_size[layer])
-    return widest
+    segments = {kind: projection(config, kind)[0] for kind in set(config.layers)}
+    return max(
+        size_of(segments[kind], sizes) for kind, sizes in zip(config.layers, layer_sizes(served))
+    )

@@ -11,18 +11,14 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..checkpoint.config import ModelConfig
+from ..checkpoint.config import ATTENTION, MAMBA, MOE, ModelConfig
+from ..checkpoint.geometry import STATE_HEADS, Axis, Sizes, layer_sizes, projection, size_of
 from ..checkpoint.widths import Width
 
 
 def _column(values: list[int]) -> torch.Tensor:
     """One size per width, repeated for its two modes: [modes] int32."""
     return torch.tensor([v for v in values for _ in range(2)], dtype=torch.int32)
-
-
-def _stack(*columns: torch.Tensor) -> torch.Tensor:
-    """[modes, segments] int32."""
-    return torch.stack(columns, 1).contiguous()
 
 
 @dataclass
@@ -69,46 +65,34 @@ class WidthTables:
         self.hidden = _column([w.hidden_size for w in widths]).to(place)
         self.hidden_rows = self.hidden[:, None].contiguous()
         self.vocabulary = torch.full_like(self.hidden_rows, config.vocab_size)
-        make = {"M": self._mamba, "*": self._attention, "-": self._mlp, "E": self._moe}
+        modes = [layer_sizes(w, tracked) for w in widths for tracked in (None, served)]
+        axes = {kind: projection(config, kind) for kind in set(config.layers)}
         self.layers = [
-            make[kind](config, widths, served, layer).to(place)
-            for layer, kind in enumerate(config.layers)
+            _layer(kind, *axes[kind], sizes, config.mamba_head_dim).to(place)
+            for kind, *sizes in zip(config.layers, *modes)
         ]
 
     def mode(self, width: str, track: bool) -> int:
         """The number a row of this width carries."""
         return 2 * self.index[width] + bool(track)
 
-    @staticmethod
-    def _mamba(config: ModelConfig, widths: Seq[Width], served: Width, layer: int) -> LayerSizes:
-        P, bc = config.mamba_head_dim, config.n_groups * config.ssm_state_size
-        heads = _column([w.mamba_num_heads[layer] for w in widths])
-        state = heads.clone()
-        state[1::2] = served.mamba_num_heads[layer]
-        whole = torch.full_like(heads, bc)
-        rows = _stack(heads * P, state * P, whole, whole, state)
-        return LayerSizes(
-            rows=rows, inner=heads * P, heads=heads, state_heads=state, conv=state * P
-        )
 
-    @staticmethod
-    def _attention(config: ModelConfig, widths: Seq[Width], served: Width, layer: int):
-        q = _column([w.num_attention_heads[layer] for w in widths])
-        kv = torch.full_like(q, config.num_key_value_heads * config.head_dim)
-        inner = q * config.head_dim
-        return LayerSizes(rows=_stack(inner, kv, kv), inner=inner, q_heads=q)
+def _layer(kind: str, segments: Axis, inner: Axis, modes: Seq[Sizes], head_dim: int) -> LayerSizes:
+    """The table of one layer from its sizes in every mode."""
 
-    @staticmethod
-    def _mlp(config: ModelConfig, widths: Seq[Width], served: Width, layer: int) -> LayerSizes:
-        inner = _column([w.intermediate_size[layer] for w in widths])
-        return LayerSizes(rows=inner[:, None].contiguous(), inner=inner)
+    def column(axis: Axis) -> torch.Tensor:
+        return torch.tensor([size_of(axis, sizes) for sizes in modes], dtype=torch.int32)
 
-    @staticmethod
-    def _moe(config: ModelConfig, widths: Seq[Width], served: Width, layer: int) -> LayerSizes:
-        shared = _column([w.moe_shared_expert_intermediate_size[layer] for w in widths])
-        return LayerSizes(
-            rows=shared[:, None].contiguous(),
-            inner=shared,
-            experts=_column([w.n_routed_experts[layer] for w in widths]),
-            expert=_column([w.moe_intermediate_size[layer] for w in widths]),
-        )
+    def units(key: str) -> torch.Tensor:
+        return torch.tensor([sizes[key] for sizes in modes], dtype=torch.int32)
+
+    rows = torch.stack([column((part,)) for part in segments], 1).contiguous()
+    out = LayerSizes(rows=rows, inner=column(inner))
+    if kind == MAMBA:
+        out.heads, out.state_heads = units("mamba_num_heads"), units(STATE_HEADS)
+        out.conv = out.state_heads * head_dim
+    elif kind == ATTENTION:
+        out.q_heads = units("num_attention_heads")
+    elif kind == MOE:
+        out.experts, out.expert = units("n_routed_experts"), units("moe_intermediate_size")
+    return out
