@@ -86,10 +86,11 @@ def unpack_e2m1(codes: Tensor) -> Tensor:
 class Packed(NamedTuple):
     """A quantised matrix [N, K].
 
-    codes: uint8 [N, K/2], two E2M1 codes a byte, low nibble = even k (NVFP4); or [N, K], E4M3 bits
-        (FP8).
-    block_scales: uint8 [N, K/16], E4M3 bits; None for FP8.
-    scale: of the whole matrix.
+    Attributes:
+        codes: uint8 [N, K/2], two E2M1 codes a byte, low nibble = even k (NVFP4); or [N, K], E4M3
+            bits (FP8).
+        block_scales: uint8 [N, K/16], E4M3 bits; None for FP8.
+        scale: of the whole matrix.
     """
 
     codes: Tensor

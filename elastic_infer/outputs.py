@@ -26,17 +26,19 @@ def _short(text: str | None, limit: int = 60) -> str:
 class Token:
     """One token of a stream.
 
-    id: the token.
-    text: the text that became final with it ("" while held back, as half a character is, or what
-        may begin a stop string; that comes with a later token), None without a tokenizer.
-    width: the width whose logits it was sampled from; for a forced token, the width that reads it.
-    phase: what it is part of: "thinking" (with the end tag of the block) or "answer"; None for
-        the start tag, white space before that is decided, think tags in the answer, and
-        everything where the vocabulary has no tokens for the tags.
-    forced: whether the plan put it there instead of sampling it.
-    logprob: its log-probability before any processing, None unless asked for; None for a forced
-        token, which was drawn from no distribution.
-    top_logprobs: {token id: (log-probability, rank)}, None where logprob is.
+    Attributes:
+        id: the token.
+        text: the text that became final with it, None without a tokenizer. It is "" while text is
+            held back: half a character, or the beginning of a stop string, comes later.
+        width: the width whose logits it was sampled from; for a forced token, the width that reads
+            it.
+        phase: what it is part of: "thinking" (with the end tag of the block) or "answer"; None for
+            the start tag, white space before that is decided, think tags in the answer, and
+            everything where the vocabulary has no tokens for the tags.
+        forced: True if the plan put it there instead of sampling it.
+        logprob: its log-probability before any processing, None unless asked for; None for a forced
+            token, which was drawn from no distribution.
+        top_logprobs: {token id: (log-probability, rank)}, None where logprob is.
     """
 
     id: int
@@ -57,11 +59,12 @@ class Token:
 class Usage:
     """Token counts of one request, over all its choices.
 
-    prompt_tokens: tokens of the prompt.
-    completion_tokens: generated tokens, forced ones included.
-    cached_tokens: prompt tokens that were not computed again because a prefix was reused.
-    reasoning_tokens: generated tokens whose phase is "thinking".
-    forced_tokens: tokens that a plan put there.
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: generated tokens, forced ones included.
+        cached_tokens: prompt tokens that were not computed again because a prefix was reused.
+        reasoning_tokens: generated tokens whose phase is "thinking".
+        forced_tokens: tokens that a plan put there.
     """
 
     prompt_tokens: int
@@ -80,11 +83,12 @@ class Usage:
 class Times:
     """Where the time of a request went, in seconds.
 
-    queued_s: from submission to the first pass.
-    prefill_s: from the first pass to the first token.
-    decode_s: from the first token to the last.
-    first_token_s: from submission to the first token.
-    total_s: from submission to the end.
+    Attributes:
+        queued_s: from submission to the first pass.
+        prefill_s: from the first pass to the first token.
+        decode_s: from the first token to the last.
+        first_token_s: from submission to the first token.
+        total_s: from submission to the end.
     """
 
     queued_s: float = 0.0
@@ -99,18 +103,19 @@ class Times:
 class Choice:
     """One generated continuation.
 
-    text: the whole text, think tags included; None without a tokenizer.
-    reasoning: the text of the tokens whose phase is "thinking", without think tags and the white
-        space around it; None where there is no thinking block.
-    answer: the text of the tokens whose phase is "answer", without white space ahead of it after
-        a thinking block; no think tag is ever in it. None without a tokenizer. Where the vocabulary
-        has no tokens for the tags, both are found by the text of the tags.
-    token_ids: the generated tokens, forced ones included.
-    logprobs: {token id: (log-probability, rank)} per token, None for a forced one; None as a
-        whole unless asked for.
-    width_runs: [(width, number of tokens)] in order; the counts add up to the tokens.
-    finish_reason: "stop", "length", "cancelled", "error"; None while it runs.
-    stop_reason: the stop string or token id that ended it, or the error's message.
+    Attributes:
+        text: the whole text, think tags included; None without a tokenizer.
+        reasoning: the text of the tokens whose phase is "thinking", without think tags and the
+            white space around it; None where there is no thinking block.
+        answer: the text of the tokens whose phase is "answer", without white space ahead of it
+            after a thinking block; no think tag is ever in it. None without a tokenizer. Where the
+            vocabulary has no tokens for the tags, both are found by the text of the tags.
+        token_ids: the generated tokens, forced ones included.
+        logprobs: {token id: (log-probability, rank)} per token, None for a forced one; None as a
+            whole unless asked for.
+        width_runs: [(width, number of tokens)] in order; the counts add up to the tokens.
+        finish_reason: "stop", "length", "cancelled", "error"; None while it runs.
+        stop_reason: the stop string or token id that ended it, or the error's message.
     """
 
     text: str | None
@@ -133,13 +138,15 @@ class Choice:
 class Output:
     """The result of one request. The fields of its first choice can be read on it directly.
 
-    request_id: the request's name.
-    prompt: the prompt's text, None when token ids were given.
-    prompt_token_ids: the prompt as the model saw it.
-    choices: one per `n`.
-    usage, times: counts and seconds.
-    preemptions: how often the request was moved out of the cache to make room.
-    rebuilt_tokens: tokens read again by switches with policy "exact" or "window".
+    Attributes:
+        request_id: the request's name.
+        prompt: the prompt's text, None when token ids were given.
+        prompt_token_ids: the prompt as the model saw it.
+        choices: one per `n`.
+        usage: token counts.
+        times: seconds.
+        preemptions: how often the request was moved out of the cache to make room.
+        rebuilt_tokens: tokens read again by switches with policy "exact" or "window".
     """
 
     request_id: str

@@ -32,9 +32,12 @@ def is_one_of(value: Any, words: Collection[str | None]) -> bool:
 def elements(what: str, value: Any, kind: str, most: int = MOST_IDS) -> tuple:
     """The elements of an iterable, of which no more than `most` are made.
 
-    what: begins the message, "<object>: <argument>". kind: of what it must be a list.
+    Args:
+        what: begins the message, "<object>: <argument>".
+        kind: noun for the entries of the list.
 
-    Raises: InvalidRequest for a text, for what cannot be iterated over, and for too many.
+    Raises:
+        InvalidRequest: a text, a value that is no iterable, or too many entries.
     """
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise InvalidRequest(f"{what} must be a list of {kind}, got {shown(value)}")
@@ -53,7 +56,8 @@ def elements(what: str, value: Any, kind: str, most: int = MOST_IDS) -> tuple:
 def check_count(what: str, value: Any, least: int = 1, most: int = MOST) -> None:
     """Raises InvalidRequest unless `value` is an int in least..most.
 
-    what: begins the message, "<object>: <argument>".
+    Args:
+        what: begins the message, "<object>: <argument>".
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         kind = "a positive int" if (least, most) == (1, MOST) else f"an int in {least}..{most}"
@@ -65,7 +69,9 @@ def check_real(
 ) -> None:
     """Raises InvalidRequest unless `value` is a finite number in least..most.
 
-    what: begins the message, "<object>: <argument>". open_: whether `least` itself is out.
+    Args:
+        what: begins the message, "<object>: <argument>".
+        open_: True if `least` itself is out.
     """
     if not is_real(value) or not least <= value <= most or (open_ and value == least):
         if most == math.inf:

@@ -23,9 +23,13 @@ from .sequence import Saved, SavedState, Sequence, Snapshot, append_run
 class Cache:
     """The two pools and what is in them.
 
-    config, served: the model and its served width. dtypes: of KV, SSM state and convolution
-    history; a model's dtype stands for its defaults. num_pages, num_slots: sizes of the pools.
-    device: where both are.
+    Args:
+        config: sizes of the checkpoint.
+        served: the served width.
+        dtypes: of KV, SSM state and convolution history; a model's dtype stands for its defaults.
+        num_pages: size of the pool of KV pages.
+        num_slots: size of the pool of state slots.
+        device: place of both pools.
     """
 
     def __init__(
@@ -62,7 +66,8 @@ class Cache:
     def open(self, track: bool = False) -> Sequence:
         """A new, empty sequence with a zeroed slot.
 
-        Raises: OutOfCapacity when no slot is free.
+        Raises:
+            OutOfCapacity: when no slot is free.
         """
         sequence = Sequence(slot=self.slots.take()[0], track=track)
         self._zero(sequence.slot)
@@ -108,7 +113,8 @@ class Cache:
     def reserve(self, sequence: Sequence, count: int) -> None:
         """Makes room for `count` more tokens, copying a shared last page before it is written.
 
-        Raises: OutOfCapacity, with nothing changed.
+        Raises:
+            OutOfCapacity: nothing is changed then.
         """
         fresh = self.pages.take(self.pages_needed(sequence, count)) if self.k else []
         if not self.k:
@@ -132,7 +138,8 @@ class Cache:
     def snapshot(self, sequence: Sequence) -> Snapshot:
         """A copy of the state and shared references to the pages, kept with the sequence.
 
-        Raises: OutOfCapacity when no slot is free.
+        Raises:
+            OutOfCapacity: when no slot is free.
         """
         slot = self.slots.take()[0]
         self._copy_slot(sequence.slot, slot)
@@ -165,7 +172,8 @@ class Cache:
     def fork(self, sequence: Sequence) -> Sequence:
         """A twin that continues on its own: state copied, pages shared until written.
 
-        Raises: OutOfCapacity when no slot is free.
+        Raises:
+            OutOfCapacity: when no slot is free.
         """
         slot = self.slots.take()[0]
         self._copy_slot(sequence.slot, slot)
@@ -214,7 +222,8 @@ class Cache:
     def resume(self, sequence: Sequence) -> None:
         """Brings a preempted sequence back, bit-equal.
 
-        Raises: OutOfCapacity, with nothing changed.
+        Raises:
+            OutOfCapacity: nothing is changed then.
         """
         if sequence.saved is not None:
             self.place(sequence, sequence.saved)
@@ -223,7 +232,8 @@ class Cache:
     def place(self, sequence: Sequence, saved: Saved) -> None:
         """Takes pages and slots for a sequence whose tokens are set, and fills them.
 
-        Raises: OutOfCapacity, with nothing changed.
+        Raises:
+            OutOfCapacity: nothing is changed then.
         """
         if saved.page_count > self.pages.free or saved.slot_count > self.slots.free:
             raise OutOfCapacity(

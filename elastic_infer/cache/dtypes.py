@@ -51,7 +51,8 @@ def cache_dtypes(
         kv_cache_dtype: "auto" (the model's dtype) or "fp8".
         mamba_ssm_cache_dtype: "auto", "float32" or "float16".
 
-    Raises: InvalidRequest for another name.
+    Raises:
+        InvalidRequest: another name.
     """
     if not is_one_of(kv_cache_dtype, ("auto", "fp8")):
         raise InvalidRequest(

@@ -10,7 +10,8 @@ PAGE = 64
 class IdPool:
     """Hands out ids in [0, size), counts references, takes ids back at zero.
 
-    name: what an id is, for errors ("KV page", "state slot").
+    Args:
+        name: noun for an id, in errors ("KV page", "state slot").
     """
 
     def __init__(self, size: int, name: str):
@@ -30,7 +31,8 @@ class IdPool:
     def take(self, count: int = 1) -> list[int]:
         """Takes `count` ids, each with one reference; all or none.
 
-        Raises: OutOfCapacity with needed and free counts.
+        Raises:
+            OutOfCapacity: states needed and free counts.
         """
         if count > len(self._free):
             raise OutOfCapacity(

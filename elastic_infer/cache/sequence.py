@@ -56,8 +56,10 @@ class SavedState:
 class Saved:
     """A sequence's cache content in host memory, for preemption and files.
 
-    kv: per attention layer k, v [pages, Hkv, 64, K], every page once. pages: the sequence's pages
-    as indices into these. snapshots: (snapshot without slot, its state), pages likewise.
+    Attributes:
+        kv: per attention layer k, v [pages, Hkv, 64, K], every page once.
+        pages: the sequence's pages as indices into these.
+        snapshots: (snapshot without slot, its state), pages likewise.
     """
 
     kv: list[tuple[torch.Tensor, torch.Tensor]]
@@ -78,8 +80,11 @@ class Saved:
 class Sequence:
     """One sequence: the tokens that are in the cache, and where.
 
-    track: narrow widths also update the state of heads outside them, so that a later widening by
-    `carry` finds everything. Closed sequences have slot -1.
+    Attributes:
+        track: narrow widths also update the state of heads outside them, so that a later widening
+            by `carry` finds everything.
+
+    Closed sequences have slot -1.
     """
 
     tokens: list[int] = field(default_factory=list)

@@ -180,7 +180,8 @@ class Checkpoint:
         Returns:
             The number; None where the checkpoint has none.
 
-        Raises: CheckpointError for no finite number above 0, or two that differ.
+        Raises:
+            CheckpointError: no finite number above 0, or two that differ.
         """
         values = {name: self.scalar(name) for name in self._kv_factors[layer, kind]}
         if len(set(values.values())) > 1:
@@ -203,7 +204,8 @@ class Checkpoint:
     def require_plain(self, what: str) -> None:
         """Refuses a quantised checkpoint for `what`, naming its first quantised tensor.
 
-        Raises: CheckpointError.
+        Raises:
+            CheckpointError: a quantised checkpoint.
         """
         for name, found in self.formats.items():
             raise CheckpointError(
@@ -230,7 +232,8 @@ class Checkpoint:
     def scalar(self, name: str) -> float | None:
         """The value of a stored tensor of one element; None where there is no such tensor.
 
-        Raises: CheckpointError for one of more elements, or that is no finite number above 0.
+        Raises:
+            CheckpointError: one of more elements, or that is no finite number above 0.
         """
         if name not in self._files:
             return None

@@ -154,8 +154,9 @@ class ModelConfig:
     def from_folder(cls, path: str | Path) -> ModelConfig:
         """Reads `config.json` of a checkpoint folder.
 
-        Raises CheckpointError when it is missing, is not JSON or describes a model that this
-        library does not run.
+        Raises:
+            CheckpointError: when it is missing, is not JSON or describes a model that this library
+                does not run.
         """
         file = Path(path) / "config.json"
         if not os.path.lexists(file):

@@ -43,7 +43,8 @@ def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{checkpoint name: shape} of every tensor a checkpoint of ``config`` must hold, in order.
 
-    Raises: CheckpointError for a config of more tensors than any checkpoint has.
+    Raises:
+        CheckpointError: a config of more tensors than any checkpoint has.
     """
     moe = len(config.layers_of(MOE))
     count = 16 * config.num_layers + 2 * moe * config.n_routed_experts

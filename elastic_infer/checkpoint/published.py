@@ -33,11 +33,14 @@ _MIXED = "MIXED_PRECISION"
 class Published:
     """A checkpoint's own statement about its weights.
 
-    method: "modelopt" or "compressed-tensors". source: file, for messages. default: format of
-    every matrix that nothing else speaks of, None = left as it is. ignored: patterns of modules
-    that are not quantised. named: {module, or a module above it: format or None}. targets:
-    (pattern, format) pairs. kv_cache: what keys and values are said to be kept in ("FP8"), None:
-    nothing is said.
+    Attributes:
+        method: "modelopt" or "compressed-tensors".
+        source: file, for messages.
+        default: format of every matrix that nothing else speaks of, None = left as it is.
+        ignored: patterns of modules that are not quantised.
+        named: {module, or a module above it: format or None}.
+        targets: (pattern, format) pairs.
+        kv_cache: what keys and values are said to be kept in ("FP8"), None: nothing is said.
     """
 
     method: str
@@ -80,7 +83,8 @@ def read_published(raw: Mapping[str, Any], folder: Path) -> Published | None:
     """The quantisation that a checkpoint states, None for one that states none.
 
     Args:
-        raw: its config.json. folder: where hf_quant_config.json may lie.
+        raw: its config.json.
+        folder: where hf_quant_config.json may lie.
 
     Raises:
         CheckpointError: a method, algorithm or layout that is not supported; names it and what is.

@@ -44,9 +44,15 @@ _TEXT = {torch.uint8: "uint8", torch.float8_e4m3fn: "float8_e4m3fn"}
 class StoredWeight:
     """Where the parts of one quantised matrix lie.
 
-    name: the plain checkpoint name, X.weight. format: "nvfp4" or "fp8". shape: (N, K). codes,
-    block_scales, scale: tensor names. divides: the scale divides instead of multiplying. extras:
-    scalars beside them that are no part of the weight.
+    Attributes:
+        name: the plain checkpoint name, X.weight.
+        format: "nvfp4" or "fp8".
+        shape: (N, K).
+        codes: tensor of the codes, by name.
+        block_scales: tensor of the block scales, by name.
+        scale: tensor of the whole matrix's scale, by name.
+        divides: the scale divides instead of multiplying.
+        extras: scalars beside them that are no part of the weight.
     """
 
     name: str
@@ -73,8 +79,10 @@ def find_stored(
     The tensors decide what it is; the checkpoint's config must not contradict them.
 
     Args:
-        files: the checkpoint's. name: X.weight. shape: (N, K) by config.json. published: its own
-            statement.
+        files: the checkpoint's.
+        name: X.weight.
+        shape: (N, K) by config.json.
+        published: its own statement.
 
     Raises:
         CheckpointError: quantised in a way that is not supported, or a part that is missing, of
@@ -193,7 +201,8 @@ def _nvfp4(
 def _columns(axis: Axis, size: int, name: str, per: int) -> Axis:
     """A selection of K in units of `per` weights.
 
-    Raises: ValueError for one that cuts a block of 16.
+    Raises:
+        ValueError: one that cuts a block of 16.
     """
     if axis is None:
         return None
@@ -213,9 +222,11 @@ def stored_selections(stored: StoredWeight, kept: Selection) -> dict[str, Select
     """Parts of a quantised matrix's tensors that a selection keeps; scalars are whole.
 
     Args:
-        stored: the matrix. kept: rows and columns of its values.
+        stored: the matrix.
+        kept: rows and columns of its values.
 
-    Raises: ValueError for columns that cut a block of 16.
+    Raises:
+        ValueError: columns that cut a block of 16.
     """
     whole = Selection(None, None)
     if stored.block_scales is None:
@@ -236,7 +247,8 @@ def kv_factors(files: TensorFiles, config: ModelConfig) -> dict[tuple[int, str],
     by} of all attention layers: ModelOpt's mixer.k_proj.k_scale, compressed-tensors'
     mixer.k_scale; none where a checkpoint has no factor.
 
-    Raises: CheckpointError for one that is not one float.
+    Raises:
+        CheckpointError: one that is not one float.
     """
     out = {}
     for layer in config.layers_of(ATTENTION):
@@ -250,7 +262,8 @@ def kv_factors(files: TensorFiles, config: ModelConfig) -> dict[tuple[int, str],
 def read_scale(files: TensorFiles, stored: StoredWeight) -> float:
     """The factor of the whole matrix.
 
-    Raises: CheckpointError for one that is not finite, negative, or zero where it divides.
+    Raises:
+        CheckpointError: one that is not finite, negative, or zero where it divides.
     """
     value = float(files.tensor(stored.scale).float().reshape(()))
     if not math.isfinite(value) or value < 0 or (stored.divides and value == 0):
@@ -271,7 +284,10 @@ def read_packed(
     """Rows and columns of a quantised matrix as they are stored, checked.
 
     Args:
-        files, stored: the matrix. rows, cols: as of `TensorFiles.tensor`, of the values.
+        files: hold the matrix.
+        stored: its parts.
+        rows: selection of the values' rows, as of `TensorFiles.tensor`.
+        cols: selection of their columns.
 
     Raises:
         CheckpointError: a scale that is negative or no number, or a code that is no number.
@@ -304,7 +320,8 @@ def stored_weights(
 ) -> dict[str, StoredWeight]:
     """{name: parts} of all quantised weights among `expected` {name: shape}.
 
-    Raises: CheckpointError, see `find_stored`.
+    Raises:
+        CheckpointError: see `find_stored`.
     """
     out = {}
     for name, shape in expected.items():
@@ -336,9 +353,11 @@ def check_fused(config: ModelConfig, formats: Mapping[str, str]) -> None:
     and all experts of a layer, up and down.
 
     Args:
-        config: of the checkpoint. formats: {name: "nvfp4" or "fp8"} of the quantised matrices.
+        config: of the checkpoint.
+        formats: {name: "nvfp4" or "fp8"} of the quantised matrices.
 
-    Raises: CheckpointError naming two that differ.
+    Raises:
+        CheckpointError: names two that differ.
     """
     for layer, kind in enumerate(config.layers):
         at = f"backbone.layers.{layer}.mixer."

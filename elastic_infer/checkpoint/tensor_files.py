@@ -281,7 +281,8 @@ def open_safetensors(path: str | Path, what: str = "checkpoint") -> Any:
         path: the file.
         what: begins the message.
 
-    Raises: CheckpointError for a file that is no regular one, is not whole, or cannot be mapped.
+    Raises:
+        CheckpointError: a file that is no regular one, is not whole, or cannot be mapped.
     """
     if not is_file(path):
         raise CheckpointError(f"{what}: {path} must be readable, got no regular file")
@@ -293,7 +294,8 @@ def open_safetensors(path: str | Path, what: str = "checkpoint") -> Any:
 def read_weight_map(index: Path) -> dict[str, str]:
     """{tensor: file name} of an index; the files lie in its own folder.
 
-    Raises: CheckpointError.
+    Raises:
+        CheckpointError: an index that cannot be used.
     """
     found = read_json(index)
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
@@ -435,7 +437,9 @@ def save_tensors(
     """Writes one safetensors file, whole (`writing.write_whole`).
 
     Args:
-        path: the file. tensors: by name. metadata: text by key.
+        path: the file.
+        tensors: by name.
+        metadata: text by key.
         what: begins the message of an error.
 
     Raises:

@@ -184,7 +184,8 @@ def reply(talk: Conversation, line: str, screen: Any) -> None:
 def command(talk: Conversation, line: str, screen: Any) -> None:
     """Carries out one /command.
 
-    Raises: InvalidRequest for an unknown one, or whatever the new setting is refused with.
+    Raises:
+        InvalidRequest: an unknown one, or whatever the new setting is refused with.
     """
     name, _, rest = line.partition(" ")
     rest = rest.strip()

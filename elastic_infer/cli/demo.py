@@ -79,7 +79,8 @@ def demo(
 def read_question(text: str) -> str:
     """A chain of arithmetic as the model was taught it: no blanks, "=" at the end.
 
-    Raises: InvalidRequest for anything that is no such chain.
+    Raises:
+        InvalidRequest: anything that is no such chain.
     """
     expression = re.sub(r"\s", "", text).removesuffix("=")
     try:
@@ -94,7 +95,10 @@ def read_question(text: str) -> str:
 def solve(expression: str) -> int:
     """The value of a chain of +, - and * over whole numbers.
 
-    Raises: SyntaxError, ValueError or KeyError for anything else.
+    Raises:
+        SyntaxError: anything else.
+        ValueError: anything else.
+        KeyError: anything else.
     """
     if not re.fullmatch(r"[0-9+*()-]+", expression) or "**" in expression:
         raise ValueError(expression)

@@ -58,7 +58,8 @@ def add_to(app: typer.Typer) -> None:
 def numbers(option: str, text: str, kind: Callable[[str], Any] = float) -> tuple[Any, ...]:
     """Numbers with commas between them.
 
-    Raises: InvalidRequest for anything else.
+    Raises:
+        InvalidRequest: anything else.
     """
     try:
         return tuple(kind(part) for part in text.split(","))
@@ -252,10 +253,18 @@ def answer_budget(
 ) -> None:
     """Prints the width that a budget gets and adds it to the checkpoint's table.
 
-    model: elastic checkpoint with a router. budget, memory: exactly one, as text. active: budget
-    counts the parameters of one token. bits, context: of the memory; None: the mean bits of a
-    quantised checkpoint's weights, else 16. name: of the new width.
-    write: add it to the table. revision, widths: as of `Checkpoint.open`.
+    Args:
+        model: elastic checkpoint with a router.
+        budget: parameters, as text; not together with `memory`.
+        memory: bytes, as text; not together with `budget`.
+        active: the budget counts the parameters of one token.
+        bits: bits per weight in the memory; None: the mean bits of a quantised checkpoint's
+            weights, else 16.
+        context: tokens of KV cache in the memory.
+        name: of the new width.
+        write: add the width to the table.
+        revision: as of `Checkpoint.open`.
+        widths: as of `Checkpoint.open`.
     """
     from ..checkpoint.width_table import width_to_dict
     from ..elastify.budget import add_width, width_for_text

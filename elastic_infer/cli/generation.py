@@ -82,7 +82,8 @@ def generate(
 def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
     """The prompt of the command line: text, text from standard input, or token ids.
 
-    Raises: InvalidRequest for both, neither, or ids that are none.
+    Raises:
+        InvalidRequest: both, neither, or ids that are none.
     """
     if (prompt is None) == (prompt_ids is None):
         got = "neither" if prompt is None else "both"

@@ -103,7 +103,8 @@ def info(
 def parse_memory(text: str) -> int:
     """Bytes of "16GB", "24 GiB", "512M" or a plain number.
 
-    Raises: InvalidRequest for anything else.
+    Raises:
+        InvalidRequest: anything else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if match is None or match.group(2) not in _UNITS:
@@ -118,7 +119,9 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
     """Config and widths of a folder, whose tensors are checked where it has any, or of a Hub id,
     of which only the small files are fetched.
 
-    Raises: CheckpointError, WidthError.
+    Raises:
+        CheckpointError: a folder that cannot be used.
+        WidthError: a width table that cannot be used.
     """
     from ..checkpoint.config import ModelConfig
     from ..checkpoint.hub import WIDTHS_NAME, resolve_folder
@@ -153,7 +156,8 @@ def describe(
 ) -> dict[str, Any]:
     """Everything that `info` tells, as plain values.
 
-    Raises: InvalidRequest for dtypes of the cache that there are none of.
+    Raises:
+        InvalidRequest: dtypes of the cache that there are none of.
     """
     import torch
 

@@ -100,7 +100,8 @@ def parts(text: str) -> list[str]:
 def weights_of(text: str | None) -> dict[str, float] | None:
     """{width: weight} of "S=1,L=2".
 
-    Raises: InvalidRequest for anything else.
+    Raises:
+        InvalidRequest: anything else.
     """
     if text is None:
         return None

@@ -111,7 +111,8 @@ def derive(
 def named(option: str, values: list[str] | None) -> dict[str, str]:
     """NAME=PATH arguments as a dict.
 
-    Raises: InvalidRequest for one without a name or path, or a name that occurs twice.
+    Raises:
+        InvalidRequest: one without a name or path, or a name that occurs twice.
     """
     found: dict[str, str] = {}
     for value in values or []:

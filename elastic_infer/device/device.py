@@ -15,7 +15,8 @@ from .memory import lazy_zeros
 class Device:
     """Where the tensors of a model are, and in which order work on them happens.
 
-    name: "cpu", "cuda:N", or "emulated" (tests: the CPU's memory stands for a device's).
+    Args:
+        name: "cpu", "cuda:N", or "emulated" (tests: the CPU's memory stands for a device's).
     """
 
     def __init__(self, name: str):
@@ -95,9 +96,11 @@ def why_not_cuda(index: int = 0) -> str:
 def choose_device(name: object) -> Device:
     """The device of an engine.
 
-    name: "cpu"; "cuda" or "cuda:N"; "auto" takes the first GPU if it can be used, else the CPU.
+    Args:
+        name: "cpu"; "cuda" or "cuda:N"; "auto" takes the first GPU if it can be used, else the CPU.
 
-    Raises: InvalidRequest for another name, or a device that cannot be used, with the remedy.
+    Raises:
+        InvalidRequest: another name, or a device that cannot be used, with the remedy.
     """
     if not isinstance(name, str):
         raise InvalidRequest(f"engine: device must be auto, cpu, cuda or cuda:N, got {shown(name)}")

@@ -21,7 +21,8 @@ class WeightMemory:
     takes a fifth of that time. Blocks start at a large page's address, and tensors lie side by side
     in them, so nothing is lost between tensors. A block lives as long as any tensor in it.
 
-    place: the torch device of the memory.
+    Args:
+        place: the torch device of the memory.
     """
 
     def __init__(self, place: torch.device | None = None) -> None:

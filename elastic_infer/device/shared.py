@@ -26,10 +26,12 @@ class Shared:
     """Small tables that the host fills and the device reads, in one block: one copy brings all of
     them over. On a CPU both sides are the same memory.
 
-    sizes: {name: shape} of int32 tables, or {name: (shape, dtype)}. Each is an attribute: the
-    device's tensor; `host[name]` is the host's side as a numpy array, which takes small values ten
-    times faster than a tensor. sides: how many of these there are, so that one can be filled while
-    another may still be copied; `side` is the number of the one that `host` shows.
+    Args:
+        sizes: {name: shape} of int32 tables, or {name: (shape, dtype)}. Each is an attribute: the
+            device's tensor; `host[name]` is the host's side as a numpy array, which takes small
+            values ten times faster than a tensor.
+        sides: how many of these there are, so that one can be filled while another may still be
+            copied; `side` is the number of the one that `host` shows.
     """
 
     def __init__(self, device: Device, sizes: Sizes, sides: int = 1):
@@ -86,7 +88,8 @@ class Shared:
 class ReadBack:
     """int32 values on their way from the device to the host. Two may be on their way at once.
 
-    count: the most values.
+    Args:
+        count: the most values.
     """
 
     def __init__(self, device: Device, count: int):

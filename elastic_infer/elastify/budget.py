@@ -39,9 +39,13 @@ PATH_POINTS = 400  # router inputs tried between two trained budgets
 class Answer:
     """The width that a budget gets.
 
-    width: its sizes. counts: parameters. cost: what was limited. value: its cost, at most
-    `limit`. predicted_loss: KL(parent | width) per token, interpolated linearly in the trained
-    cost between the trained widths' losses.
+    Attributes:
+        width: its sizes.
+        counts: parameters.
+        cost: what was limited.
+        value: its cost, at most `limit`.
+        predicted_loss: KL(parent | width) per token, interpolated linearly in the trained cost
+            between the trained widths' losses.
     """
 
     width: Width
@@ -56,8 +60,12 @@ class Answer:
 class LearnedSizes:
     """The router of an elastic checkpoint and what was measured with it.
 
-    router: learnt. cost: what its budgets limit. widths: {name: Width} of the trained budgets.
-    losses: {name: KL(parent | width) per token}. held_out: whether they are of held-out data.
+    Attributes:
+        router: learnt.
+        cost: what its budgets limit.
+        widths: {name: Width} of the trained budgets.
+        losses: {name: KL(parent | width) per token}.
+        held_out: True if they are of held-out data.
     """
 
     router: Router
@@ -204,7 +212,9 @@ def width_for_text(
         budget: parameters: "18B", or a share of the full model, "0.6" or "60%".
         memory: bytes, "16GB" or "16GiB", of weights, KV cache and Mamba state.
         active: count the parameters that one token uses.
-        bits_per_weight, context, sequences: of the memory.
+        bits_per_weight: of the memory.
+        context: of the memory.
+        sequences: of the memory.
         name: of the width.
 
     Raises:

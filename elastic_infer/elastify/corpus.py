@@ -194,9 +194,11 @@ class Corpus:
         """Endless batches [batch_size, length]; `skip` of this stage were used already.
 
         Args:
-            batch_size, length: of the stage.
+            batch_size: of the stage.
+            length: of the stage.
             seed: of the order of the sequences.
-            skip: batches to leave out. before: batches of earlier stages (no part in the order).
+            skip: batches to leave out.
+            before: batches of earlier stages (no part in the order).
         """
         count = len(self.train) // length
         place, epoch, order = skip * batch_size, -1, None

@@ -73,12 +73,13 @@ def parameters(config: ModelConfig, hidden: Any, sizes: Sizes) -> tuple[Any, Any
 class Cost:
     """The quantity that a budget limits.
 
-    kind: "total" or "active" parameters, or "memory" in bytes of a submodel that is loaded alone:
-        weights, KV cache and Mamba state of its own heads.
-    bits_per_weight: 16 for bfloat16, 4.5 for NVFP4 (memory only).
-    context: tokens of KV cache per sequence (memory only).
-    sequences: how many sequences at once (memory only).
-    kv_itemsize: bytes of one cached K or V value (memory only).
+    Attributes:
+        kind: "total" or "active" parameters, or "memory" in bytes of a submodel that is loaded
+            alone: weights, KV cache and Mamba state of its own heads.
+        bits_per_weight: 16 for bfloat16, 4.5 for NVFP4 (memory only).
+        context: tokens of KV cache per sequence (memory only).
+        sequences: how many sequences at once (memory only).
+        kv_itemsize: bytes of one cached K or V value (memory only).
     """
 
     kind: str = "total"
@@ -151,7 +152,8 @@ def parse_parameters(text: str, full: float) -> float:
     """A number of parameters: "18B", "600M", or a share of the full model, "0.6" or "60%".
 
     Args:
-        text: what was asked for; full: parameters of the full model.
+        text: what was asked for
+        full: parameters of the full model.
 
     Raises:
         InvalidRequest: no such number, not positive, or a share above 1.

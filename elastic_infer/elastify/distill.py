@@ -60,10 +60,12 @@ def evaluate(
     """Mean KL(teacher | student) per position of every width over some batches.
 
     Args:
-        model: the student; teacher: the parent.
+        model: the student
+        teacher: the parent.
         widths: {name: width}, run as prefixes, as they are exported.
         batches: the same on every process, which split each of them where its rows allow it.
-        group: the processes. dtype: of autocast.
+        group: the processes.
+        dtype: of autocast.
     """
     group = group or Group()
     sums, count = dict.fromkeys(widths, 0.0), 0.0
@@ -84,9 +86,12 @@ def evaluate(
 class Result:
     """Results of a run.
 
-    widths: {name: Width}, by active parameters. budgets: {name: share}. losses: {name: mean KL
-    per position}, on held-out data, or the mean of the last training steps where there is none
-    (`held_out` says which). weights: state_dict of the student on the CPU (empty beyond rank 0).
+    Attributes:
+        widths: {name: Width}, by active parameters.
+        budgets: {name: share}.
+        losses: {name: mean KL per position}, on held-out data, or the mean of the last training
+            steps where there is none (`held_out` says which).
+        weights: state_dict of the student on the CPU (empty beyond rank 0).
     """
 
     widths: dict[str, Width]
@@ -99,7 +104,8 @@ class Result:
 def is_finished(out: Path, settings: Settings, choices: Mapping[str, Any] | None) -> bool:
     """True if the folder holds a run of these settings, with a router of these choices, at its end.
 
-    Raises: CheckpointError for a state.pt that is damaged.
+    Raises:
+        CheckpointError: a state.pt that is damaged.
     """
     if not (out / STATE).is_file():
         return False

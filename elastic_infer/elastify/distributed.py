@@ -23,7 +23,10 @@ __all__ = ["Group"]
 class Group:
     """The processes that train together; `Group()` is one process alone.
 
-    rank: of this process in 0..size-1. size: number of processes. device: of this process.
+    Attributes:
+        rank: of this process in 0..size-1.
+        size: number of processes.
+        device: of this process.
     """
 
     rank: int = 0
@@ -106,9 +109,10 @@ class Group:
         """Shards parameters over the processes (FSDP2): every mixer by itself, then the rest.
 
         Args:
-            model: in place. stay_whole: every process keeps the gathered weights from their first
-                use until `scatter`: after `switched`, gradients reach a mixer's weights through
-                the cache, past the outputs at which FSDP would gather them again.
+            model: in place.
+            stay_whole: every process keeps the gathered weights from their first use until
+                `scatter`: after `switched`, gradients reach a mixer's weights through the cache,
+                past the outputs at which FSDP would gather them again.
         """
         if self.size == 1:
             return

@@ -55,11 +55,13 @@ def score_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class Importance:
     """Scores of all components; larger is more important.
 
-    scores: {"hidden_size": [D], "<width key>.<layer>": one score per unit, float64 on the CPU}.
-        Expert neurons are [E, F], every expert's own; "mamba_head_dim.<layer>" [P] scores the
-        channels of a Mamba head, which no width removes.
-    layer_errors: [layers] float64, normalised logit error without each layer; None if not measured.
-    tokens: how many tokens were seen.
+    Attributes:
+        scores: {"hidden_size": [D], "<width key>.<layer>": one score per unit, float64 on the CPU}.
+            Expert neurons are [E, F], every expert's own; "mamba_head_dim.<layer>" [P] scores the
+            channels of a Mamba head, which no width removes.
+        layer_errors: [layers] float64, normalised logit error without each layer; None if not
+            measured.
+        tokens: how many tokens were seen.
     """
 
     scores: dict[str, Tensor]

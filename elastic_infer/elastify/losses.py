@@ -16,7 +16,8 @@ def divergence(teacher: Tensor, student: Tensor, weights: Tensor | None = None) 
     """sum over positions of sum_v p_v (log p_v - log q_v): KL(teacher | student).
 
     Args:
-        teacher, student: logits [B, T, V].
+        teacher: logits [B, T, V].
+        student: logits [B, T, V].
         weights: [B, T]; positions of weight 0 do not count, None: all do.
 
     Returns:

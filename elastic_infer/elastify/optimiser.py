@@ -32,8 +32,10 @@ class MuonAdam(torch.optim.Optimizer):
 
     Args:
         model: whose parameters are trained; matrices of equal shape are stepped together.
-        muon_lr, adam_lr: learning rates; both are scaled by `set_scale`.
-        momentum: of Muon (Nesterov). decay: decoupled weight decay of the matrices.
+        muon_lr: learning rates; both are scaled by `set_scale`.
+        adam_lr: learning rates; both are scaled by `set_scale`.
+        momentum: of Muon (Nesterov).
+        decay: decoupled weight decay of the matrices.
     """
 
     def __init__(

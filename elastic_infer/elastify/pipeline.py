@@ -46,8 +46,10 @@ def open_data(data: Any, checkpoint: Checkpoint, longest: int, run: Path, group:
 
     Args:
         data: batches, a Corpus, or the path of a folder or file of text or JSON lines.
-        checkpoint: the parent. longest: longest sequence of any stage.
-        run: folder that keeps the tokens. group: the processes; the first one writes.
+        checkpoint: the parent.
+        longest: longest sequence of any stage.
+        run: folder that keeps the tokens.
+        group: the processes; the first one writes.
     """
     if not isinstance(data, (str, Path)):
         return as_data(data)
@@ -111,8 +113,9 @@ def export_elastic(
     config.json is removed first and comes last, so an interrupted export does not open.
 
     Args:
-        checkpoint: the parent. result: of the distillation. out: existing folder; files of these
-            names are replaced.
+        checkpoint: the parent.
+        result: of the distillation.
+        out: existing folder; files of these names are replaced.
         shard_bytes: size at which the next safetensors file is begun.
 
     Raises:
@@ -250,7 +253,8 @@ def _is_complete(out: Path, settings: Settings, choices: Mapping[str, Any]) -> b
     """True if the checkpoint of this very run is there already; a run that was killed after its
     last file must not fail when it is called again.
 
-    Raises: CheckpointError for a folder with other things in it.
+    Raises:
+        CheckpointError: a folder with other things in it.
     """
     if out.is_dir() and RUN in os.listdir(out):
         if not (out / "config.json").is_file():

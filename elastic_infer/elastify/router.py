@@ -248,7 +248,8 @@ class Router(nn.Module):
 
         Args:
             budget: in (0, 1], between the trained ones.
-            temperature, scale: of the schedule.
+            temperature: of the schedule.
+            scale: of the schedule.
             generator: CPU generator of the noise; None: no noise.
             hard: the forward value is one-hot, the gradient that of pi (straight through).
         """
@@ -334,8 +335,10 @@ def budget_loss(
     model stays whole. Source: Megatron-LM, `megatron/elastification`, parameter loss.
 
     Args:
-        router: whose choices pi are; pi: its probabilities for `budget`.
-        budget: share of the full cost; cost: what is limited.
+        router: whose choices pi are
+        pi: its probabilities for `budget`.
+        budget: share of the full cost
+        cost: what is limited.
 
     Returns:
         The loss, and the cost as a share of the full one.

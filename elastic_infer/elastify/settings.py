@@ -20,8 +20,11 @@ __all__ = ["Settings", "Stage"]
 class Stage:
     """Steps with one sequence length.
 
-    steps: updates of the weights. sequence_length: tokens. batch_size: sequences of a micro-step,
-    over all processes. probabilities: of the budgets, largest first; None: all equal.
+    Attributes:
+        steps: updates of the weights.
+        sequence_length: tokens.
+        batch_size: sequences of a micro-step, over all processes.
+        probabilities: of the budgets, largest first; None: all equal.
     """
 
     steps: int
@@ -49,21 +52,36 @@ class Stage:
 class Settings:
     """All of a run but its data; the published values where nothing else is said.
 
-    budgets: shares of the full cost in (0, 1]. names: of their widths, largest first. cost: what
-    the budgets limit. choices: {axis: allowed sizes}, None = `router.default_choices`. per_layer:
-    whether every layer chooses its own sizes. stages: one after another (8K tokens with equal
-    probabilities, then 49K with 0.5, 0.3, 0.2 in the publication). accumulate: micro-steps per
-    update; each has a budget of its own. optimiser: "adamw", or "muon" for the matrices inside
-    mixers with AdamW for all else (one process). lr, router_lr: AdamW learning rates; muon_lr:
-    Muon's. warmup: updates of linear rise. final_lr: share of the rates at the end of the cosine.
-    weight_decay: of matrices. clip: largest norm of the gradient. temperature, logit_scale: first
-    and last value. budget_weight: of the budget loss. router_inner: width of the router.
-    hard_share: share of micro-steps with a hard choice. router_steps: updates after which the
-    router and the widths stay fixed, None = never. switch_probability: share of micro-steps in
-    which the drawn width, at its exported sizes, goes on from the cache that another width left, as
-    after a switch by "carry" (the router learns nothing in them). precision: "float32", "bfloat16"
-    or "auto" (bfloat16 on CUDA). save_every: updates between checkpoints of the run.
-    validation_batches: held-out batches.
+    Attributes:
+        budgets: shares of the full cost in (0, 1].
+        names: of their widths, largest first.
+        cost: what the budgets limit.
+        choices: {axis: allowed sizes}, None = `router.default_choices`.
+        per_layer: True if every layer chooses its own sizes.
+        stages: one after another (8K tokens with equal probabilities, then 49K with 0.5, 0.3, 0.2
+            in the publication).
+        accumulate: micro-steps per update; each has a budget of its own.
+        optimiser: "adamw", or "muon" for the matrices inside mixers with AdamW for all else (one
+            process).
+        lr: AdamW's learning rate of the weights.
+        router_lr: AdamW's learning rate of the router.
+        muon_lr: Muon's learning rate.
+        warmup: updates of linear rise.
+        final_lr: share of the rates at the end of the cosine.
+        weight_decay: of matrices.
+        clip: largest norm of the gradient.
+        temperature: first and last temperature of the choices.
+        logit_scale: first and last factor of the router's logits.
+        budget_weight: of the budget loss.
+        router_inner: width of the router.
+        hard_share: share of micro-steps with a hard choice.
+        router_steps: updates after which the router and the widths stay fixed, None = never.
+        switch_probability: share of micro-steps in which the drawn width, at its exported sizes,
+            goes on from the cache that another width left, as after a switch by "carry" (the router
+            learns nothing in them).
+        precision: "float32", "bfloat16" or "auto" (bfloat16 on CUDA).
+        save_every: updates between checkpoints of the run.
+        validation_batches: held-out batches.
     """
 
     stages: tuple[Stage, ...]

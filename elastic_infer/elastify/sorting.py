@@ -50,8 +50,9 @@ class Source(NamedTuple):
 class Order:
     """New order of every axis, as the old index of each new place (int64).
 
-    indices: {"hidden_size": [D], "<width key>.<layer>": [units]}, named as in `Importance`;
-        expert neurons [E, F] by *old* expert.
+    Attributes:
+        indices: {"hidden_size": [D], "<width key>.<layer>": [units]}, named as in `Importance`;
+            expert neurons [E, F] by *old* expert.
     """
 
     indices: dict[str, Tensor]
@@ -70,7 +71,8 @@ def head_order(scores: Tensor, groups: int) -> Tensor:
     """Heads by falling score inside each of `groups` equal groups; no head leaves its group.
 
     Args:
-        scores: [heads]; groups: divides heads.
+        scores: [heads]
+        groups: divides heads.
 
     Returns:
         [heads] int64, old index of each new place.
@@ -84,7 +86,8 @@ def importance_order(config: ModelConfig, importance: Importance) -> Order:
     """The order that puts the most important component of every axis first.
 
     Args:
-        config: the model; importance: its scores.
+        config: the model
+        importance: its scores.
 
     Raises:
         CheckpointError: a score is missing, misshapen or not finite.
@@ -185,7 +188,8 @@ def sorted_sources(config: ModelConfig, order: Order) -> dict[str, Source]:
     correction bias) and each expert's neurons per layer. B, C, K and V stay.
 
     Args:
-        config: the checkpoint; order: of all its axes.
+        config: the checkpoint
+        order: of all its axes.
 
     Returns:
         {name in the sorted checkpoint: Source}
@@ -216,7 +220,9 @@ def sort_state_dict(
     """The tensors of the sorted checkpoint.
 
     Args:
-        config: the checkpoint; state: {checkpoint name: tensor}; order: of all its axes.
+        config: the checkpoint
+        state: {checkpoint name: tensor}
+        order: of all its axes.
 
     Raises:
         CheckpointError: a tensor is missing.

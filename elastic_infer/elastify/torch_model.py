@@ -371,7 +371,8 @@ class ElasticNemotronH(nn.Module):
 
         Args:
             input_ids: [B, T] int64.
-            writer, reader: widths; the writer tracks the Mamba heads of the reader.
+            writer: widths; the writer tracks the Mamba heads of the reader.
+            reader: widths; the writer tracks the Mamba heads of the reader.
             at: [B] int64, first position that the reader reads.
         """
         before = torch.arange(input_ids.shape[1], device=at.device)[None] < at[:, None]
@@ -416,7 +417,8 @@ class ElasticNemotronH(nn.Module):
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes model.safetensors and then config.json; correction biases stay float32.
 
-        Raises: CheckpointError if they cannot be written; the folder does not open then.
+        Raises:
+            CheckpointError: if they cannot be written; the folder does not open then.
         """
         folder = make_folder(folder, "torch_model")
         withdraw(folder, "torch_model")
@@ -434,7 +436,8 @@ class ElasticNemotronH(nn.Module):
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> ElasticNemotronH:
         """Reads a checkpoint folder into a model whose parameters all have `dtype`.
 
-        Raises: CheckpointError for one that `Checkpoint.open` refuses, or that is quantised.
+        Raises:
+            CheckpointError: one that `Checkpoint.open` refuses, or that is quantised.
         """
         from ..checkpoint.checkpoint import Checkpoint
 

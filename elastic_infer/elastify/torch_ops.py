@@ -21,7 +21,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None) 
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32, cast back.
 
     Args:
-        x: [..., C]; weight: [C]; eps: added to the mean.
+        x: [..., C]
+        weight: [C]
+        eps: added to the mean.
         mask: [C] or None; weighs the mean, and multiplies the result.
     """
     wide = x.float()
@@ -39,7 +41,10 @@ def gated_norm(
     """RMSNorm of x * silu(gate) per group of channels, times weight: gate before norm.
 
     Args:
-        x, gate: [..., C]; weight: [C]; groups: C is cut into this many equal groups.
+        x: [..., C]
+        gate: [..., C]
+        weight: [C]
+        groups: C is cut into this many equal groups.
         mask: [C] or None; weighs the mean of each group, and multiplies the result.
     """
     wide = x.float() * F.silu(gate.float())
@@ -58,7 +63,9 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise causal convolution: out[t] = bias + sum_k weight[:, k] * x[t - K + 1 + k].
 
     Args:
-        x: [B, T, C]; weight: [C, K]; bias: [C].
+        x: [B, T, C]
+        weight: [C, K]
+        bias: [C].
     """
     taps = weight.shape[1]
     length = x.shape[1]
@@ -88,8 +95,12 @@ def ssd_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int)
     state_t = exp(a dt_t) state_{t-1} + dt_t b_t x_t;  y_t = c_t state_t  (per head).
 
     Args:
-        x: [B, T, G, R, P] with R heads per group; dt: [B, T, G, R], after softplus;
-        a: [G, R], negative; b, c: [B, T, G, N]; chunk: positions handled as one matrix product.
+        x: [B, T, G, R, P] with R heads per group
+        dt: [B, T, G, R], after softplus
+        a: [G, R], negative
+        b: [B, T, G, N]
+        c: [B, T, G, N]
+        chunk: positions handled as one matrix product.
 
     Returns:
         y [B, T, G, R, P].
@@ -169,7 +180,9 @@ class Carried:
         reader: the width that goes on.
         positions: [B, T] bool, true where the writer read the token.
 
-    layers: what the writer left, by layer. reading: false while the writer runs.
+    Attributes:
+        layers: what the writer left, by layer.
+        reading: false while the writer runs.
     """
 
     def __init__(self, reader: Width, positions: Tensor):

@@ -21,9 +21,16 @@ from .worker import Worker
 class Core:
     """One loaded model with its cache, the scheduler over it, and the one thread that runs both.
 
-    model, tokenizer, checkpoint, capacity, config, default_width: as they were loaded. intake:
-    checks calls. scheduler: owned by the worker's thread; reach it through `call`. max_waiting:
-    requests that may wait.
+    Attributes:
+        model: weights, cache and buffers.
+        tokenizer: of the checkpoint, None without one.
+        checkpoint: the open folder.
+        capacity: limits that the cache was made for.
+        config: sizes of the checkpoint.
+        default_width: runs where a call names no width.
+        intake: checks calls.
+        scheduler: owned by the worker's thread; reach it through `call`.
+        max_waiting: requests that may wait.
     """
 
     def __init__(

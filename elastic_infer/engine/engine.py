@@ -116,7 +116,11 @@ class Engine:
                 one more pass, as in any batch (see batch_invariant). No effect on a CPU.
             progress: called with (tensor name, bytes) for every tensor read.
 
-        Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
+        Raises:
+            CheckpointError: the folder cannot be used.
+            WidthError: `max_width` is unknown.
+            InvalidRequest: an option is out of range, or cannot be used here.
+            OutOfCapacity: weights and cache do not fit.
         """
         options = Options(
             device, dtype, max_width, max_model_len, max_num_seqs, max_num_batched_tokens,
@@ -204,9 +208,14 @@ class Engine:
             width: one width for every token (or a list, one per prompt).
             plan: which width for which token (or a list, one per prompt); not with `width`.
 
-        Returns: an Output, or a list. In a list, a failed prompt has finish_reason "error".
+        Returns:
+            An Output, or a list. In a list, a failed prompt has finish_reason "error".
 
-        Raises: InvalidRequest, WidthError, OutOfCapacity; for a single prompt also its own failure.
+        Raises:
+            InvalidRequest: a wrong argument.
+            WidthError: a width that is not served.
+            OutOfCapacity: a request that can never fit.
+            ElasticError: for a single prompt, its own failure.
         """
         if is_one_prompt(prompt):
             return self._generate(self.core.intake.request(prompt, params, plan, width))
@@ -261,9 +270,10 @@ class Engine:
         """Applies the checkpoint's chat template to `messages` ({"role", "content"}) and generates
         the assistant's turn.
 
-        chat_template_kwargs: arguments and variables of `Tokenizer.apply_chat_template`, such as
-            {"enable_thinking": True}, or {"continue_final_message": True} to go on with the last
-            message.
+        Args:
+            chat_template_kwargs: arguments and variables of `Tokenizer.apply_chat_template`, such
+                as {"enable_thinking": True}, or {"continue_final_message": True} to go on with the
+                last message.
         """
         prompt = self.chat_prompt(messages, tools, chat_template_kwargs)
         return self._generate(self.core.intake.request(prompt, params, plan, width))
@@ -326,7 +336,8 @@ class Engine:
     ) -> EngineSequence:
         """Opens a sequence to drive by hand: `step`, `width = …`, `fork`, `rollback`, `save`.
 
-        track: narrow steps also update what wider widths need, so that "carry" can widen.
+        Args:
+            track: narrow steps also update what wider widths need, so that "carry" can widen.
         """
         ids = [] if prompt is None else self.core.intake.prompt_ids(prompt)
         ids, width = self._checked("open", ids, width)
@@ -347,7 +358,9 @@ class Engine:
     def load(self, path: str | Path) -> EngineSequence:
         """Opens a sequence that `EngineSequence.save` wrote; it continues bit-equal.
 
-        Raises: CheckpointError for a file of other weights or a damaged one; OutOfCapacity.
+        Raises:
+            CheckpointError: a file of other weights, or a damaged one.
+            OutOfCapacity: a sequence that does not fit.
         """
         self.core.worker.check_caller()
         with plain_torch():

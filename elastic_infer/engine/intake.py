@@ -27,8 +27,8 @@ Prompt = str | list[int]
 class Intake:
     """Checks arguments against one model and its limits; keeps no state.
 
-    generation_config: of the checkpoint, for requests without parameters. paged: whether the
-    model has attention layers, which take KV pages.
+    Args:
+        generation_config: the checkpoint's, for requests without parameters.
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class Intake:
     ) -> Request:
         """A request with its branches.
 
-        Raises: InvalidRequest, WidthError; OutOfCapacity for what can never fit.
+        Raises:
+            InvalidRequest: a wrong argument.
+            WidthError: a width that is not served.
+            OutOfCapacity: a request that can never fit.
         """
         params = self._checked(params, width)
         chosen = as_plan(plan, width, self._default_width)
@@ -145,7 +148,8 @@ class Intake:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of text or of a list of them.
 
-        Raises: InvalidRequest for anything else, no tokens, or ids outside the vocabulary.
+        Raises:
+            InvalidRequest: anything else, no tokens, or ids outside the vocabulary.
         """
         if isinstance(prompt, str):
             return self.encode("prompt", prompt)
@@ -157,7 +161,8 @@ class Intake:
     def encode(self, name: str, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, which is refused before it is tokenised where it cannot fit.
 
-        Raises: InvalidRequest, also without a tokenizer.
+        Raises:
+            InvalidRequest: too long a text, or no tokenizer.
         """
         if self._tokenizer is None:
             raise InvalidRequest(
@@ -204,10 +209,15 @@ class Intake:
     def check_fits(self, what: str, prompt: int, max_tokens: int | None, slots: int) -> None:
         """Refuses what can never run, with the numbers.
 
-        what: the call. prompt: its tokens. max_tokens: to be generated after them (None: as far
-        as it goes, at least one; 0: none). slots: state slots that it may hold at once.
+        Args:
+            what: the call.
+            prompt: its tokens.
+            max_tokens: to be generated after them (None: as far as it goes, at least one; 0: none).
+            slots: state slots that it may hold at once.
 
-        Raises: InvalidRequest beyond max_model_len, OutOfCapacity beyond the cache.
+        Raises:
+            InvalidRequest: beyond max_model_len.
+            OutOfCapacity: beyond the cache.
         """
         c = self._capacity
         if prompt + (max_tokens != 0) > c.max_model_len:
@@ -238,7 +248,8 @@ def _seed(params: SamplingParams) -> int:
 def is_one_prompt(prompt: object) -> bool:
     """True if this is one prompt (text, or a list of ints) and not a list of prompts.
 
-    Raises: InvalidRequest for what is neither.
+    Raises:
+        InvalidRequest: a value that is neither.
     """
     if isinstance(prompt, str):
         return True
@@ -254,7 +265,8 @@ def is_one_prompt(prompt: object) -> bool:
 def one_per_prompt(name: str, value: object, count: int) -> list:
     """A list as it is when it has `count` entries; anything else, `count` times.
 
-    Raises: InvalidRequest for a list of another length.
+    Raises:
+        InvalidRequest: a list of another length.
     """
     if not isinstance(value, list):
         return [value] * count

@@ -74,7 +74,11 @@ def load(
 ) -> Loaded:
     """Opens the checkpoint and reads what is to be served.
 
-    Raises: CheckpointError, WidthError, InvalidRequest, OutOfCapacity.
+    Raises:
+        CheckpointError: a folder that cannot be used.
+        WidthError: an unknown `max_width`.
+        InvalidRequest: an option that is out of range, or cannot be used here.
+        OutOfCapacity: weights and cache that do not fit.
     """
     with plain_torch():
         return _load(path, revision, widths, options)
@@ -157,7 +161,8 @@ def check_activations(wish: object, device: Device, formats: Mapping[str, str]) 
         wish: "none", "int8" (the CPU) or "nvfp4" (GPUs of compute capability 12.x).
         formats: of the checkpoint's quantised matrices, by name.
 
-    Raises: InvalidRequest.
+    Raises:
+        InvalidRequest: a form that is not allowed.
     """
     name = "engine: activation_quantization"
     if not is_one_of(wish, ("none", "int8", "nvfp4")):
@@ -185,7 +190,8 @@ def served_widths(
 ) -> tuple[dict[str, Width], Width]:
     """(widths that can be used, axis-wise maximum of them) when `max_width` is the widest to serve.
 
-    Raises: WidthError for an unknown name.
+    Raises:
+        WidthError: an unknown name.
     """
     if max_width is None:
         return dict(widths), widest(widths)
@@ -198,7 +204,8 @@ def served_widths(
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """The object in generation_config.json; empty without the file.
 
-    Raises: CheckpointError for one that is no JSON object.
+    Raises:
+        CheckpointError: one that is no JSON object.
     """
     path = folder / GENERATION_CONFIG
     return read_json(path, f"{path.name}:", dict) if os.path.lexists(path) else {}

@@ -40,7 +40,8 @@ def write_sequence(path, content: tuple[dict[str, torch.Tensor], dict[str, str]]
     """Writes what `sequence_content` gave; a file that is there is replaced when the new one is
     whole. Needs no engine.
 
-    Raises: CheckpointError if it cannot be written.
+    Raises:
+        CheckpointError: if it cannot be written.
     """
     save_tensors(path, *content, what="sequence file")
 
@@ -51,8 +52,10 @@ def sequence_content(
     """A copy of a sequence as tensors and metadata. Heads are in checkpoint order, KV without the
     unused end of its last page.
 
-    width: what reads on. unread: tokens that are not in the cache yet. logits: float32 [V] after
-    the last read token, or None.
+    Args:
+        width: what reads on.
+        unread: tokens that are not in the cache yet.
+        logits: float32 [V] after the last read token, or None.
     """
     saved = core.model.cache.export(sequence)
     tensors = {}
@@ -96,8 +99,9 @@ def read_sequence(path, core: Core) -> tuple[Sequence, Saved, str, list[int], ob
     """Reads what `write_sequence` wrote: (sequence without a place, its content, width, unread
     tokens, logits or None).
 
-    Raises: CheckpointError for a file that is no sequence, is damaged, belongs to other weights,
-        or does not fit the served width.
+    Raises:
+        CheckpointError: a file that is no sequence, is damaged, belongs to other weights, or does
+            not fit the served width.
     """
     path = user_path(path, "sequence file: path")
     if not is_file(path):
@@ -168,7 +172,9 @@ class _Tensors:
 def _value(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:
     """One JSON value of the metadata.
 
-    Raises: KeyError without it; ValueError for one of another type.
+    Raises:
+        KeyError: without it.
+        ValueError: one of another type.
     """
     value = parse_json(
         metadata[key], f"sequence file: {path} must be as `save` writes it: {key}"

@@ -131,7 +131,8 @@ class EngineSequence:
     def switch(self, width: str, policy: str | Policy = "carry") -> int:
         """Changes the width of what is read from now on.
 
-        Returns: how many tokens were read again (0 for "carry").
+        Returns:
+            How many tokens were read again (0 for "carry").
 
         Raises:
             WidthError: for an unknown width, or by "carry" to a width whose Mamba heads were not
@@ -183,7 +184,9 @@ class EngineSequence:
             width: switches to it first, by policy "carry".
             params: sampling parameters; None = greedy. Penalties count all tokens as output.
 
-        Raises: NonFiniteLogits, with nothing added; InvalidRequest at max_model_len.
+        Raises:
+            NonFiniteLogits: with nothing added.
+            InvalidRequest: at max_model_len.
         """
         if width is not None:
             self._core.intake.check_width(width)
@@ -295,7 +298,8 @@ class EngineSequence:
     def close(self) -> str | None:
         """Gives its place in the cache back; closing twice does nothing.
 
-        Returns: the text of steps that was held back, such as half a character; None without a
+        Returns:
+            The text of steps that was held back, such as half a character; None without a
             tokenizer.
         """
         if self._closed:

@@ -76,7 +76,9 @@ class Worker:
     def submit(self, requests: Sequence[Request]) -> None:
         """Hands requests over, all or none.
 
-        Raises: EngineFull when more would wait than may; RequestCancelled when closed.
+        Raises:
+            EngineFull: when more would wait than may.
+            RequestCancelled: when closed.
         """
         self.check_caller()
         self._start()
@@ -98,8 +100,9 @@ class Worker:
         that the passes after it read. A caller that is interrupted meanwhile drops the result, so
         what a job makes must give its place back when it is dropped (see `own`).
 
-        wait_for_room: on OutOfCapacity the job is tried again after later passes, as long as
-            running requests may still give something back.
+        Args:
+            wait_for_room: on OutOfCapacity the job is tried again after later passes, as long as
+                running requests may still give something back.
         """
         self.check_caller()
         self._start()
@@ -155,7 +158,8 @@ class Worker:
     def check_thread(self) -> None:
         """Refuses the worker thread itself.
 
-        Raises: InvalidRequest.
+        Raises:
+            InvalidRequest: a call from that thread.
         """
         if self.is_current():
             raise InvalidRequest(
@@ -165,7 +169,9 @@ class Worker:
     def check_caller(self) -> None:
         """Refuses a forked process, whose copy has no threads, and the worker thread itself.
 
-        Raises: RequestCancelled, InvalidRequest.
+        Raises:
+            RequestCancelled: a call in a forked process.
+            InvalidRequest: a call from the worker thread.
         """
         if os.getpid() != self._process:
             raise RequestCancelled(
@@ -192,7 +198,9 @@ class Worker:
     def _start(self) -> None:
         """Starts the thread if there is none.
 
-        Raises: RequestCancelled when closed; EngineFault when no thread can be started.
+        Raises:
+            RequestCancelled: when closed.
+            EngineFault: when no thread can be started.
         """
         if self._closed:
             raise RequestCancelled("engine: must be open, got one that was closed")

@@ -63,7 +63,8 @@ def user_path(path: Any, what: str) -> Path:
         path: str or path-like.
         what: the argument's name with its call, for the message.
 
-    Raises: CheckpointError for a value that is no path.
+    Raises:
+        CheckpointError: a value that is no path.
     """
     try:
         return Path(path).expanduser()
@@ -101,7 +102,8 @@ def require_file(path: str | Path, what: str, limit: int) -> int:
         what: the message's subject.
         limit: bytes.
 
-    Raises: CheckpointError.
+    Raises:
+        CheckpointError: anything else.
     """
     try:
         found = os.stat(path)
@@ -130,7 +132,8 @@ def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
         what: the message's subject.
         limit: bytes.
 
-    Raises: CheckpointError.
+    Raises:
+        CheckpointError: anything else.
     """
     size = require_file(path, what, limit)
     try:
@@ -146,7 +149,8 @@ def read_bytes(path: str | Path, what: str, limit: int) -> bytes:
 def read_text(path: str | Path, what: str, limit: int = JSON_BYTES) -> str:
     """The text of a regular UTF-8 file of at most `limit` bytes.
 
-    Raises: CheckpointError.
+    Raises:
+        CheckpointError: anything else.
     """
     try:
         return read_bytes(path, what, limit).decode("utf-8")
@@ -185,7 +189,8 @@ def parse_json(text: Any, what: str, kind: type | None = None) -> Any:
         Plain values, at most 100 levels deep. An integer has at most 300 digits, so it can be
         made a float; strings hold no lone surrogates, so they can be written.
 
-    Raises: CheckpointError.
+    Raises:
+        CheckpointError: a text that is not such JSON.
     """
     if not isinstance(text, str):
         raise CheckpointError(f"{what} must be readable JSON, got {type(text).__name__}")

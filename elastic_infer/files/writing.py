@@ -369,9 +369,11 @@ def new_folder(out: str | Path, what: str) -> Iterator[Path]:
 def only_writer(folder: Path, what: str, keep: bool = False) -> Iterator[None]:
     """Makes a folder, and holds its lock: the only one who writes there.
 
-    keep: whether it stays when the `with` ends; otherwise it is removed with all that is in it.
+    Args:
+        keep: True if it stays when the `with` ends; otherwise it is removed with all that is in it.
 
-    Raises: CheckpointError if another one holds it, or it cannot be made.
+    Raises:
+        CheckpointError: if another one holds it, or it cannot be made.
     """
     with _storing(what, folder if keep else folder.parent):
         while True:

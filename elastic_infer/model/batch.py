@@ -19,11 +19,13 @@ from .modes import WidthTables
 class Segment:
     """The next tokens of one sequence in a pass.
 
-    kind: "step" (exactly one token) or "prefill". logits: "none", "last" (after the last token)
-    or "all" (after every token). draw: for a step, how to draw the token after it; a device does
-    that in the same pass. feed: for a step on a device, the row of what the last pass drew that
-    holds its token (-1: `tokens` does); `tokens` then has any one id in its place, and the caller
-    tells the cache (`advance`) once it knows the token.
+    Attributes:
+        kind: "step" (exactly one token) or "prefill".
+        logits: "none", "last" (after the last token) or "all" (after every token).
+        draw: for a step, how to draw the token after it; a device does that in the same pass.
+        feed: for a step on a device, the row of what the last pass drew that holds its token (-1:
+            `tokens` does); `tokens` then has any one id in its place, and the caller tells the
+            cache (`advance`) once it knows the token.
     """
 
     sequence: Sequence
@@ -40,8 +42,10 @@ class Result:
     """Logits of a pass: float32 [rows, V], and per segment (in the order given) its rows of it.
 
     A view of a buffer that the next pass overwrites, except for more than `Model.logit_rows` rows.
-    drawn: int32 [rows] tokens drawn from them as each segment's `draw` says, after steps on a
-    device.
+
+    Attributes:
+        drawn: int32 [rows] tokens drawn from them as each segment's `draw` says, after steps on a
+            device.
     """
 
     logits: torch.Tensor
@@ -66,8 +70,13 @@ class Shape:
 class Batch:
     """The tables that the ops of a pass read, filled from its segments.
 
-    modes: numbers of widths. max_tokens, max_segments, max_length: of the largest pass. The tables
-    themselves are `tables`, on both sides of a device.
+    Args:
+        modes: number of modes.
+        max_tokens: rows of the largest pass.
+        max_segments: sequences of the largest pass.
+        max_length: tokens of the longest sequence.
+
+    The tables themselves are `tables`, on both sides of a device.
     """
 
     def __init__(
@@ -88,7 +97,9 @@ class Batch:
     def fill(self, segments: list[Segment], shape: Shape, size: int) -> None:
         """Writes the tables of a pass and brings them to the device.
 
-        size: rows of the recorded pass that serves a pass of steps; more than its own are padding.
+        Args:
+            size: rows of the recorded pass that serves a pass of steps; more than its own are
+                padding.
         """
         self.tables.turn()
         write = self.tables.write

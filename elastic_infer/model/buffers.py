@@ -25,7 +25,11 @@ class Buffers:
     """Activations of passes of up to `rows` tokens of up to `segments` sequences: every op writes
     before another reads.
 
-    config, served: the model and its served width. dtype: of activations. device: where they are.
+    Args:
+        config: sizes of the checkpoint.
+        served: the served width.
+        dtype: of activations.
+        device: where they are.
     """
 
     def __init__(

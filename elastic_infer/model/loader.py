@@ -31,9 +31,14 @@ _CODES = {"fp8": FP8, "nvfp4": NVFP4}  # how the images name their formats
 class WeightLoader:
     """Reads the served width of a checkpoint into tiles.
 
-    checkpoint: an open one. served: sizes to keep. dtype: float32 or bfloat16, of activations,
-    norms and the matmul weights that are not quantised. run: a Pool for packing. progress: called
-    with (what, bytes). device: where they go, slice by slice; tiles are filled there.
+    Args:
+        checkpoint: an open one.
+        served: sizes to keep.
+        dtype: float32 or bfloat16, of activations, norms and the matmul weights that are not
+            quantised.
+        run: a Pool for packing.
+        progress: called with (what, bytes).
+        device: where they go, slice by slice; tiles are filled there.
     """
 
     def __init__(
@@ -53,7 +58,8 @@ class WeightLoader:
     def load(self) -> Weights:
         """Reads and packs everything.
 
-        Raises: CheckpointError for a quantised tensor that cannot be used.
+        Raises:
+            CheckpointError: a quantised tensor that cannot be used.
         """
         c = self.config
         check_fused(c, self.checkpoint.formats)
@@ -205,7 +211,8 @@ def activation_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype) -> torch.
     """The dtype the model runs in: "auto" takes the stored dtype of the embedding (float16, which
     the kernels do not take, becomes float32).
 
-    Raises: ValueError for anything but auto, float32 and bfloat16.
+    Raises:
+        ValueError: anything but auto, float32 and bfloat16.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if isinstance(dtype, str) and dtype == "auto":

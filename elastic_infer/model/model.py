@@ -30,11 +30,15 @@ from .weights import Weights
 class Model:
     """Weights, cache and buffers of one served model.
 
-    widths: served widths in index order. max_tokens: rows of the largest pass. max_segments:
-    sequences of the largest pass. max_length: tokens of the longest sequence. device: where
-    weights and cache are. graphs, dependent_launch: whether passes of steps are captured there, and
-    whether their kernels may overlap (see `Step`). activation_quantization: what products do
-    to activations where weights are NVFP4.
+    Args:
+        widths: served widths in index order.
+        max_tokens: rows of the largest pass.
+        max_segments: sequences of the largest pass.
+        max_length: tokens of the longest sequence.
+        device: where weights and cache are.
+        graphs: True if passes of steps are captured on the device.
+        dependent_launch: True if the kernels of a captured pass may overlap (see `Step`).
+        activation_quantization: what products do to activations where weights are NVFP4.
 
     On a GPU everything that `forward` does goes to the current stream: call it inside
     `device.running()`. Its logits are there too; reading them waits for the pass.
@@ -74,9 +78,11 @@ class Model:
     def forward(self, segments: Seq[Segment]) -> Result:
         """Reads the segments' tokens into the cache.
 
-        Returns: the logits after the tokens that each segment asks for.
+        Returns:
+            The logits after the tokens that each segment asks for.
 
-        Raises: OutOfCapacity when pages run out (nothing is read then).
+        Raises:
+            OutOfCapacity: when pages run out (nothing is read then).
         """
         order = sorted(range(len(segments)), key=lambda i: self._place(segments[i]))
         ordered = [segments[i] for i in order]

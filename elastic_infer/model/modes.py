@@ -25,10 +25,15 @@ def _column(values: list[int]) -> torch.Tensor:
 class LayerSizes:
     """Sizes of one layer by mode; which are set depends on the layer's kind.
 
-    rows: [modes, segments] rows of the first projection. inner: channels between the projections
-    (Mamba heads * P, query heads * K, or FFN width). heads: Mamba heads that are used, state_heads
-    those whose state is updated, conv the x channels of these; q_heads query heads; experts, and
-    expert their width.
+    Attributes:
+        rows: [modes, segments] rows of the first projection.
+        inner: channels between the projections (Mamba heads * P, query heads * K, or FFN width).
+        heads: Mamba heads that are used.
+        state_heads: Mamba heads whose state is updated.
+        conv: x channels of `state_heads`.
+        q_heads: query heads.
+        experts: number of experts.
+        expert: width of an expert.
     """
 
     rows: torch.Tensor | None = None
@@ -49,8 +54,10 @@ class LayerSizes:
 class WidthTables:
     """Tables of all widths that are served.
 
-    widths: in the order of their indices. served: axis-wise maximum of them, or more. place: the
-    torch device of the tables.
+    Args:
+        widths: in the order of their indices.
+        served: axis-wise maximum of them, or more.
+        place: the torch device of the tables.
     """
 
     def __init__(

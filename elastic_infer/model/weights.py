@@ -84,7 +84,8 @@ LayerWeights = MambaWeights | AttentionWeights | MlpWeights | MoeWeights
 class Weights:
     """All weights of the served width.
 
-    formats: {checkpoint name: "nvfp4" or "fp8"} of the matrices that are quantised.
+    Attributes:
+        formats: {checkpoint name: "nvfp4" or "fp8"} of the matrices that are quantised.
     """
 
     embedding: torch.Tensor  # [V, D] row-major

@@ -19,7 +19,8 @@ def int8(x: torch.Tensor) -> torch.Tensor:
     Args:
         x: [..., K] floating, finite; K a multiple of 16.
 
-    Returns: the values, in the shape and dtype of x.
+    Returns:
+        The values, in the shape and dtype of x.
     """
     blocks = x.float().unflatten(-1, (-1, BLOCK))
     amax = blocks.abs().amax(-1, keepdim=True)
@@ -38,7 +39,8 @@ def quantised(form: str, x: torch.Tensor) -> torch.Tensor:
         form: "none", "int8" or "nvfp4", as of :func:`matmul`'s `activation_quantization`.
         x: [R, K], each row's own prefix and nothing else.
 
-    Returns: the values, in the shape and dtype of x.
+    Returns:
+        The values, in the shape and dtype of x.
     """
     if form == "none":
         return x

@@ -17,7 +17,8 @@ def dequantise(
         block_scales: [..., N, K/16] uint8 (NVFP4) or None (FP8).
         scale: float32, broadcast against [..., N, K].
 
-    Returns: [..., N, K]; a product of code and block scale is exact in every dtype.
+    Returns:
+        [..., N, K]; a product of code and block scale is exact in every dtype.
     """
     if block_scales is None:
         values = decode_e4m3(codes)
@@ -34,10 +35,12 @@ def draw_codes(
     block scales, most of them subnormal, alone, so that no larger one hides them.
 
     Args:
-        shape: [..., N, K]. form: "nvfp4" or "fp8", which has no block scales to be small.
+        shape: [..., N, K].
+        form: "nvfp4" or "fp8", which has no block scales to be small.
 
-    Returns: codes, block_scales (None for FP8) and scale ([...] float32, so that values are of
-    the size of 1/sqrt(K)).
+    Returns:
+        Codes, block_scales (None for FP8) and scale ([...] float32, so that values are of the size
+        of 1/sqrt(K)).
     """
     *head, N, K = shape
     unit = torch.rand(head, generator=generator) + 0.5

@@ -23,19 +23,26 @@ Arguments = dict[str, Any]
 class OpSpec:
     """One op, as tests and benchmarks see it.
 
-    name: the op's name, everywhere. ``call(arguments, run)`` runs the native op on `arguments`,
-    writing the tensors named in `outputs`. ``reference(arguments)`` is the definition of the op in
-    plain torch: it computes in the floating dtype of its arguments (float64 gives the oracle) and
-    returns the expected outputs by name, without touching its arguments. ``cases()`` yields sizes:
-    the smallest, the awkward, a real model's (marked ``bench=True``). ``inputs(case, dtype,
-    generator)`` makes seeded arguments, outputs included; weights are plain tensors there, and
-    `call` packs them. ``cost(case, itemsize)`` is (bytes moved, flops).
-
-    ``poison(arguments)`` puts NaN, in place, wherever the op must not read. ``sliced(arguments)``
-    yields pairs (arguments of the same problem on contiguous copies cut to one width, {output:
-    (index into the original's output, index into the copy's)}). ``row(arguments, r)`` is the
-    problem of row r alone, with {output: (index into the original, index into the copy)}.
-    ``rows(arguments)`` says how many rows there are.
+    Attributes:
+        name: the op's name, everywhere.
+        call: ``call(arguments, run)`` runs the native op on `arguments`, writing the tensors named
+            in `outputs`.
+        reference: ``reference(arguments)`` defines the op in plain torch: it computes in the
+            floating dtype of its arguments (float64 gives the oracle) and returns the expected
+            outputs by name, without touching its arguments.
+        cases: ``cases()`` yields sizes: the smallest, the awkward, a real model's (marked
+            ``bench=True``).
+        inputs: ``inputs(case, dtype, generator)`` makes seeded arguments, outputs included; weights
+            are plain tensors there, and `call` packs them.
+        outputs: names of the tensors that `call` writes.
+        cost: ``cost(case, itemsize)`` is (bytes moved, flops).
+        poison: ``poison(arguments)`` puts NaN, in place, wherever the op must not read.
+        sliced: ``sliced(arguments)`` yields pairs (arguments of the same problem on contiguous
+            copies cut to one width, {output: (index into the original's output, index into the
+            copy's)}).
+        row: ``row(arguments, r)`` is the problem of row r alone, with {output: (index into the
+            original, index into the copy)}.
+        rows: ``rows(arguments)`` counts the rows.
     """
 
     name: str

@@ -31,8 +31,9 @@ def attention_decode(
 
     Args:
         q: [S, Hq*K] float32 or bfloat16; Hq a multiple of Hkv, K of 16.
-        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `q` or uint8 (E4M3, see `kv_append`),
-            contiguous. Nothing beyond a sequence's length is read.
+        k_pages: [pages, Hkv, 64, K], dtype of `q` or uint8 (E4M3, see `kv_append`), contiguous.
+            Nothing beyond a sequence's length is read.
+        v_pages: as `k_pages`.
         out: [S, Hq*K], dtype of `q`: exact zero for inactive heads and sequences of length 0.
         page_table: [S, P] int32: token j of sequence s is in page ``page_table[s, j // 64]`` at
             offset ``j % 64``. Entries that the length does not need are never read.
@@ -40,13 +41,16 @@ def attention_decode(
         scale: multiplies the scores.
         seq_width: [S] int32 index of each sequence's width, or None for all heads.
         q_sizes: [W] int32 active query heads of each width.
-        k_scale, v_scale: what the codes of E4M3 pages are multiplied by; 1 for other pages.
+        k_scale: factor of the codes of E4M3 pages; 1 for other pages.
+        v_scale: as `k_scale`.
         run: None, a Pool or a Step.
 
-    Returns: `out`.
+    Returns:
+        `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values
-    of a recorded call are the caller's to check.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values of a
+            recorded call are the caller's to check.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"; splits of the keys
     as in Dao et al., "Flash-Decoding", at fixed places so that bits never depend on the batch.

@@ -36,8 +36,9 @@ def attention_prefill(
 
     Args:
         q: [T, Hq*K] float32 or bfloat16; Hq a multiple of Hkv, K of 16.
-        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `q` or uint8 (E4M3, see `kv_append`),
-            contiguous. Nothing beyond a sequence's last token is read.
+        k_pages: [pages, Hkv, 64, K], dtype of `q` or uint8 (E4M3, see `kv_append`), contiguous.
+            Nothing beyond a sequence's last token is read.
+        v_pages: as `k_pages`.
         out: [T, Hq*K], dtype of `q`: exact zero for inactive heads; rows from ``cu_seqlens[S]`` on
             stay as they are.
         page_table: [S, P] int32: token j of sequence s is in page ``page_table[s, j // 64]`` at
@@ -47,13 +48,16 @@ def attention_prefill(
         scale: multiplies the scores.
         seq_width: [S] int32 index of each sequence's width, or None for all heads.
         q_sizes: [W] int32 active query heads of each width.
-        k_scale, v_scale: what the codes of E4M3 pages are multiplied by; 1 for other pages.
+        k_scale: factor of the codes of E4M3 pages; 1 for other pages.
+        v_scale: as `k_scale`.
         run: None, a Pool or a Step.
 
-    Returns: `out`.
+    Returns:
+        `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values
-    of a recorded call are the caller's to check.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values of a
+            recorded call are the caller's to check.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al.,
     "FlashAttention"; pages as in Kwon et al., "PagedAttention".

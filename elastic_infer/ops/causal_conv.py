@@ -43,9 +43,11 @@ def causal_conv(
             not read, and their `out` and `state` keep their values.
         run: None, a Pool or a Step.
 
-    Returns: `out`.
+    Returns:
+        `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
 
     Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block).
     """

@@ -37,10 +37,12 @@ def embed(
             `drawn`.
         run: None, a Pool or a Step.
 
-    Returns: `out`.
+    Returns:
+        `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value; an id
-    outside the table is found at the call, or at the replay of a recorded call.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value; an id
+            outside the table is found at the call, or at the replay of a recorded call.
     """
     _C.embed(ids, table, out, row_width, sizes, drawn, feed, run)
     return out

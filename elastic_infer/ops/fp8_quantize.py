@@ -34,9 +34,11 @@ def fp8_quantize(
         scale: positive float32, or None: :func:`fp8_scale` of `weight`.
         run: None, a Pool or a Step.
 
-    Returns: the scale.
+    Returns:
+        The scale.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
 
     Source: ModelOpt's FP8.
     """

@@ -37,9 +37,11 @@ def gated_norm(
         h_sizes: [W] int32 kept heads of each width, multiples of G.
         run: None, a Pool or a Step.
 
-    Returns: `out`.
+    Returns:
+        `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
 
     Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block, grouped norm).
     """

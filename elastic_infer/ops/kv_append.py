@@ -28,16 +28,18 @@ def kv_append(
     divided in float32, rounded to nearest with ties to even; beyond 448 becomes 448, NaN stays NaN.
 
     Args:
-        k, v: [R, Hkv*K] float32 or bfloat16, rows dense (a view into a wider matrix will do).
-        k_pages, v_pages: [pages, Hkv, 64, K], dtype of `k` or uint8 (E4M3), contiguous; updated in
-            place.
+        k: [R, Hkv*K] float32 or bfloat16, rows dense (a view into a wider matrix will do).
+        v: as `k`.
+        k_pages: [pages, Hkv, 64, K], dtype of `k` or uint8 (E4M3), contiguous; updated in place.
+        v_pages: as `k_pages`.
         slot_mapping: [R] int32 ``page * 64 + offset``, each at most once, or -1.
-        k_scale, v_scale: above 0; what the codes of E4M3 pages stand for is their value times this.
-            1 for other pages.
+        k_scale: factor above 0 of the codes of E4M3 pages; 1 for other pages.
+        v_scale: as `k_scale`.
         run: None, a Pool or a Step.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value; a slot
-    outside the pages is found at the call, or at the replay of a recorded call.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value; a slot
+            outside the pages is found at the call, or at the replay of a recorded call.
     """
     _C.kv_append(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale, run)
 

@@ -49,9 +49,11 @@ def matmul(
             the kernel with asynchronous products, which is for many rows. It has never run on one.
         run: None, a Pool or a Step.
 
-    Returns: `out`.
+    Returns:
+        `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
     """
     segments = [(s.tile_row, s.column, s.rows) for s in weight.segments]
     _C.matmul(

@@ -55,9 +55,11 @@ def moe_matmul(
         activation_quantization: as of :func:`matmul`, for x and for what the down product reads.
         run: None, a Pool or a Step.
 
-    Returns: `out`.
+    Returns:
+        `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
 
     Source: transformers' nemotron_h. The up product, its activation and the down product are
     rounded to x's dtype; the sum runs in float32 by ascending expert and is rounded once.

@@ -32,15 +32,17 @@ def moe_route(
         ids: [R, J] int32, written: the chosen experts by descending ``s + bias``; of equal ones
             the lowest index comes first.
         weights: [R, J] float32, written.
-        scaling_factor: what the weights of a row add up to.
+        scaling_factor: sum of a row's weights.
         row_width: [R] int32 index of each row's width, or None: every row uses everything.
         k_sizes: [W] int32 hidden channels at each width, multiples of 16.
         e_sizes: [W] int32 experts that may be chosen at each width, at least J.
         run: None, a Pool or a Step.
 
-    Returns: `ids`, `weights`.
+    Returns:
+        `ids`, `weights`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
 
     Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", section 2.1 (sigmoid scores, bias for the
     choice only), with one group; transformers' nemotron_h.

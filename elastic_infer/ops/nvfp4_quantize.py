@@ -50,9 +50,11 @@ def nvfp4_quantize(
         scale: positive float32, or None: :func:`nvfp4_scale` of `weight`.
         run: None, a Pool or a Step.
 
-    Returns: the scale.
+    Returns:
+        The scale.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
 
     Source: ModelOpt's NVFP4.
     """

@@ -33,9 +33,11 @@ def rms_norm(
         sizes: [W] int32 active channels of each width, multiples of 16.
         run: None, a Pool or a Step.
 
-    Returns: `out`.
+    Returns:
+        `out`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization"; rounding as in transformers'
     nemotron_h (sum rounded to the residual's dtype, norm in float32, one rounding at the end).

@@ -38,10 +38,12 @@ def sample(
         position: [R] int64 number of the token within its request.
         run: None, a Pool or a Step.
 
-    Returns: `ids`.
+    Returns:
+        `ids`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values
-    of a recorded call are the caller's to check.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values of a
+            recorded call are the caller's to check.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10); order and
     meaning of the cuts are vLLM's.

@@ -28,8 +28,9 @@ def softmax_stats(
         entropy: [R] float32, written, in nats: NaN where the largest logit is not finite.
         run: None, a Pool or a Step.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value. Values
-    of a recorded call are the caller's to check.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values of a
+            recorded call are the caller's to check.
     """
     _C.softmax_stats(logits, temperature, log_sum, entropy, run)
 

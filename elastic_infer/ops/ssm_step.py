@@ -54,9 +54,11 @@ def ssm_step(
         seed: in [0, 2**31), of the rounding of a float16 state; the layer's number in the model.
         run: None, a Pool or a Step.
 
-    Returns: `y`.
+    Returns:
+        `y`.
 
-    Raises: ValueError naming the argument that has the wrong shape, dtype, stride or value.
+    Raises:
+        ValueError: names the argument that has the wrong shape, dtype, stride or value.
 
     Source: Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
     Structured State Space Duality".

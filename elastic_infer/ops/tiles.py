@@ -22,7 +22,8 @@ def tile_bytes(dtype: torch.dtype) -> int:
     Args:
         dtype: float32, bfloat16, float8_e4m3fn (FP8) or float4_e2m1fn_x2 (NVFP4).
 
-    Raises: ValueError for another dtype.
+    Raises:
+        ValueError: another dtype.
     """
     if dtype not in TILE_BYTES:
         known = ", ".join(str(d)[6:] for d in TILE_BYTES)
@@ -38,7 +39,8 @@ def image_dtype(image: torch.Tensor) -> torch.dtype:
 def check_codes(op: str, codes: torch.Tensor, block_scales: torch.Tensor | None) -> None:
     """Refuses what no quantiser writes: NaN codes of FP8, negative or NaN block scales of NVFP4.
 
-    Raises: ValueError naming the op, the argument and the first offender.
+    Raises:
+        ValueError: names the op, the argument and the first offender.
     """
     if block_scales is not None:
         name, bad, values = "block_scales", block_scales >= NAN_SCALE, block_scales
@@ -69,10 +71,14 @@ class Segment:
 class TiledWeight:
     """A matrix stored once, as 64x64 tiles ``[rows/64][columns/64]``, zero-padded.
 
-    image: [row tiles, column tiles, tile bytes] uint8; the bytes of a tile tell what it holds
-    (`dtype`). columns: K, the row length in elements. segments: the runs of rows; each starts its
-    own tile, so every prefix of each is whole tiles. scale: [segments] float32 that FP8 and NVFP4
-    codes are multiplied with, None for float32 and bfloat16.
+    Attributes:
+        image: [row tiles, column tiles, tile bytes] uint8; the bytes of a tile tell what it holds
+            (`dtype`).
+        columns: K, the row length in elements.
+        segments: the runs of rows; each starts its own tile, so every prefix of each is whole
+            tiles.
+        scale: [segments] float32 that FP8 and NVFP4 codes are multiplied with, None for float32 and
+            bfloat16.
     """
 
     image: torch.Tensor
@@ -126,10 +132,11 @@ class TiledWeight:
                 [rows, K/2] uint8 pairs of E2M1 codes, low four bits = even k, for NVFP4 tiles.
             run: None, or a Pool.
             block_scales: [rows, K/16] uint8 E4M3, for NVFP4 tiles alone.
-            scale: what codes times block scales are multiplied with, for FP8 and NVFP4 tiles.
-            check: whether to look for NaN among codes and block scales.
+            scale: factor of codes times block scales, for FP8 and NVFP4 tiles.
+            check: look for NaN among codes and block scales.
 
-        Raises: ValueError naming the argument that does not fit.
+        Raises:
+            ValueError: names the argument that does not fit.
         """
         place = self.segments[segment]
         pack_tiles(
@@ -174,9 +181,10 @@ class TiledWeight:
             scale: [segments] float32.
             segment_rows: rows of each segment, or None for one segment.
             run: None, or a Pool.
-            check: whether to look for NaN among codes and block scales.
+            check: look for NaN among codes and block scales.
 
-        Raises: ValueError naming the argument that does not fit.
+        Raises:
+            ValueError: names the argument that does not fit.
         """
         dtype, columns = code_shape(codes, 2, block_scales)
         rows = segment_rows or [codes.shape[0]]
@@ -208,7 +216,8 @@ def empty_scale(image: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Te
 def put_scale(scales: torch.Tensor | None, index: int, scale: float | None) -> None:
     """Keeps the scale of one segment or expert.
 
-    Raises: ValueError when it is missing, not finite or negative, or given without need.
+    Raises:
+        ValueError: when it is missing, not finite or negative, or given without need.
     """
     if scales is None:
         if scale is not None:
@@ -222,7 +231,7 @@ def put_scale(scales: torch.Tensor | None, index: int, scale: float | None) -> N
 
 
 def check_scales(scale: torch.Tensor, shape: list[int]) -> None:
-    """Raises: ValueError unless `scale` is a contiguous float32 tensor of this shape."""
+    """Raises ValueError unless `scale` is a contiguous float32 tensor of this shape."""
     if not isinstance(scale, torch.Tensor):
         raise ValueError(f"matmul_pack: scale must be a tensor, got {type(scale).__name__}")
     if scale.dtype != torch.float32 or list(scale.shape) != shape or not scale.is_contiguous():
@@ -235,7 +244,8 @@ def code_shape(
 ) -> tuple[torch.dtype, int]:
     """The image dtype and the K of codes [..., N, K/2] with block scales, or [..., N, K] without.
 
-    Raises: ValueError unless both are tensors of `ndim` dimensions that belong together.
+    Raises:
+        ValueError: unless both are tensors of `ndim` dimensions that belong together.
     """
     for name, value in (("source", codes), ("block_scales", block_scales)):
         if value is None and name == "block_scales":
@@ -268,7 +278,8 @@ def pack_tiles(
 
     Args: as of :meth:`TiledWeight.fill`; tile_row: the first row of tiles to write.
 
-    Raises: ValueError naming the argument that does not fit.
+    Raises:
+        ValueError: names the argument that does not fit.
     """
     dtype = image_dtype(image)
     rows, K = shape
@@ -288,9 +299,13 @@ def pack_tiles(
 class ExpertWeights:
     """One matrix per expert, each stored once as 64x64 tiles, zero-padded.
 
-    image: [E, row tiles, column tiles, tile bytes] uint8; the bytes of a tile tell what it holds
-    (`dtype`). rows, columns: of every expert's matrix. scale: [E] float32 that FP8 and NVFP4 codes
-    are multiplied with, None for float32 and bfloat16.
+    Attributes:
+        image: [E, row tiles, column tiles, tile bytes] uint8; the bytes of a tile tell what it
+            holds (`dtype`).
+        rows: rows of every expert's matrix.
+        columns: columns of every expert's matrix.
+        scale: [E] float32 that FP8 and NVFP4 codes are multiplied with, None for float32 and
+            bfloat16.
     """
 
     image: torch.Tensor
@@ -331,7 +346,8 @@ class ExpertWeights:
 
         Args: as of `TiledWeight.fill`.
 
-        Raises: ValueError naming the argument that does not fit.
+        Raises:
+            ValueError: names the argument that does not fit.
         """
         if not 0 <= expert < self.experts:
             raise ValueError(f"matmul_pack: expert must be in [0, {self.experts}), got {expert}")
@@ -366,9 +382,10 @@ class ExpertWeights:
             block_scales: [E, rows, K/16] uint8 (NVFP4) or None (FP8).
             scale: [E] float32.
             run: None, or a Pool.
-            check: whether to look for NaN among codes and block scales.
+            check: look for NaN among codes and block scales.
 
-        Raises: ValueError naming the argument that does not fit.
+        Raises:
+            ValueError: names the argument that does not fit.
         """
         dtype, columns = code_shape(codes, 3, block_scales)
         check_scales(scale, [codes.shape[0]])

@@ -19,9 +19,10 @@ DEFAULT_GRACE = 16
 class Decision:
     """A plan's answer: width, phase, and tokens forced before the next step.
 
-    width: the width that reads every token not read yet, so the next token's logits are its.
-    phase: the phase the next token is sampled in; None where that is unknown.
-    forced: token ids appended to the output first and read by `width` too.
+    Attributes:
+        width: the width that reads every token not read yet, so the next token's logits are its.
+        phase: the phase the next token is sampled in; None where that is unknown.
+        forced: token ids appended to the output first and read by `width` too.
     """
 
     width: str
@@ -67,10 +68,11 @@ class ReadOnly(Sequence[int]):
 class PlanView:
     """View of a sequence that a custom plan gets before the next token.
 
-    prompt_ids: the prompt's tokens.
-    token_ids: all generated tokens so far.
-    phase: "thinking", "answer" or None.
-    entropy: of the last sampled distribution in nats, None before the first token.
+    Attributes:
+        prompt_ids: the prompt's tokens.
+        token_ids: all generated tokens so far.
+        phase: "thinking", "answer" or None.
+        entropy: of the last sampled distribution in nats, None before the first token.
     """
 
     prompt_ids: Sequence[int]
@@ -82,7 +84,8 @@ class PlanView:
 class ChatPrompt(list[int]):
     """Token ids of a chat's prompt; a list that knows what comes after the messages.
 
-    tail: tokens of what follows the last message, where the phase may begin.
+    Args:
+        tail: tokens of what follows the last message, where the phase may begin.
     """
 
     def __init__(self, token_ids: Sequence[int], tail: Sequence[int]) -> None:

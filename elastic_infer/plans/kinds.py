@@ -24,7 +24,8 @@ TAG_NAMES = ("start_tag", "end_tag")
 class Kind(ABC):
     """A rule that chooses the width of every token.
 
-    needs_entropy: whether it asks for the entropy of the last sampled distribution.
+    Attributes:
+        needs_entropy: True if it asks for the entropy of the last sampled distribution.
     """
 
     needs_entropy: ClassVar[bool] = False

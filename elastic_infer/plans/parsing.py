@@ -111,8 +111,11 @@ _FROM_WORDS: dict[str, Callable[[Mapping[str, str]], Plan]] = {
 def parse_plan(text: str) -> Plan:
     """Reads a plan from the command line.
 
-    text: "width=S", "schedule=0:S+12:L", "think=M,answer=L,budget=64,grace=16,policy=exact" or
-        "narrow=S,wide=L,threshold=1.5,hold=8"; `policy` is carry, exact, window or window(n).
-    Raises InvalidRequest naming what is allowed.
+    Args:
+        text: "width=S", "schedule=0:S+12:L", "think=M,answer=L,budget=64,grace=16,policy=exact" or
+            "narrow=S,wide=L,threshold=1.5,hold=8"; `policy` is carry, exact, window or window(n).
+
+    Raises:
+        InvalidRequest: names what is allowed.
     """
     return plan_text.read_plan(text)

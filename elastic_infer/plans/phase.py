@@ -17,10 +17,12 @@ Tag = Union[str, int]  # noqa: UP007 (evaluated at run time)
 class PhaseTracker:
     """Finds the phase from token ids alone. One thinking block per answer.
 
-    start, end: ids of the think tags.
-    phase: of the next token; None while it is open whether the model will think: nothing but
-        white space has come since the prompt, or since an end tag of an earlier turn.
-    opened: whether a token opened a block, rather than the prompt.
+    Attributes:
+        start: id of the start tag.
+        end: id of the end tag.
+        phase: of the next token; None while it is open whether the model will think: nothing but
+            white space has come since the prompt, or since an end tag of an earlier turn.
+        opened: True if a token opened a block, rather than the prompt.
     """
 
     def __init__(self, start: int, end: int, blank: Callable[[int], bool]) -> None:

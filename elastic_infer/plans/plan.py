@@ -52,10 +52,12 @@ def _width_name(name: str, value: Any) -> str:
 class Plan:
     """Which width computes which token. Make one with the static methods; it never changes.
 
-    kind: the rule that chooses.
-    policy: what happens to the cache at a switch.
-    start_tag, end_tag: the think tags, as text or token ids.
-    prompt_phase: where the prompt ends: None finds it in the prompt, see `think_answer`.
+    Attributes:
+        kind: the rule that chooses.
+        policy: treatment of the cache at a switch.
+        start_tag: opens thinking, as text or token ids.
+        end_tag: closes thinking, as text or token ids.
+        prompt_phase: where the prompt ends: None finds it in the prompt, see `think_answer`.
     """
 
     kind: Kind
@@ -75,9 +77,10 @@ class Plan:
     def schedule(steps: Sequence[tuple[int, str]], policy: str | Policy = "carry") -> Plan:
         """Widths by the number of the generated token.
 
-        steps: [(0, "S"), (12, "L")]: "S" from token 0 on, "L" from token 12 on. The first must
-            start at 0, the starts must ascend.
-        policy: "carry", "exact" or "window(n)".
+        Args:
+            steps: [(0, "S"), (12, "L")]: "S" from token 0 on, "L" from token 12 on. The first must
+                start at 0, the starts must ascend.
+            policy: "carry", "exact" or "window(n)".
         """
         try:
             given = elements("plan: steps", steps, "steps like (0, 'S')")
@@ -119,19 +122,22 @@ class Plan:
         A start tag anywhere in a prompt counts unless an end tag follows it; in a chat, only one
         that the template puts after the last message.
 
-        think, answer: widths.
-        think_tokens: generated tokens allowed inside the block; None for no limit, 0 closes the
-            block as soon as it opens.
-        grace: when they are used up, how many more tokens to wait for one with a newline
-            before closing.
-        closing_text: what closes the block then: text or token ids that hold the end tag once;
-            None for the end tag alone.
-        start_tag, end_tag: text that is a single token of the vocabulary, or token ids.
-        policy: "carry", "exact" or "window(n)".
-        newline_ids: the tokens that count as newlines; None asks the tokenizer. Without both
-            the grace ends at once.
-        prompt_phase: overrides what the tags in the prompt say: "thinking" (it ends inside a
-            block), "answer" (the model will not think) or "undecided" (it may open a block).
+        Args:
+            think: width of the thinking block.
+            answer: width of everything after it.
+            think_tokens: generated tokens allowed inside the block; None for no limit, 0 closes the
+                block as soon as it opens.
+            grace: when they are used up, how many more tokens to wait for one with a newline before
+                closing.
+            closing_text: text or token ids to close the block with then, holding the end tag once;
+                None for the end tag alone.
+            start_tag: opens the block; text that is a single token of the vocabulary, or token ids.
+            end_tag: closes the block, likewise.
+            policy: "carry", "exact" or "window(n)".
+            newline_ids: the tokens that count as newlines; None asks the tokenizer. Without both
+                the grace ends at once.
+            prompt_phase: overrides the tags in the prompt: "thinking" (it ends inside a
+                block), "answer" (the model will not think) or "undecided" (it may open a block).
         """
         if not is_one_of(prompt_phase, PROMPT_PHASES):
             raise InvalidRequest(
@@ -173,10 +179,14 @@ class Plan:
     ) -> Plan:
         """The narrow width until a distribution is uncertain, then the wide one for a while.
 
-        narrow, wide: widths; the prompt and the first token are the narrow one's.
-        threshold: entropy in nats of the last sampled distribution above which `wide` takes over.
-        hold: how many tokens it then computes; counted anew whenever the entropy is above again.
-        policy: "carry", "exact" or "window(n)".
+        Args:
+            narrow: width of the prompt, of the first token and wherever the model is certain.
+            wide: width for uncertain places.
+            threshold: entropy in nats of the last sampled distribution above which `wide` takes
+                over.
+            hold: how many tokens it then computes; counted anew whenever the entropy is above
+                again.
+            policy: "carry", "exact" or "window(n)".
         """
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
             raise InvalidRequest(
@@ -200,10 +210,11 @@ class Plan:
     ) -> Plan:
         """Asks a function before every token.
 
-        function: gets a PlanView, returns a width's name; called on the engine's own thread, so
-            it should be quick. What it raises ends its request alone.
-        widths: the names it may return; None allows every width of the engine.
-        policy: "carry", "exact" or "window(n)".
+        Args:
+            function: gets a PlanView, returns a width's name; called on the engine's own thread, so
+                it should be quick. An error in it ends its request alone.
+            widths: the names it may return; None allows every width of the engine.
+            policy: "carry", "exact" or "window(n)".
         """
         if not callable(function):
             raise InvalidRequest(f"plan: a custom plan must be callable, got {shown(function)}")
@@ -234,8 +245,9 @@ class Plan:
     def can_widen(self, order: Sequence[str] | Mapping[str, Any]) -> bool:
         """True if a switch may go to a width with more Mamba heads than an earlier one had.
 
-        order: widths from few to many Mamba heads, or {width: head count, or one per layer}
-            (there, equal counts do not widen).
+        Args:
+            order: widths from few to many Mamba heads, or {width: head count, or one per layer}
+                (there, equal counts do not widen).
         """
         if isinstance(order, Mapping):
             size = order
@@ -257,12 +269,16 @@ class Plan:
     ) -> PlanRun:
         """Starts the plan on one sequence.
 
-        prompt_ids: the prompt's tokens; a phase can begin there. In a `ChatPrompt`, only what
-            follows the last message decides about it.
-        tokenizer: for think tags and newlines, None without one.
-        widths: the names that the engine knows.
-        Raises WidthError for an unknown width; InvalidRequest if think tags that the plan needs
-        are not single tokens of the vocabulary.
+        Args:
+            prompt_ids: the prompt's tokens; a phase can begin there. In a `ChatPrompt`, only what
+                follows the last message decides about it.
+            tokenizer: for think tags and newlines, None without one.
+            widths: the names that the engine knows.
+
+        Raises:
+            WidthError: for an unknown width.
+            InvalidRequest: if think tags that the plan needs are not single tokens of the
+                vocabulary.
         """
         if self.widths_used is not None:
             self._check_known(self.widths_used, widths)
@@ -323,10 +339,13 @@ def as_plan(
 ) -> Plan:
     """The plan that the arguments of a request mean.
 
-    plan: a Plan, or a function as for `Plan.custom`.
-    width: one width for every token; not together with a plan.
-    default_width: what neither means.
-    Raises InvalidRequest if both are given, or something else is.
+    Args:
+        plan: a Plan, or a function as for `Plan.custom`.
+        width: one width for every token; not together with a plan.
+        default_width: the width where neither is given.
+
+    Raises:
+        InvalidRequest: if both are given, or something else is.
     """
     if plan is not None and width is not None:
         raise InvalidRequest(

@@ -18,9 +18,11 @@ DEFAULT_WINDOW = 256
 class Policy:
     """Treatment of the cache when the width changes.
 
-    kind: "carry" keeps it, "exact" rebuilds it from the tokens, "window" rebuilds its last part.
-    n: tokens between two snapshots for "window" (n to 2n tokens are rebuilt, soon after a prompt up
-        to 63 more because prompts are cut on a grid of 64), None otherwise.
+    Attributes:
+        kind: "carry" keeps it, "exact" rebuilds it from the tokens, "window" rebuilds its last
+            part.
+        n: tokens between two snapshots for "window" (n to 2n tokens are rebuilt, soon after a
+            prompt up to 63 more because prompts are cut on a grid of 64), None otherwise.
     """
 
     kind: str

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 class Start:
     """A sequence at whose beginning a plan starts.
 
-    tags: start and end of thinking, as text or token ids. prompt_phase: where the prompt ends, None
-    to find it in `prompt_ids`. tokenizer: for think tags and newlines. widths: names that the
-    engine knows.
+    Attributes:
+        tags: start and end of thinking, as text or token ids.
+        prompt_phase: where the prompt ends, None to find it in `prompt_ids`.
+        tokenizer: for think tags and newlines.
+        widths: names that the engine knows.
     """
 
     tags: tuple[Tag, Tag]
@@ -64,10 +66,17 @@ class PlanRun(ABC):
     def next(self, token_ids: Sequence[int], entropy: float | None = None) -> Decision:
         """Decides about the next token. Asking again without new tokens changes nothing.
 
-        token_ids: all generated tokens so far, forced ones included.
-        entropy: of the last sampled distribution in nats, None if unknown.
-        Returns the decision. Raises WidthError, InvalidRequest (a custom plan's answer), and
-        ValueError if tokens were taken back (keep a `fork` of the run to return to).
+        Args:
+            token_ids: all generated tokens so far, forced ones included.
+            entropy: of the last sampled distribution in nats, None if unknown.
+
+        Returns:
+            The decision.
+
+        Raises:
+            WidthError: a custom plan's unknown width.
+            InvalidRequest: a custom plan's wrong answer.
+            ValueError: if tokens were taken back (keep a `fork` of the run to return to).
         """
         count = len(token_ids)
         if count < self._seen:

@@ -63,7 +63,8 @@ class DistillSettings:
 class _Rounded(nn.Module):
     """Weights as their codes will hold them; the gradient passes as if nothing was rounded.
 
-    packed: one matrix [N, K], or one per expert, whose scales are taken.
+    Args:
+        packed: one matrix [N, K], or one per expert, whose scales are taken.
     """
 
     def __init__(self, packed: list[Packed]):

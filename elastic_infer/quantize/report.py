@@ -62,7 +62,8 @@ class ErrorReport:
     """Relative errors ``sqrt(sum (w - q)^2 / sum w^2)`` of a layer's matrices, per width.
 
     Args:
-        config: of the checkpoint. widths: its names, in order.
+        config: of the checkpoint.
+        widths: its names, in order.
 
     distilled: what `distill_quantized` told, None without it.
     """
@@ -78,7 +79,10 @@ class ErrorReport:
         """Counts a matrix: the experts of a layer are one line.
 
         Args:
-            name: of the tensor. kind: its format. found: its errors. kept: {width: selection}.
+            name: of the tensor.
+            kind: its format.
+            found: its errors.
+            kept: {width: selection}.
         """
         line = re.sub(r"\.experts\.\d+\.", ".experts.*.", name.removesuffix(".weight"))
         sums = self._lines.setdefault(line, _Sums(kind))

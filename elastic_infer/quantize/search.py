@@ -29,9 +29,11 @@ _PIECE = 1 << 14  # blocks worked on at a time, so that temporaries stay in the 
 class Quantized(NamedTuple):
     """A quantised matrix and how far it is from the one that was given.
 
-    packed: codes and scales. error, plain, energy: [N, K/16] sums over each block of the squared
-    error, of the squared error of the scales amax / 6, amax / (6 * 448) without a search, and of
-    the squared weights.
+    Attributes:
+        packed: codes and scales.
+        error: [N, K/16] squared error, summed over each block.
+        plain: [N, K/16] the same of the scales amax / 6, amax / (6 * 448), without a search.
+        energy: [N, K/16] squared weights, summed over each block.
     """
 
     packed: Packed
@@ -54,7 +56,8 @@ def block_importance(
             absent.
         weights: {width: how much it counts}, None: all the same.
 
-    Returns: [N, K/16] float32.
+    Returns:
+        [N, K/16] float32.
     """
     out = torch.zeros_like(energy)
     for name, selection in kept.items():
@@ -123,7 +126,8 @@ def quantize_nvfp4(weight: Tensor, importance: Tensor | None = None) -> Quantize
         weight: [N, K] float, K a multiple of 16.
         importance: [N, K/16] what the error of each block counts, None: all the same.
 
-    Returns: Quantized.
+    Returns:
+        Quantized.
     """
     blocks = weight.float().contiguous().view(-1, BLOCK)
     shape = (weight.shape[0], weight.shape[1] // BLOCK)
@@ -178,7 +182,8 @@ def quantize_fp8(weight: Tensor, importance: Tensor | None = None) -> Quantized:
         weight: [N, K] float, K a multiple of 16.
         importance: [N, K/16] what the error of each block counts, None: all the same.
 
-    Returns: Quantized; `plain` is the error at amax / 448.
+    Returns:
+        Quantized; `plain` is the error at amax / 448.
     """
     blocks = weight.float().contiguous().view(-1, BLOCK)
     shape = (weight.shape[0], weight.shape[1] // BLOCK)
@@ -212,7 +217,8 @@ def quantize_with(weight: Tensor, like: Packed) -> Packed:
     """Codes of a matrix at the scales that another one of its shape has.
 
     Args:
-        weight: [N, K] float. like: whose scales to take.
+        weight: [N, K] float.
+        like: whose scales to take.
     """
     if like.scale == 0:
         return Packed(torch.zeros_like(like.codes), like.block_scales, 0.0)

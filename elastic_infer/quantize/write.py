@@ -69,7 +69,9 @@ def choose_formats(
     """{name: format} of the matrices to quantise.
 
     Args:
-        config: of the checkpoint. names: its tensors. groups: {one of GROUPS: "nvfp4" or "fp8"}.
+        config: of the checkpoint.
+        names: its tensors.
+        groups: {one of GROUPS: "nvfp4" or "fp8"}.
         keep: patterns (with * and ?) of names that stay as they are, with or without ".weight".
 
     Raises:
@@ -109,7 +111,8 @@ class Quantizer:
     """Quantises the matrices of a checkpoint, one at a time, and keeps account of the errors.
 
     Args:
-        checkpoint: the open one. formats: {name: format} of `choose_formats`.
+        checkpoint: the open one.
+        formats: {name: format} of `choose_formats`.
         weights: {width: how much its error counts}, None: all the same.
     """
 
@@ -147,7 +150,8 @@ class Quantizer:
     def search(self, name: str) -> Quantized:
         """The matrix `name` with the scales of least error.
 
-        Raises: CheckpointError for a weight that is not finite.
+        Raises:
+            CheckpointError: a weight that is not finite.
         """
         weight = self.checkpoint.tensor(self.source(name)).float()
         if not bool(weight.isfinite().all()):
@@ -160,8 +164,9 @@ class Quantizer:
     def each(self, threads: int = 1) -> Iterator[tuple[str, Packed]]:
         """(name, codes) of all matrices in checkpoint order, their errors added to `report`.
 
-        threads: matrices that are searched at once; each search runs on one thread, since its
-        pieces are too small to share.
+        Args:
+            threads: matrices that are searched at once; each search runs on one thread, since its
+                pieces are too small to share.
         """
         names = [n for n in (*self.checkpoint.names, _HEAD) if n in self.formats]
         names = list(dict.fromkeys(names))
@@ -231,7 +236,9 @@ def quantize_checkpoint(
     matrices are in memory.
 
     Args:
-        checkpoint: what to quantise. out: new or empty folder. formats: of `choose_formats`.
+        checkpoint: what to quantise.
+        out: new or empty folder.
+        formats: of `choose_formats`.
         weights: {width: how much its error counts}, None: all the same.
         packed: {name: codes} to write in place of searching them.
         state: {name: tensor} in place of the checkpoint's, for what is not quantised.
@@ -240,7 +247,8 @@ def quantize_checkpoint(
         progress: called with (bytes written, bytes in all).
         shard_bytes: size at which the next safetensors file is begun.
 
-    Returns: the report, also written to out/quantization.json.
+    Returns:
+        The report, also written to out/quantization.json.
 
     Raises:
         CheckpointError: quantised already, weights that are not finite, or a folder that is in use

@@ -34,7 +34,8 @@ def wilson(solved: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a proportion; it is sound near 0 and 1 too.
 
     Args:
-        solved, count: successes and trials.
+        solved: successes.
+        count: trials.
         z: standard deviations, 1.96 for 95 %.
 
     Returns:
@@ -81,9 +82,13 @@ class Score:
 class Evaluation:
     """Measurements of one width or plan.
 
-    score, by_operations: problems solved, in all and by number of operations. tokens: generated
-    tokens by width. rebuilt_tokens: read again by switches. seconds: from the first submission to
-    the last answer, with as many sequences at once as the engine takes.
+    Attributes:
+        score: problems solved, in all.
+        by_operations: problems solved, by number of operations.
+        tokens: generated tokens by width.
+        rebuilt_tokens: read again by switches.
+        seconds: from the first submission to the last answer, with as many sequences at once as the
+            engine takes.
     """
 
     score: Score = field(default_factory=Score)
@@ -128,7 +133,8 @@ def evaluate(
     Returns:
         Evaluation.
 
-    Raises: whatever `Engine.submit` refuses, and what ends a request with an error.
+    Raises:
+        ElasticError: a refusal by `Engine.submit`, or the error that ended a request.
     """
     from ..sampling.params import SamplingParams
 

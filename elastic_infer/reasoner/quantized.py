@@ -54,7 +54,8 @@ def quantized_folder(
 ) -> dict[str, Any]:
     """Writes one quantised checkpoint; settings: of the distillation, None without.
 
-    Returns: its report.
+    Returns:
+        Its report.
     """
     chosen = dict.fromkeys(groups, kind)
     formats = choose_formats(checkpoint.config, checkpoint.names, chosen)

@@ -42,10 +42,15 @@ LONGEST_STEP = 10.0  # seconds; a longer step was a suspended process and counts
 class Settings:
     """Settings of a run, at its start or in control.json.
 
-    minutes: training time, suspended time not counted. decay: last share of it, in which the
-    learning rates fall linearly to zero. tokens: positions per batch. small, medium: share of
-    the steps in which S or M is trained beside L. carry: share of the steps in which one width
-    goes on from what another has left in the cache. divergence: weight of KL(teacher | student).
+    Attributes:
+        minutes: training time, suspended time not counted.
+        decay: last share of it, in which the learning rates fall linearly to zero.
+        tokens: positions per batch.
+        small: share of the steps in which S is trained beside L.
+        medium: share of the steps in which M is trained beside L.
+        carry: share of the steps in which one width goes on from what another has left in the
+            cache.
+        divergence: weight of KL(teacher | student).
     """
 
     minutes: float = 60.0

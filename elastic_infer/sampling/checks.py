@@ -49,9 +49,11 @@ def number_of(
 ) -> float:
     """A finite number that obeys the rule, in float32 too, as a float: torch takes no longer ints.
 
-    positive: whether zero would break the rule.
+    Args:
+        positive: True if zero would break the rule.
 
-    Raises: InvalidRequest for anything else.
+    Raises:
+        InvalidRequest: anything else.
     """
     if not is_real(value) or not holds(value):
         raise fail(name, f"be a finite number {rule}", value)

@@ -53,33 +53,34 @@ GREEDY_BELOW = 1e-5  # dividing logits by less than this overflows; such a tempe
 class SamplingParams:
     """How tokens are sampled and when generation ends. Names and defaults are vLLM's.
 
-    n: number of continuations of the one prompt.
-    max_tokens: most tokens to generate; None: up to the context limit.
-    min_tokens: no end-of-sequence or stop token, and no stop string, before this many.
-    temperature: logits are divided by it; 0 always takes the largest.
-    top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
-    top_k: keep this many of the likeliest; 0, -1, or more than there are, keeps all.
-    min_p: keep tokens at least this fraction of the likeliest one's probability, in [0, 1].
-    seed: for repeatable sampling; None (or -1) draws one.
-    stop: strings that end generation, at most 64; they are not part of the text. Not looked for in
-        thinking. One that is a special token, or a think tag, ends generation as that token,
-        anywhere.
-    stop_in_thinking: look for stop strings in thinking too.
-    stop_token_ids: tokens that end generation.
-    ignore_eos: go on after an end-of-sequence token.
-    logprobs: per token, its log-probability and this many of the likeliest, at most 128; None for
-        none.
-    logit_bias: {token id: added to its logit, within -100 … 100}.
-    allowed_token_ids: only these can be sampled; None for all.
-    bad_words: texts that are never completed, at most 1024.
-    repetition_penalty: > 1 divides positive and multiplies negative logits of every token of
-        prompt and output.
-    presence_penalty: subtracted once from the logits of tokens in the output, in [-2, 2].
-    frequency_penalty: subtracted from them as often as they occurred, in [-2, 2].
-    skip_special_tokens: leave special tokens out of the text (think tags stay).
-    logits_processors: functions (token_ids, row, phase): the generated ids (to be read only),
-        the float32 row [V] to change in place or to replace by returning one, and the phase. What
-        one raises, or leaves the row as, ends its request alone.
+    Attributes:
+        n: number of continuations of the one prompt.
+        max_tokens: most tokens to generate; None: up to the context limit.
+        min_tokens: no end-of-sequence or stop token, and no stop string, before this many.
+        temperature: logits are divided by it; 0 always takes the largest.
+        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
+        top_k: keep this many of the likeliest; 0, -1, or more than there are, keeps all.
+        min_p: keep tokens at least this fraction of the likeliest one's probability, in [0, 1].
+        seed: for repeatable sampling; None (or -1) draws one.
+        stop: strings that end generation, at most 64; they are not part of the text. Not looked for
+            in thinking. One that is a special token, or a think tag, ends generation as that token,
+            anywhere.
+        stop_in_thinking: look for stop strings in thinking too.
+        stop_token_ids: tokens that end generation.
+        ignore_eos: go on after an end-of-sequence token.
+        logprobs: per token, its log-probability and this many of the likeliest, at most 128; None
+            for none.
+        logit_bias: {token id: added to its logit, within -100 … 100}.
+        allowed_token_ids: only these can be sampled; None for all.
+        bad_words: texts that are never completed, at most 1024.
+        repetition_penalty: > 1 divides positive and multiplies negative logits of every token of
+            prompt and output.
+        presence_penalty: subtracted once from the logits of tokens in the output, in [-2, 2].
+        frequency_penalty: subtracted from them as often as they occurred, in [-2, 2].
+        skip_special_tokens: leave special tokens out of the text (think tags stay).
+        logits_processors: functions (token_ids, row, phase): the generated ids (to be read only),
+            the float32 row [V] to change in place or to replace by returning one, and the phase.
+            An error in one, or a row that cannot be used, ends its request alone.
 
     Numbers must be such that float32 holds them; stop strings and bad words have at most 512
     characters. Raises InvalidRequest naming field, rule and value. Change one with
@@ -175,11 +176,13 @@ class SamplingParams:
     def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
         """The parameters that a generation_config.json means; its other keys are not sampling.
 
-        config: the file's object. temperature, top_p, top_k, min_p and repetition_penalty are
-            taken as they are, max_new_tokens and min_new_tokens as max_tokens and min_tokens;
-            do_sample false means temperature 0.
+        Args:
+            config: the file's object. temperature, top_p, top_k, min_p and repetition_penalty are
+                taken as they are, max_new_tokens and min_new_tokens as max_tokens and min_tokens;
+                do_sample false means temperature 0.
 
-        Raises InvalidRequest naming the file, its key, rule and value.
+        Raises:
+            InvalidRequest: names the file, its key, rule and value.
         """
         values = {
             name: config[key]
@@ -244,7 +247,9 @@ def _shortest(sequences: list[list[int]]) -> list[list[int]]:
 def row_stats(row: torch.Tensor, temperature: float, run=None) -> tuple[float, float]:
     """(log-sum-exp, entropy) of row / temperature, summed in an order that no thread changes.
 
-    row: float32 [V]. run: a Pool, or None for one thread.
+    Args:
+        row: float32 [V].
+        run: a Pool, or None for one thread.
     """
     given = [[temperature], [0.0], [0.0]]
     by, log_sum, entropy = torch.tensor(given, dtype=torch.float32, device="cpu")

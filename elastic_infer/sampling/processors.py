@@ -42,14 +42,17 @@ class RowProcessors:
     ) -> None:
         """Prepare for one sequence.
 
-        params: the request's parameters.
-        prompt_ids: the prompt's tokens.
-        vocab_size: V, the length of a row.
-        tokenizer: needed for bad_words, and for stop strings that are tokens.
-        eos_ids: end-of-sequence tokens.
-        tags: ids of the think tags.
-        Raises InvalidRequest for ids outside the vocabulary, bad words without a tokenizer, and
-        parameters that together leave no token to be sampled.
+        Args:
+            params: the request's parameters.
+            prompt_ids: the prompt's tokens.
+            vocab_size: V, the length of a row.
+            tokenizer: needed for bad_words, and for stop strings that are tokens.
+            eos_ids: end-of-sequence tokens.
+            tags: ids of the think tags.
+
+        Raises:
+            InvalidRequest: ids outside the vocabulary, bad words without a tokenizer, and
+                parameters that together leave no token to be sampled.
         """
         self.params = params
         self.vocab_size = vocab_size
@@ -109,10 +112,13 @@ class RowProcessors:
     def apply(self, row: torch.Tensor, token_ids: Sequence[int], phase: Phase | None) -> None:
         """Changes a row in place.
 
-        row: float32 [V], the logits.
-        token_ids: all generated tokens so far.
-        phase: "thinking", "answer" or None, handed to the user's functions.
-        Raises InvalidRequest if a function returns something that is not a row.
+        Args:
+            row: float32 [V], the logits.
+            token_ids: all generated tokens so far.
+            phase: "thinking", "answer" or None, handed to the user's functions.
+
+        Raises:
+            InvalidRequest: if a function returns something that is not a row.
         """
         if row.shape != (self.vocab_size,) or row.dtype != torch.float32:
             raise ValueError(
@@ -254,11 +260,14 @@ def _bad_sequences(
 def top_logprobs(row: torch.Tensor, token_id: int, k: int, run=None) -> TopLogprobs:
     """The log-probability and rank of a token and of the k likeliest.
 
-    row: float [V], the logits before any processing.
-    token_id: the sampled token; it comes first in the result.
-    k: how many of the likeliest follow, the likeliest first; 0 for none.
-    run: a Pool, or None for one thread: it changes no bit.
-    Returns {token id: (log-probability, rank)}; rank 1 is the likeliest, equal logits share one.
+    Args:
+        row: float [V], the logits before any processing.
+        token_id: the sampled token; it comes first in the result.
+        k: how many of the likeliest follow, the likeliest first; 0 for none.
+        run: a Pool, or None for one thread: it changes no bit.
+
+    Returns:
+        {token id: (log-probability, rank)}; rank 1 is the likeliest, equal logits share one.
     """
     values = row.float()
     total, _ = row_stats(values, 1.0, run)

@@ -24,7 +24,9 @@ def following(flight: Flight, running: Iterable[Branch], max_length: int) -> lis
     flight, whatever it is, are left out. None where it depends on the tokens in flight, or where
     the host must see the logits that they were drawn from.
 
-    running: all branches. max_length: tokens of the longest sequence.
+    Args:
+        running: all branches.
+        max_length: tokens of the longest sequence.
     """
     drawn = {p.row: i for i, p in enumerate(flight.parts) if p.samples}
     if flight.ids is None or not all(isinstance(r, Branch) and r.plain for r in drawn):

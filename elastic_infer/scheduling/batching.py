@@ -20,9 +20,13 @@ GRID = 64
 class Candidate:
     """One sequence that has tokens to read.
 
-    key: whose it is. width: index of its width, ascending by cost. tokens: unread tokens of the
-    next run. kind: "step" or "prefill". position: tokens it has in the cache. waited: passes that
-    it was ready for and left out of.
+    Attributes:
+        key: whose it is.
+        width: index of its width, ascending by cost.
+        tokens: unread tokens of the next run.
+        kind: "step" or "prefill".
+        position: tokens it has in the cache.
+        waited: passes that it was ready for and left out of.
     """
 
     key: int
@@ -130,8 +134,9 @@ def _steps(
 class StepCosts:
     """Seconds of a pass of steps by (width index, rows), learned while running.
 
-    weight_bytes: bytes of weights that each width reads per token, ascending; before anything is
-    measured the estimate is proportional to these.
+    Args:
+        weight_bytes: bytes of weights that each width reads per token, ascending; before anything
+            is measured the estimate is proportional to these.
     """
 
     def __init__(self, weight_bytes: Sequence[float]):

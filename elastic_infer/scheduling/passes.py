@@ -21,8 +21,10 @@ from .sampler import Sampler
 class Part:
     """The tokens that one row reads in a pass.
 
-    count: tokens of `read`, from its first on. feed: the row of what the pass before drew that
-    holds the token; -1 where `read` does. samples: whether the row's next token follows.
+    Attributes:
+        count: tokens of `read`, from its first on.
+        feed: the row of what the pass before drew that holds the token; -1 where `read` does.
+        samples: True if the row's next token follows.
     """
 
     row: Branch | Reader
@@ -43,8 +45,10 @@ class Part:
 class Flight:
     """A pass that was launched and not read out.
 
-    ids: waits for what it drew; None where it draws nothing itself. started: when it was launched.
-    widest: index of its widest width where its time says what such a pass costs, else None.
+    Attributes:
+        ids: waits for what it drew; None where it draws nothing itself.
+        started: when it was launched.
+        widest: index of its widest width where its time says what such a pass costs, else None.
     """
 
     parts: list[Part]
@@ -62,7 +66,9 @@ class Flight:
 class Passes:
     """Launches passes. On a CPU they have run then; a device was told what to do.
 
-    costs: takes the measured times. max_rows: sequences of the largest pass.
+    Args:
+        costs: takes the measured times.
+        max_rows: sequences of the largest pass.
     """
 
     def __init__(self, model: Model, sampler: Sampler, costs: StepCosts, max_rows: int):

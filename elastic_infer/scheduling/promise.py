@@ -18,7 +18,9 @@ class Promise:
     or a signal handler in between leaves them half held. Here every waiter brings a queue of its
     own, and each operation that matters is one call into C.
 
-    done: whether it is set. abandoned: whether the thread that asked for it went away.
+    Attributes:
+        done: True if it is set.
+        abandoned: True if the thread that asked for it went away.
     """
 
     __slots__ = ("__weakref__", "_alarms", "_error", "_value", "abandoned", "done")

@@ -15,10 +15,13 @@ from .reads import Read
 class Reader:
     """Reads that the scheduler makes for a sequence it does not own: it is never preempted.
 
-    sequence: with a place in the cache. pending: what is to be read, in order; emptied as it is.
-    logits: "last" (after the last token) or "all". done: called on the worker thread with the
-    logits [rows, V] at the end. failed: called there with the error instead; when pages ran out,
-    `pending` holds what is left and the sequence can be read on.
+    Args:
+        sequence: with a place in the cache.
+        pending: what is to be read, in order; emptied as it is.
+        logits: "last" (after the last token) or "all".
+        done: called on the worker thread with the logits [rows, V] at the end.
+        failed: called there with the error instead; when pages ran out, `pending` holds what is
+            left and the sequence can be read on.
     """
 
     def __init__(

@@ -11,7 +11,8 @@ from ..cache.sequence import Sequence
 class Read:
     """Tokens that a sequence has still to read, at one width, as "prefill" or "step".
 
-    mark: a snapshot is due at its end, under policy `window`.
+    Attributes:
+        mark: a snapshot is due at its end, under policy `window`.
     """
 
     tokens: list[int]

@@ -30,8 +30,10 @@ _numbers = itertools.count(1)
 class Branch:
     """One continuation of a request's prompt: its sequence, plan, text and result.
 
-    pending: reads still to be made before the next token can be sampled.
-    phase: in which the next token is sampled. tags: ids of the plan's think tags.
+    Attributes:
+        pending: reads still to be made before the next token can be sampled.
+        phase: in which the next token is sampled.
+        tags: ids of the plan's think tags.
     """
 
     def __init__(
@@ -194,7 +196,9 @@ class Request:
     def attach(self, wake: Callable[[], None], is_worker: Callable[[], bool]) -> None:
         """Called by the worker that takes the request.
 
-        wake: tells it that something changed. is_worker: whether the caller is its thread.
+        Args:
+            wake: tells it that something changed.
+            is_worker: True if the caller is its thread.
         """
         self._wake, self._is_worker = wake, is_worker
 

@@ -43,7 +43,9 @@ def _truncation(params: SamplingParams) -> tuple[float, int, float, float]:
 def entropy_of(row: torch.Tensor, temperature: float, run=None) -> float:
     """Entropy in nats of softmax(row / temperature); of softmax(row) when sampling is greedy.
 
-    row: float32 [V]. run: a Pool, or None for one thread: it changes no bit.
+    Args:
+        row: float32 [V].
+        run: a Pool, or None for one thread: it changes no bit.
     """
     return row_stats(row, temperature or 1.0, run)[1]
 
@@ -75,9 +77,11 @@ class Sampler:
     ) -> list[Drawn]:
         """One token for each branch from its row.
 
-        logits: float32 [n, V], not changed. rows: each branch's row; branches may share one.
-        drawn: what the pass drew from its rows as `parameters` says; it is taken where no row is
-            processed before.
+        Args:
+            logits: float32 [n, V], not changed.
+            rows: each branch's row; branches may share one.
+            drawn: what the pass drew from its rows as `parameters` says; it is taken where no row
+                is processed before.
         """
         if drawn is not None and all(branch.plain for branch in branches):
             return [Drawn(drawn[r], None, None) for r in rows]

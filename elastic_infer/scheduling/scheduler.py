@@ -36,10 +36,14 @@ CLOSED = "sequence: must be open, got one that was closed"
 class Scheduler:
     """All requests of one model.
 
-    model: owns weights and cache. eos_ids: tokens that end a sequence. limits: of one pass.
-    mixing: whether rows of different widths share passes. max_running: branches in the cache.
-    async_scheduling: whether passes may be launched before the tokens of the last are known
-    (`ahead.py`); never on a CPU, which has computed them by then.
+    Args:
+        model: owns weights and cache.
+        eos_ids: tokens that end a sequence.
+        limits: of one pass.
+        mixing: True if rows of different widths share passes.
+        max_running: branches in the cache.
+        async_scheduling: True if passes may be launched before the tokens of the last are known
+            (`ahead.py`); never on a CPU, which has computed them by then.
     """
 
     def __init__(
@@ -120,7 +124,8 @@ class Scheduler:
     def claim_slots(self, count: int = 1) -> None:
         """Checks that slots can be taken without breaking what running requests were promised.
 
-        Raises: OutOfCapacity, with the numbers.
+        Raises:
+            OutOfCapacity: states the numbers.
         """
         if self.spare_slots < count:
             raise OutOfCapacity(
@@ -222,7 +227,9 @@ class Scheduler:
     def _launch(self, parts: list[Part], ready: Seq[Branch | Reader]) -> Flight | None:
         """Starts a pass, which on a CPU is to run it, and takes due snapshots.
 
-        ready: who could have been in it."""
+        Args:
+            ready: who could have been in it.
+        """
         if not parts:
             return None
         chosen = {id(part.row) for part in parts}
@@ -238,7 +245,9 @@ class Scheduler:
     def _land(self, flight: Flight, ahead: Flight | None) -> None:
         """Reads out what a pass drew, samples what it did not, and decides what comes next.
 
-        ahead: the pass that was launched after it."""
+        Args:
+            ahead: the pass that was launched after it.
+        """
         ids, rows, branches = self._passes.read_out(flight), [], []
         for i, part in enumerate(flight.parts):
             row = part.row

@@ -29,7 +29,8 @@ def state_is_complete(sequence: Sequence, target: Width, widths: dict[str, Width
 def check_carry(sequence: Sequence, target: str, widths: dict[str, Width]) -> None:
     """Refuses to widen by `carry` a sequence whose state lacks heads.
 
-    Raises: WidthError that names the remedy.
+    Raises:
+        WidthError: that names the remedy.
     """
     if not state_is_complete(sequence, widths[target], widths):
         raise WidthError(
@@ -55,7 +56,8 @@ def split_for_snapshots(reads: list[Read], start: int, policy: Policy) -> list[R
     """Under `window(n)`: cuts each prefill n to n + 63 tokens before its end, on the grid of 64,
     so that a switch right after it finds a snapshot to go back to.
 
-    start: tokens in the cache before the reads.
+    Args:
+        start: tokens in the cache before the reads.
     """
     if policy.kind != "window":
         return reads
@@ -93,10 +95,12 @@ def switch(
     Args:
         unread: tokens after those in the cache, still to be read.
 
-    Returns: the reads that leave the sequence where it was with `unread` read too, and how many
-        tokens of them had been read before.
+    Returns:
+        The reads that leave the sequence where it was with `unread` read too, and how many tokens
+        of them had been read before.
 
-    Raises: WidthError, with nothing changed.
+    Raises:
+        WidthError: nothing is changed then.
     """
     if policy.kind == "carry" or not sequence.tokens:
         check_carry(sequence, target, widths)

@@ -70,7 +70,9 @@ def plan_capacity(
     full length can use; without a max_model_len it is the model's context, or what fits of it.
     `available`: on a GPU, what there is for the cache.
 
-    Raises: InvalidRequest for a limit out of range; OutOfCapacity if a sequence cannot fit.
+    Raises:
+        InvalidRequest: a limit out of range.
+        OutOfCapacity: if a sequence cannot fit.
     """
     check_limits(
         config, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_memory_bytes
@@ -123,7 +125,8 @@ def check_limits(
 ) -> None:
     """Refuses limits that are out of range for any device.
 
-    Raises: InvalidRequest.
+    Raises:
+        InvalidRequest: a limit that is out of range.
     """
     if max_model_len is not None:
         _check("max_model_len", max_model_len, 2, config.max_position_embeddings)

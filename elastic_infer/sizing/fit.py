@@ -36,11 +36,15 @@ def cache_budget(
     """Bytes of device memory for the cache: `gpu_memory_utilization` of all there is, less what is
     in use, the weights, and the buffers of a pass.
 
-    widths: those of the checkpoint, by active parameters; served: the widest to be kept. formats:
-    of quantised matrices (`Checkpoint.formats`). dtypes: of the cache; None = the model's defaults.
+    Args:
+        widths: those of the checkpoint, by active parameters.
+        served: the widest to be kept.
+        formats: of quantised matrices (`Checkpoint.formats`).
+        dtypes: of the cache; None = the model's defaults.
 
-    Raises: OutOfCapacity with what is needed, what is free and which width would fit, when these
-        leave no room for a cache (of `kv_cache_memory_bytes`, or of a page and a slot).
+    Raises:
+        OutOfCapacity: these leave no room for a cache (of `kv_cache_memory_bytes`, or of a page and
+            a slot); states the bytes needed, the bytes free and a width that would fit.
     """
     free, total = device.memory()
     room = min(free, int(total * gpu_memory_utilization) - (total - free))
@@ -71,9 +75,15 @@ def cache_budget(
 
 @dataclass(frozen=True)
 class Fit:
-    """Contents of a given memory. weights, working: bytes of weights and of activation buffers.
-    sequences: how many of `length` tokens fit in the rest; longest: tokens of a single one (0 when
-    not even the weights fit)."""
+    """Contents of a given memory.
+
+    Attributes:
+        weights: their bytes.
+        working: bytes of activation buffers.
+        length: tokens of a sequence.
+        sequences: number of such sequences that fit in the rest.
+        longest: tokens of the longest single sequence (0 when not even the weights fit).
+    """
 
     weights: int
     working: int

@@ -47,7 +47,8 @@ def weight_bytes(
     """Bytes of all weights in memory when `width` is the widest served: matrices in whole 64x64
     tiles of their format, else of `dtype`, the router and the small per-head tensors in float32.
 
-    formats: {checkpoint name: "nvfp4" or "fp8"} of quantised matrices (`Checkpoint.formats`).
+    Args:
+        formats: {checkpoint name: "nvfp4" or "fp8"} of quantised matrices (`Checkpoint.formats`).
     """
     size, D, store = item_size(dtype), width.hidden_size, _Store(dtype, formats)
     total = (config.vocab_size + 1) * D * size

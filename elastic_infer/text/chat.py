@@ -79,12 +79,14 @@ class ChatTemplates:
     ) -> str:
         """The prompt text.
 
-        messages: list of dicts with role and content.
-        tools, documents: lists of dicts, or None.
-        chat_template: a name, a template, or None.
-        add_generation_prompt: None for True unless the last message is continued.
-        continue_final_message: whether, or which field of, the last message is continued.
-        variables: everything else the template sees.
+        Args:
+            messages: list of dicts with role and content.
+            tools: list of dicts, or None.
+            documents: list of dicts, or None.
+            chat_template: a name, a template, or None.
+            add_generation_prompt: None for True unless the last message is continued.
+            continue_final_message: whether, or which field of, the last message is continued.
+            variables: everything else the template sees.
         """
         field, prompt = final_field(continue_final_message, add_generation_prompt)
         for name in _NOT_HERE:

@@ -45,10 +45,11 @@ class Detokenizer:
     ) -> None:
         """Start an empty sequence.
 
-        tokenizer: whose vocabulary and decoder are used.
-        skip_special_tokens: leave special tokens out of the text.
-        keep: special token ids that stay in the text all the same (think tags, for example).
-        eager: do not wait for the end of a run of byte-fallback tokens.
+        Args:
+            tokenizer: whose vocabulary and decoder are used.
+            skip_special_tokens: leave special tokens out of the text.
+            keep: special token ids that stay in the text all the same (think tags, for example).
+            eager: do not wait for the end of a run of byte-fallback tokens.
         """
         self._eager = eager
         self._rule = tokenizer.stream_rule

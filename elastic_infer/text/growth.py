@@ -13,9 +13,12 @@ MOST_GROWTH = 1024  # real tokenizers have a few replacements of single characte
 def check_growth(name: str, part: dict[str, Any] | None) -> None:
     """Refuses replacements that, one after the other, could make very much of little text.
 
-    name: "normalizer" or "decoder". part: what tokenizer.json says of it, None if it has none.
+    Args:
+        name: "normalizer" or "decoder".
+        part: what tokenizer.json says of it, None if it has none.
 
-    Raises CheckpointError.
+    Raises:
+        CheckpointError: for replacements that could.
     """
     growth = 1.0
     for step in [] if part is None else _flatten(part):

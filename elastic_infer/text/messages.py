@@ -68,10 +68,13 @@ def checked_messages(messages: Any, parts: bool) -> list[dict[str, Any]]:
 
     Arguments of tool calls that are JSON in a string, as OpenAI's clients send them, are parsed.
 
-    messages: of the caller. parts: whether the template takes content as a list of parts; one that
-    takes text gets the parts' texts joined by newlines.
+    Args:
+        messages: of the caller.
+        parts: True if the template takes content as a list of parts; one that takes text gets the
+            parts' texts joined by newlines.
 
-    Raises InvalidRequest naming the first fault.
+    Raises:
+        InvalidRequest: names the first fault.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise InvalidRequest(
@@ -218,10 +221,13 @@ class FinalMessage:
     def __init__(self, messages: list[dict[str, Any]], field: bool | str, source: str) -> None:
         """Marks the end of the last message in place.
 
-        messages: as `checked_messages` makes them. field: what of it is continued; True for
-        "content". source: the template.
+        Args:
+            messages: as `checked_messages` makes them.
+            field: what of it is continued; True for "content".
+            source: the template.
 
-        Raises InvalidRequest where there is no such text, or the template does not read it.
+        Raises:
+            InvalidRequest: where there is no such text, or the template does not read it.
         """
         name = field if isinstance(field, str) else "content"
         last, what = messages[-1], f"chat: continue_final_message={field!r}"
@@ -263,7 +269,8 @@ class FinalMessage:
 def final_field(value: Any, add_generation_prompt: bool | None) -> tuple[bool | str, bool]:
     """(continue_final_message, add_generation_prompt), checked against each other.
 
-    add_generation_prompt: None for what follows: True unless the last message is continued.
+    Args:
+        add_generation_prompt: None for what follows: True unless the last message is continued.
     """
     if not isinstance(value, (bool, str)) or value == "":
         raise InvalidRequest(

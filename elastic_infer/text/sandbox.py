@@ -178,7 +178,9 @@ def _joined_size(separator: Any, values: list[Any]) -> int:
 def _check_filter(name: str, values: tuple[Any, ...], given: list[Any]) -> None:
     """Refuses filters that would print or make much at once.
 
-    values: what is filtered, and the arguments by position. given: all the arguments.
+    Args:
+        values: what is filtered, and the arguments by position.
+        given: all the arguments.
     """
     most = _NUMBERS.get(name)
     if most is not None and any(isinstance(v, int) and abs(v) > most for v in given):

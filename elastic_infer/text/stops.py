@@ -27,10 +27,13 @@ class StopStrings:
     def push(self, text: str, search: bool = True) -> tuple[str, str | None]:
         """Add text.
 
-        text: what comes next in the stream.
-        search: False gives everything out without looking for stop strings (while fewer than
-            `min_tokens` tokens exist); a stop string is then only looked for in later text.
-        Returns (text that is final, stop string found or None). After a hit there is no more text.
+        Args:
+            text: what comes next in the stream.
+            search: False gives everything out without looking for stop strings (while fewer than
+                `min_tokens` tokens exist); a stop string is then only looked for in later text.
+
+        Returns:
+            (text that is final, stop string found or None). After a hit there is no more text.
         """
         if self.hit is not None:
             return "", self.hit
@@ -78,10 +81,14 @@ def split_reasoning(
     it ends at the first end tag. White space around the reasoning and before the answer is
     dropped, and so are further tags; a text without thinking is returned as it is.
 
-    text: the generated text, tags included.
-    start_tag, end_tag: the tags, for example "<think>" and "</think>".
-    prompt_is_thinking: whether the prompt ends inside a thinking block.
-    Returns (reasoning or None, answer); the answer is "" while the block is open.
+    Args:
+        text: the generated text, tags included.
+        start_tag: for example "<think>".
+        end_tag: for example "</think>".
+        prompt_is_thinking: True if the prompt ends inside a thinking block.
+
+    Returns:
+        (reasoning or None, answer); the answer is "" while the block is open.
     """
     body = text.lstrip()
     if body.startswith(start_tag):

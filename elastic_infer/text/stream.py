@@ -64,9 +64,13 @@ class TextStream:
     ) -> None:
         """Starts an empty text.
 
-        tokenizer: decodes. stop: strings that end the text. tags: ids of the think tags, which
-        stay in the text. skip_special_tokens: leave other special tokens out. spelled: the think
-        tags where the vocabulary has no tokens for them: blocks are found in the text then.
+        Args:
+            tokenizer: decodes.
+            stop: strings that end the text.
+            tags: ids of the think tags, which stay in the text.
+            skip_special_tokens: leave other special tokens out.
+            spelled: the think tags where the vocabulary has no tokens for them: blocks are found in
+                the text then.
         """
         self._block = None if spelled is None else _Block(*spelled)
         self._tokenizer, self._tags = tokenizer, frozenset(tags)
@@ -82,11 +86,15 @@ class TextStream:
     ) -> tuple[str, str | None]:
         """Adds a token.
 
-        token_id, phase: the token and the phase that it belongs to.
-        search: whether stop strings may end the text in it; in a block of spelled tags they do
-            not, unless `inside`.
-        inside: whether stop strings are looked for in thinking.
-        Returns (text that is final, stop string found or None).
+        Args:
+            token_id: the token.
+            phase: the phase that it belongs to.
+            search: True if stop strings may end the text in it; in a block of spelled tags they do
+                not, unless `inside`.
+            inside: True if stop strings are looked for in thinking.
+
+        Returns:
+            (text that is final, stop string found or None).
         """
         if token_id in self._tags:
             before, tag = self._tag(token_id)
@@ -152,7 +160,8 @@ class TextStream:
     def split(self, thinks: bool) -> tuple[str | None, str]:
         """(reasoning or None, answer) of what was given out; think tags are in neither.
 
-        thinks: whether there is a thinking block: white space ahead of one belongs to neither.
+        Args:
+            thinks: True if there is a thinking block: white space ahead of one belongs to neither.
         """
         answer = "".join(self._parts["answer"])
         if not thinks:
@@ -170,8 +179,10 @@ class StepText:
     def __init__(self, tokenizer: Tokenizer | None, loaded: Sequence[int] | None = None) -> None:
         """Starts before the first drawn token.
 
-        tokenizer: decodes; without one there is no text. loaded: tokens of a sequence that goes
-        on where a file ends, and so does its text; None for a new one.
+        Args:
+            tokenizer: decodes; without one there is no text.
+            loaded: tokens of a sequence that goes on where a file ends, and so does its text; None
+                for a new one.
         """
         self._tokenizer = tokenizer
         self._loaded = loaded is not None

@@ -54,8 +54,14 @@ def _content(token: Any) -> str | None:
 def eos_ids_from_folder(folder: str | Path) -> tuple[int, ...]:
     """The end-of-sequence ids that a checkpoint states, in order, without a tokenizer.
 
-    folder: holds generation_config.json, or else config.json, with eos_token_id (int or list).
-    Returns the ids; empty if none is stated. Raises CheckpointError if they are not ids.
+    Args:
+        folder: holds generation_config.json, or else config.json, with eos_token_id (int or list).
+
+    Returns:
+        The ids; empty if none is stated.
+
+    Raises:
+        CheckpointError: if they are not ids.
     """
     for name in (GENERATION_CONFIG, "config.json"):
         value = _read_json(Path(folder) / name).get("eos_token_id")
@@ -74,10 +80,11 @@ def eos_ids_from_folder(folder: str | Path) -> tuple[int, ...]:
 class Tokenizer:
     """Encodes and decodes text and renders chats. Safe to use from several threads.
 
-    backend: the tokenizers.Tokenizer underneath.
-    special_tokens: {"bos_token": text, …}, what chat templates can name.
-    eos_ids: tokens that end a sequence.
-    special_ids: tokens that `decode` leaves out unless asked not to.
+    Attributes:
+        backend: the tokenizers.Tokenizer underneath.
+        special_tokens: {"bos_token": text, …}, by the names that chat templates use.
+        eos_ids: tokens that end a sequence.
+        special_ids: tokens that `decode` leaves out unless asked not to.
     """
 
     def __init__(
@@ -90,10 +97,11 @@ class Tokenizer:
     ) -> None:
         """Wrap a tokenizer.
 
-        backend: a tokenizers.Tokenizer; its truncation and padding are switched off.
-        special_tokens: named special tokens; vocabulary entries among them become special.
-        chat_template: one template, or {name: template} with "default" and maybe "tool_use".
-        eos_ids: ids that end a sequence, beside special_tokens["eos_token"].
+        Args:
+            backend: a tokenizers.Tokenizer; its truncation and padding are switched off.
+            special_tokens: named special tokens; vocabulary entries among them become special.
+            chat_template: one template, or {name: template} with "default" and maybe "tool_use".
+            eos_ids: ids that end a sequence, beside special_tokens["eos_token"].
         """
         backend.no_truncation()
         backend.no_padding()
@@ -126,10 +134,13 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
         """The tokenizer of a checkpoint folder, None if it has no tokenizer.json.
 
-        folder: holds tokenizer.json and, where present, tokenizer_config.json,
-            special_tokens_map.json, chat_template.jinja, additional_chat_templates/*.jinja,
-            generation_config.json and config.json.
-        Raises CheckpointError for a file that cannot be read.
+        Args:
+            folder: holds tokenizer.json and, where present, tokenizer_config.json,
+                special_tokens_map.json, chat_template.jinja, additional_chat_templates/*.jinja,
+                generation_config.json and config.json.
+
+        Raises:
+            CheckpointError: a file that cannot be read.
         """
         folder = Path(folder)
         path = folder / TOKENIZER
@@ -174,9 +185,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text. Special tokens written out in it become their ids.
 
-        text: any text.
-        add_special_tokens: add what the tokenizer's post-processor adds (a BOS for some models,
-            nothing for others). False for text from `apply_chat_template`, which has its own.
+        Args:
+            text: any text.
+            add_special_tokens: add the special tokens of the tokenizer's post-processor (a BOS for
+                some models, nothing for others). False for text from `apply_chat_template`, which
+                has its own.
         """
         if not isinstance(text, str):
             raise InvalidRequest(f"encode: text must be a str, got {type(text).__name__}")
@@ -199,9 +212,10 @@ class Tokenizer:
     ) -> str:
         """The text of token ids; ids outside the vocabulary have none.
 
-        token_ids: the tokens.
-        skip_special_tokens: leave special tokens out.
-        keep: special ids that stay in all the same.
+        Args:
+            token_ids: the tokens.
+            skip_special_tokens: leave special tokens out.
+            keep: special ids that stay in all the same.
         """
         with tokenizer_errors("decode"):
             if skip_special_tokens:
@@ -221,19 +235,23 @@ class Tokenizer:
     ) -> str:
         """The prompt text of a chat; encode it with add_special_tokens=False.
 
-        messages: dicts with "role" and "content" (or "tool_calls"), oldest first. Content may be a
-            list of text parts; a template that takes text gets them joined by newlines. Arguments
-            of tool calls may be JSON in a string.
-        add_generation_prompt: end with what opens the assistant's turn; None for True unless the
-            last message is continued.
-        tools, documents: JSON schemas of tools, documents; passed to the template.
-        chat_template: a template, or the name of one of the tokenizer's; None for its default.
-            It runs in a sandbox with limits of steps, time and length.
-        continue_final_message: end in the middle of the last message, which the model goes on
-            with; the name of a field continues that one, such as "reasoning_content".
-        kwargs: variables of the template, such as enable_thinking=False.
-        Raises InvalidRequest for a malformed message, a missing template, or what the template
-        itself refuses.
+        Args:
+            messages: dicts with "role" and "content" (or "tool_calls"), oldest first. Content may
+                be a list of text parts; a template that takes text gets them joined by newlines.
+                Arguments of tool calls may be JSON in a string.
+            add_generation_prompt: end with the opening of the assistant's turn; None for True
+                unless the last message is continued.
+            tools: JSON schemas of tools; passed to the template.
+            documents: dicts that are passed to the template.
+            chat_template: a template, or the name of one of the tokenizer's; None for its default.
+                It runs in a sandbox with limits of steps, time and length.
+            continue_final_message: end in the middle of the last message, which the model goes on
+                with; the name of a field continues that one, such as "reasoning_content".
+            kwargs: variables of the template, such as enable_thinking=False.
+
+        Raises:
+            InvalidRequest: a malformed message, a missing template, or a refusal by the template
+                itself.
         """
         return self._templates.render(
             messages,
@@ -254,7 +272,10 @@ class Tokenizer:
         """The prompt of a chat, and where in it begins what the template puts after the last
         message, or the message that is continued.
 
-        messages, tools: as in `apply_chat_template`. arguments: further ones of it, by name.
+        Args:
+            messages: as in `apply_chat_template`.
+            tools: as in `apply_chat_template`.
+            arguments: further ones of it, by name.
         """
         given = _chat_arguments(tools, arguments)
         text = self.apply_chat_template(messages, **given)
