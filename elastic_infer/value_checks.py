@@ -11,7 +11,7 @@ from .errors import InvalidRequest, shown
 
 MOST_IDS = 1 << 20  # more than any vocabulary has
 
-__all__ = ["check_count", "check_real", "elements", "is_one_of", "is_real"]
+__all__ = ["check_count", "check_real", "check_timeout", "elements", "is_one_of", "is_real"]
 
 MOST = 1 << 40  # of anything that is counted
 
@@ -80,3 +80,12 @@ def check_real(
             rule = f"in {'(' if open_ else '['}{least}, {most}]"
         rule = "a number" if least == -math.inf else rule
         raise InvalidRequest(f"{what} must be {rule} and finite, got {shown(value)}")
+
+
+def check_timeout(what: str, value: Any) -> None:
+    """Raises InvalidRequest unless `value` is None, a finite number or infinity.
+
+    what: begins the message, "<object>: <argument>".
+    """
+    if value is not None and value != math.inf and not is_real(value):
+        raise InvalidRequest(f"{what} must be None or a number of seconds, got {shown(value)}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint.widths import Width
-from ..errors import EngineFull, InvalidRequest, shown
+from ..errors import EngineFull, InvalidRequest, OutOfCapacity, shown
 from ..outputs import Output
 from ..plans.decision import ChatPrompt
 from ..plans.plan import Plan
@@ -20,7 +21,7 @@ from ..scheduling.reader import Reader
 from ..scheduling.reads import Read
 from ..scheduling.request import Request, Stream
 from ..showing import count_text, name_text, names_text, one_line, size_text
-from ..sizing.capacity import Capacity
+from ..sizing.capacity import Capacity, free_memory
 from ..text.stream import StepText
 from ..text.tokenizer import Tokenizer
 from ..torch_modes import plain_torch
@@ -94,7 +95,8 @@ class Engine:
             gpu_memory_utilization: share of a GPU's memory to use, what is in use already
                 included; no effect on a CPU.
             threads: CPU threads; None = all that this process may use.
-            max_waiting: requests that may wait; None = any number.
+            max_waiting: requests that may wait; None = any number. What a signal handler submits
+                while its own thread is in `submit` is not counted against that call.
             kv_cache_dtype: of keys and values: "auto" (the model's dtype) or "fp8" (E4M3).
             mamba_ssm_cache_dtype: of the Mamba state: "float32", "float16" (rounded
                 stochastically), or "auto" (what config.json says of these, else float32).
@@ -318,8 +320,12 @@ class Engine:
         self.core.worker.submit(requests)
 
     def score(self, token_ids: Prompt, *, width: str | None = None) -> torch.Tensor:
-        """Float32 logits [T, V] after every token of a prompt read at one width."""
+        """Float32 logits [T, V] after every token of a prompt read at one width.
+
+        Raises: InvalidRequest, WidthError; OutOfCapacity for logits beyond free memory.
+        """
         ids, width = self._checked("score", self.core.intake.prompt_ids(token_ids), width)
+        logits = _room_for_logits(len(ids), self.config.vocab_size)
 
         def job() -> Reader:
             sequence = self.core.open_slot(False)
@@ -327,7 +333,7 @@ class Engine:
             def give_back(_) -> None:
                 self.core.model.cache.close(sequence)
 
-            return Reader(sequence, [Read(ids, width, "prefill")], "all", give_back, give_back)
+            return Reader(sequence, [Read(ids, width, "prefill")], logits, give_back, give_back)
 
         return self.core.call(job, wait_for_room=True)
 
@@ -339,6 +345,8 @@ class Engine:
         Args:
             track: narrow steps also update what wider widths need, so that "carry" can widen.
         """
+        if not isinstance(track, bool):
+            raise InvalidRequest(f"open: track must be True or False, got {shown(track)}")
         ids = [] if prompt is None else self.core.intake.prompt_ids(prompt)
         ids, width = self._checked("open", ids, width)
 
@@ -405,3 +413,17 @@ def _cancel(requests: list[Request]) -> None:
         if not request.done:
             request.cancel()
 
+
+def _room_for_logits(tokens: int, vocabulary: int) -> torch.Tensor:
+    """Host memory for the logits [tokens, vocabulary] of a score.
+
+    Raises: OutOfCapacity when there is not so much.
+    """
+    needed, free = 4 * tokens * vocabulary, free_memory()
+    with suppress(RuntimeError, MemoryError), plain_torch():
+        if needed <= free:
+            return torch.empty(tokens, vocabulary, device="cpu", dtype=torch.float32)
+    raise OutOfCapacity(
+        f"score: logits of {tokens} tokens need {needed} bytes of memory, free {free}; score "
+        "fewer tokens at a time"
+    )

@@ -212,6 +212,7 @@ class EngineSequence:
             self._unread = [drawn.token]  # at the end: an interrupted step has added nothing
             return token
         except BaseException:
+            self._unread = []
             self._text.cut(tokens)
             raise
 
@@ -242,10 +243,13 @@ class EngineSequence:
                 f"rollback: length must be at most {len(self.token_ids)}, got {shown(length)}"
             )
         self._settle()
+        text = self._text.fork()  # cut here: long texts would keep the worker
+        text.cut(self.token_ids[:length])
 
         def job() -> None:
             self._check_settled()
             sequence, cache = self._sequence, self._core.model.cache
+            self._text = text  # with the tokens: an interrupt comes before both or after both
             if length >= sequence.length:
                 self._unread = self._unread[: length - sequence.length]
                 return
@@ -259,7 +263,6 @@ class EngineSequence:
             self._logits = earlier[-1].logits if earlier else None
 
         self._core.call(job)
-        self._text.cut(self.token_ids)
         self._settle()
 
     @_one_at_a_time
@@ -363,7 +366,7 @@ class EngineSequence:
         if not self._queue:
             return None
         self._logits = None
-        self._reader = Reader(self._sequence, self._queue, "last", self._keep, self._lose)
+        self._reader = Reader(self._sequence, self._queue, None, self._keep, self._lose)
         return self._reader
 
     def _begin_reading_all(self) -> Reader | None:

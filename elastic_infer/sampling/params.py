@@ -63,9 +63,10 @@ class SamplingParams:
         min_p: keep tokens at least this fraction of the likeliest one's probability, in [0, 1].
         seed: for repeatable sampling; None (or -1) draws one.
         stop: strings that end generation, at most 64; they are not part of the text. Not looked for
-            in thinking. One that is a special token, or a think tag, ends generation as that token,
+            in thinking, nor, if they are white space only, in the white space between thinking and
+            answer. One that is a special token, or a think tag, ends generation as that token,
             anywhere.
-        stop_in_thinking: look for stop strings in thinking too.
+        stop_in_thinking: look for stop strings everywhere.
         stop_token_ids: tokens that end generation.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: per token, its log-probability and this many of the likeliest, at most 128; None

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import time
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
+
+_Item = TypeVar("_Item")
 
 # Seconds. Python does not see a signal that comes when a wait has begun in Python's eyes and not
 # yet in the system's; so every wait is looked after again.
 _LOOK = 0.5
+
+
+def take(queue: SimpleQueue[_Item]) -> _Item:
+    """Waits for the next item of a queue; a signal that comes meanwhile is handled."""
+    while True:
+        try:
+            return queue.get(timeout=_LOOK)
+        except Empty:
+            pass
 
 
 class Promise:

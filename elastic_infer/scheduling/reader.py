@@ -18,7 +18,8 @@ class Reader:
     Args:
         sequence: with a place in the cache.
         pending: what is to be read, in order; emptied as it is.
-        logits: "last" (after the last token) or "all".
+        room: None for the logits after the last token; else those after every token are written
+            there, a float32 tensor [tokens, V] on the host.
         done: called on the worker thread with the logits [rows, V] at the end.
         failed: called there with the error instead; when pages ran out, `pending` holds what is
             left and the sequence can be read on.
@@ -28,15 +29,16 @@ class Reader:
         self,
         sequence: Sequence,
         pending: list[Read],
-        logits: str = "last",
+        room: torch.Tensor | None = None,
         done: Callable[[torch.Tensor], None] | None = None,
         failed: Callable[[BaseException], None] | None = None,
     ):
-        self.sequence, self.pending, self.logits = sequence, pending, logits
+        self.sequence, self.pending = sequence, pending
+        self.logits = "last" if room is None else "all"
         self.promise = Promise()
         self.waited = 0
         self._done, self._failed = done, failed
-        self._rows: list[torch.Tensor] = []
+        self._room, self._rows = room, 0
 
     @property
     def ready(self) -> bool:
@@ -45,12 +47,16 @@ class Reader:
 
     def take(self, rows: torch.Tensor) -> None:
         """Keeps logits of a pass; they are copied to host memory."""
-        self._rows.append(rows.to("cpu", copy=True))
+        if self.logits == "last":
+            self._room = rows.to("cpu", copy=True)
+            return
+        self._room[self._rows : self._rows + len(rows)] = rows
+        self._rows += len(rows)
 
     def finish(self) -> None:
         """Ends it with its logits, once nothing is pending."""
         try:
-            rows = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)
+            rows = self._room
             if self._done:
                 self._done(rows)
         except BaseException as error:  # the caller waits, whatever comes in between

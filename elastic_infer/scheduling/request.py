@@ -21,7 +21,8 @@ from ..text.stops import split_reasoning
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from ..user_calls import text_of
-from .promise import Promise
+from ..value_checks import check_timeout
+from .promise import Promise, take
 from .reads import Read
 
 _numbers = itertools.count(1)
@@ -212,7 +213,7 @@ class Request:
                 self._check_waiter("iterate over a request that has not ended")
                 if self.done and self.events.empty():
                     break
-                event = self.events.get()
+                event = take(self.events)
                 if event is None:
                     break
                 yield event
@@ -237,9 +238,10 @@ class Request:
         """Waits for the end and gives the output.
 
         Args:
-            timeout: seconds to wait at most, None for no limit.
+            timeout: seconds to wait at most, None (or infinity) for no limit; 0 or less only looks.
 
         Raises:
+            InvalidRequest: for a timeout that is no number.
             TimeoutError: after `timeout`.
             RequestCancelled: if the engine was closed first.
             Exception: the error of a request that failed: an ElasticError, or the Exception that a
@@ -253,6 +255,7 @@ class Request:
 
     def wait(self, timeout: float | None = None) -> Output:
         """As `result`, but a failed request gives its output too, with finish_reason "error"."""
+        check_timeout(f"{self.request_id}: timeout", timeout)
         self._check_waiter("wait for a result")
         if not self._end.wait(timeout):
             raise TimeoutError(f"{self.request_id}: no result after {timeout} s")

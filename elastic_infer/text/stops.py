@@ -23,6 +23,12 @@ class StopStrings:
         self.hit: str | None = None
         self._held = ""
         self._longest = max(map(len, self.stop), default=0)
+        self._ahead = False  # nothing but white space was given out since `begin_answer`
+
+    def begin_answer(self) -> None:
+        """Says that thinking has ended: up to the next character that is no white space, stop
+        strings of white space only are not looked for."""
+        self._ahead = True
 
     def push(self, text: str, search: bool = True) -> tuple[str, str | None]:
         """Add text.
@@ -39,8 +45,9 @@ class StopStrings:
             return "", self.hit
         buffer, self._held = self._held + text, ""
         if not search or not self.stop:
+            self._ahead = self._ahead and not buffer.strip()
             return buffer, None
-        found = self._first(buffer)
+        found = self._first(buffer, len(buffer) - len(buffer.lstrip()) if self._ahead else 0)
         if found is not None:
             start, self.hit = found
             return buffer[:start], self.hit
@@ -48,6 +55,7 @@ class StopStrings:
         if keep:
             self._held = buffer[-keep:]
             buffer = buffer[:-keep]
+        self._ahead = self._ahead and not buffer.strip()
         return buffer, None
 
     def finish(self) -> str:
@@ -55,10 +63,12 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _first(self, buffer: str) -> tuple[int, str] | None:
+    def _first(self, buffer: str, lead: int) -> tuple[int, str] | None:
+        """(where it begins, the stop string), None if there is none. lead: characters of white
+        space ahead of the answer."""
         best: tuple[int, int, str] | None = None
         for stop in self.stop:
-            start = buffer.find(stop)
+            start = buffer.find(stop, lead if lead and stop.isspace() else 0)
             if start >= 0:
                 candidate = (start + len(stop), start, stop)
                 best = candidate if best is None else min(best, candidate)

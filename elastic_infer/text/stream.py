@@ -24,11 +24,13 @@ _CONTEXT = 8  # tokens of a loaded sequence that may hold the beginning of a cha
 class _Block:
     """Finds a thinking block in text whose tags are spelled by several tokens.
 
-    thinking: whether the text so far ends in the block.
+    thinking: whether the text so far ends in the block. answer: what the push that ended the block
+    had after it.
     """
 
     def __init__(self, start: str, end: str) -> None:
         self._start, self._end, self._text = start, end, ""
+        self.answer = ""
         self._done = self.thinking = False
 
     def push(self, text: str) -> None:
@@ -43,6 +45,7 @@ class _Block:
             self._text = begun[len(self._start) :] if self.thinking else begun
         if self.thinking and self._end in self._text:
             self.thinking, self._done = False, True
+            self.answer = self._text.partition(self._end)[2]
         elif self.thinking:
             self._text = self._text[-len(self._end) :]
 
@@ -99,14 +102,21 @@ class TextStream:
         if token_id in self._tags:
             before, tag = self._tag(token_id)
             search = search and (inside or phase != "thinking")
-            return self._add([(self._now, before), (_TAG, tag)], search)
+            added = self._add([(self._now, before), (_TAG, tag)], search)
+            if phase == "thinking" and not inside:
+                self._stops.begin_answer()
+            return added
         self._now = phase or _LEAD
-        text = self._detokenizer.push(token_id)
+        text, begins = self._detokenizer.push(token_id), False
         if self._block is not None:
             thinking = self._block.thinking
             self._block.push(text)
             search = search and (inside or not (thinking or self._block.thinking))
-        return self._add([(self._now, text)], search and (inside or phase != "thinking"))
+            begins = thinking and not (self._block.thinking or self._block.answer.strip())
+        added = self._add([(self._now, text)], search and (inside or phase != "thinking"))
+        if begins and not inside:
+            self._stops.begin_answer()
+        return added
 
     def finish(self, search: bool, inside: bool = False) -> tuple[str, str | None]:
         """Ends the text. Returns (the text that was held back, stop string found in it or None)."""

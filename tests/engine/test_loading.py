@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -318,6 +319,28 @@ def test_what_needs_a_tokenizer_says_so(folder):
             with pytest.raises(InvalidRequest, match=message):
                 call()
         assert len(bare.generate([5], GREEDY).token_ids) == 6
+
+
+def test_wrong_arguments_of_open_load_and_chat_are_refused_by_name(engine):
+    """Stands for values of another type, and for such as are too deep."""
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    hello = [{"role": "user", "content": "x"}]
+    opening = [(partial(engine.open, "a", track=v), InvalidRequest,
+                "open: track must be True or False, got")
+               for v in (1, 0, None, "x", [True])]  # fmt: skip
+    loading = [(partial(engine.load, v), CheckpointError, "sequence file: path must")
+               for v in (None, 5, "", b"\0", [])]  # fmt: skip
+    tools = [(partial(engine.chat, hello, tools=v), InvalidRequest, rf"chat: tools.* must {rule}")
+             for v, rule in ((5, "be a list of dicts"), ("x", "be a list of dicts"),
+                             ([5], "be a list of dicts"), ({}, "be a list of dicts"),
+                             ([deep], ""), ([{"a": object()}], "be made of JSON"))]  # fmt: skip
+    for call, error, message in (*opening, *loading, *tools):
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert len(str(caught.value)) < 2000
+    assert engine.stats()["slots_used"] == 0
 
 
 def test_wrong_calls_on_a_sequence_change_nothing(engine):

@@ -61,7 +61,7 @@ def test_a_stream_interrupted_while_it_waits_is_cancelled(engine):
     stream = engine.stream("a", SamplingParams(max_tokens=40))
 
     class Events:
-        def get(self):
+        def get(self, timeout):
             raise KeyboardInterrupt
 
     events, stream._request.events = stream._request.events, Events()

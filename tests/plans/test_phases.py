@@ -156,6 +156,41 @@ def test_stop_strings_end_the_answer_only(engine):
         SamplingParams(stop_in_thinking=1)
 
 
+BLANK = st.sampled_from(["\n", " ", "\n\n", " \n", "\nU", "U", "a"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lead=st.text("\n ", max_size=4), answer=st.text("aU\n ", max_size=6),
+    stop=st.lists(BLANK, min_size=1, max_size=3), spelled=st.booleans(), cut=st.integers(1, 5),
+)  # fmt: skip
+def test_white_space_between_thinking_and_answer_stops_nothing(lead, answer, stop, spelled, cut):
+    """Stands for "\\n\\n" and the like as stop strings of models that end their thinking with it:
+    it is looked for in the answer, which begins behind the white space; other stop strings may
+    begin in it. The oracle looks at the whole text."""
+    said = lead + answer
+    pieces = [said[i : i + cut] for i in range(0, len(said), cut)]
+    words = {w: i for i, w in enumerate(dict.fromkeys(["<think>", "</think>", "t", *pieces]))}
+    made = tokenizers.Tokenizer(models.WordLevel(words, "t"))
+    made.decoder = decoders.Fuse()
+    tags = (0, 1)
+    how = {"tags": (), "spelled": ("<think>", "</think>")} if spelled else {"tags": tags}
+    stream, shown, hit = TextStream(Tokenizer(made), stop, **how), "", None
+    for piece in ["<think>", "t", "</think>", *pieces]:
+        phase = "answer" if piece in pieces else "thinking"
+        text, hit = stream.push(words[piece], None if spelled else phase, True)
+        shown += text
+        if hit:
+            break
+    else:
+        shown += stream.finish(True)[0]
+    begin = len(said) - len(said.lstrip())
+    found = [(at + len(s), at, s) for s in stop
+             if (at := said.find(s, begin if s.isspace() else 0)) >= 0]  # fmt: skip
+    wanted = (said, None) if not found else (said[: min(found)[1]], min(found)[2])
+    assert (shown, hit) == ("<think>t</think>" + wanted[0], wanted[1])
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_stop_string_that_is_a_token_stops_at_the_token(engine, skip):
     """Special tokens and think tags as stop strings, in any phase; min_tokens bars them."""
