@@ -81,7 +81,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Where the time of a request went, in seconds.
+    """Time that a request took, part by part, in seconds.
 
     Attributes:
         queued_s: from submission to the first pass.

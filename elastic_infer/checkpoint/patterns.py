@@ -54,8 +54,8 @@ def regex_problem(text: str) -> str | None:
 
 
 def _ways(parts: Any) -> int:
-    """At most how many ways there are to match a name of `_LENGTH` characters; `_MOST` + 1 stands
-    for all larger numbers."""
+    """Bound on the number of ways to match a name of `_LENGTH` characters; `_MOST` + 1 stands for
+    all larger numbers."""
     total = 1
     for code, value in parts:
         total = min(total * _ways_of(code, value), _MOST + 1)

@@ -1,4 +1,4 @@
-"""Which weights a published checkpoint says are quantised, and how.
+"""Quantised weights and their formats, as a published checkpoint states them.
 
 Read: NVIDIA ModelOpt's `quantization_config` of config.json, or its older hf_quant_config.json, and
 compressed-tensors' `quantization_config`. Both name modules: a weight without its `.weight`.

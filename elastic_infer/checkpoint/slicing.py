@@ -1,4 +1,4 @@
-"""Which rows and columns of every tensor a width keeps, and checkpoints cut down to one width."""
+"""The rows and columns that a width keeps of every tensor; checkpoints cut down to one width."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ _TEXT = {torch.uint8: "uint8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where the parts of one quantised matrix lie.
+    """Places of the parts of one quantised matrix.
 
     Attributes:
         name: the plain checkpoint name, X.weight.

@@ -140,7 +140,7 @@ class Conversation:
 
 def converse(talk: Conversation, interactive: bool) -> None:
     """Reads lines until /exit or the end of the input. A mistake is told and the conversation
-    goes on; in a pipe, where nobody would see it, it ends the command."""
+    goes on; in a pipe, where no user would see it, it ends the command."""
     screen = c.console()
     if interactive:
         screen.print(c.legend(talk.colours), Text("  /help tells the commands", style="dim"))

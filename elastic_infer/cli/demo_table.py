@@ -159,7 +159,7 @@ def mean_bytes(engine: Engine, tokens: dict[str, int], how: str | Plan) -> float
 
 
 def bench_path() -> Path:
-    """Where a checkout keeps the figures of the 620 M model; a wheel has none."""
+    """The figures of the 620 M model in a checkout; a wheel has none."""
     return Path(elastic_infer.__file__).resolve().parent.parent / BENCH_FILE
 
 

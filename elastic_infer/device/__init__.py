@@ -1,1 +1,1 @@
-"""Where tensors lie: devices, streams, tables shared with the host, large pages."""
+"""Places of tensors: devices, streams, tables shared with the host, large pages."""

@@ -13,7 +13,7 @@ from .memory import lazy_zeros
 
 
 class Device:
-    """Where the tensors of a model are, and in which order work on them happens.
+    """Place of a model's tensors, and order of the work on them.
 
     Args:
         name: "cpu", "cuda:N", or "emulated" (tests: the CPU's memory stands for a device's).
@@ -54,8 +54,8 @@ class Device:
         return tensor.to(self.place, non_blocking=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copies between the device and memory of `host_zeros`, in the order of the stream; nobody
-        waits for it."""
+        """Copies between the device and memory of `host_zeros`, in the order of the stream;
+        the host does not wait."""
         target.copy_(source, non_blocking=True)
 
     def mark(self) -> torch.cuda.Event | None:

@@ -61,7 +61,7 @@ class Shared:
 
     @property
     def sides(self) -> int:
-        """How many host's sides there are: one on a CPU."""
+        """Number of the host's sides: one on a CPU."""
         return len(self._hosts)
 
     def turn(self) -> None:

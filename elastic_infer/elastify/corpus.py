@@ -105,7 +105,7 @@ class IteratorData:
             yield _cut(batch, length)
 
     def sequences(self, length: int) -> int | None:
-        """How many different sequences there are; an iterable does not say."""
+        """Number of different sequences; unknown for an iterable."""
         return None
 
     def validation(self, batch_size: int, length: int, count: int) -> list[Batch]:
@@ -215,7 +215,7 @@ class Corpus:
             yield Batch(torch.from_numpy(np.stack(rows).astype(np.int64)), None)
 
     def sequences(self, length: int) -> int | None:
-        """How many different training sequences of a length there are."""
+        """Number of different training sequences of a length."""
         return len(self.train) // length
 
     def validation(self, batch_size: int, length: int, count: int) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""How much every component of a trained model matters, measured on calibration batches.
+"""Importance of every component of a trained model, measured on calibration batches.
 
 All scores are sums (or means) over tokens, kept in float64 and added batch by batch: memory does
 not grow with the number of samples, and the same batches give the same scores. X is the input of a

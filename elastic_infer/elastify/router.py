@@ -1,4 +1,4 @@
-"""Which sizes a budget gets: a small network per axis, learnt together with the weights."""
+"""The router, which gives a budget its sizes: a small network per axis, learnt with the weights."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class Router(nn.Module):
             self.register_buffer(f"prefixes_{axis}", self._prefixes(axis, sizes), persistent=False)
 
     def rows(self, axis: str) -> int:
-        """How many independent choices an axis has: 1, or one per layer of its kind."""
+        """Number of an axis's independent choices: 1, or one per layer of its kind."""
         if not self.per_layer or axis == HIDDEN:
             return 1
         return len(self.config.layers_of(LAYER_KEYS[axis]))

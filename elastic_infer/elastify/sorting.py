@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
-    """Where a sorted tensor comes from: a name, and the old index of every new row and column."""
+    """Origin of a sorted tensor: a name, and the old index of every new row and column."""
 
     name: str
     rows: Tensor | None

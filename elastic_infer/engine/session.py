@@ -117,7 +117,7 @@ class EngineSequence:
 
     @property
     def runs(self) -> list[Run]:
-        """Which width read which tokens, and how."""
+        """Runs of tokens, each with its width and the kind of its reading."""
         return list(self._sequence.runs)
 
     @property
@@ -338,7 +338,7 @@ class EngineSequence:
             )
 
     def _check_settled(self) -> None:
-        """On the worker: that nothing is being read, as it would by a call from another thread."""
+        """On the worker: checks that nothing is being read, as by a call from another thread."""
         self._check_open()
         if self._queue:
             raise InvalidRequest("sequence: one call at a time must be made on it, got a second")

@@ -258,7 +258,7 @@ def _remove_left(path: Path) -> None:
         if not pattern.fullmatch(name):
             continue
         partial = os.path.join(folder, name)
-        # What cannot be opened or removed is somebody else's; it is in nobody's way.
+        # A lock that cannot be opened or removed belongs to another user and disturbs nothing.
         with contextlib.suppress(OSError):
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(partial, flags)

@@ -119,7 +119,7 @@ class Batch:
             cu.append(cu[-1] + n)
         new_pages = self._fill_pages(segments)
         if shape.rows == shape.steps:
-            # Rows up to the size that is recorded: nobody's, they read and write no cache.
+            # Padding up to the recorded size: these rows read and write no cache.
             for _ in range(size - shape.steps):
                 ids.append(0)
                 row_mode.append(row_mode[-1])
@@ -166,7 +166,7 @@ class Batch:
         return bool(changed)
 
     def fill_logit_rows(self, rows: list[int]) -> None:
-        """Which rows the head is to read, and their modes."""
+        """Sets the rows that the head reads, and their modes."""
         host = self.tables.host
         host["logit_rows"][: len(rows)] = rows
         host["logit_mode"][: len(rows)] = host["row_mode"][rows]

@@ -11,7 +11,7 @@ from ..device.shared import Sizes
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is drawn after a step: arguments of the op `sample` for one row."""
+    """Drawing of a token after a step: arguments of the op `sample` for one row."""
 
     temperature: float = 0.0
     top_k: int = 0

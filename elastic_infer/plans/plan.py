@@ -50,7 +50,7 @@ def _width_name(name: str, value: Any) -> str:
 @public
 @dataclass(frozen=True)
 class Plan:
-    """Which width computes which token. Make one with the static methods; it never changes.
+    """A rule that gives every token its width. Make one with the static methods; it never changes.
 
     Attributes:
         kind: the rule that chooses.

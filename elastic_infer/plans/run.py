@@ -56,7 +56,7 @@ class PlanRun(ABC):
 
     @property
     def phase(self) -> Phase | None:
-        """Where the tokens shown so far end: "thinking", "answer", or None if unknown."""
+        """Phase at the end of the tokens so far: "thinking", "answer", or None if unknown."""
         return None if self._tracker is None else self._tracker.phase
 
     def phases(self) -> PhaseTracker | None:

@@ -1,4 +1,4 @@
-"""How far quantised weights are from what they were, by layer and width."""
+"""Errors of quantised weights, by layer and width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many problems a width or a plan solves: accuracy with its 95 % interval, and speed.
+"""Accuracy of a width or a plan, with its 95 % interval, and speed.
 
 ``python -m elastic_infer.reasoner.evaluate MODEL --out FILE`` measures every width, the
 plans that think narrow and answer wide, and thinking budgets, on problems that training never saw.

@@ -1,4 +1,4 @@
-"""How many problems each width solves with quantised weights, with and without distillation.
+"""Accuracy of each width with quantised weights, with and without distillation.
 
 ``python -m elastic_infer.reasoner.quantized MODEL --out FILE`` quantises MODEL in a
 temporary folder in several ways, runs every width of each on the same held-out problems, and

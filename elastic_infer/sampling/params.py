@@ -1,4 +1,4 @@
-"""How the next token is chosen: parameters, and what is done to a row of logits before."""
+"""Choice of the next token: parameters, and changes to a row of logits before it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ GREEDY_BELOW = 1e-5  # dividing logits by less than this overflows; such a tempe
 @public
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled and when generation ends. Names and defaults are vLLM's.
+    """Settings of sampling and of the end of generation. Names and defaults are vLLM's.
 
     Attributes:
         n: number of continuations of the one prompt.

@@ -3,8 +3,8 @@ are read out, where these can change nothing about it. The device reads them whe
 
 `following` says what every branch reads after a pass in flight whatever its tokens are, or that
 this depends on them. When they are known, a branch may have ended with its token (an end token, a
-stop string): what was read ahead for it is nobody's then. Its place in the cache is free at once,
-since the device does everything in one order: whoever takes the place writes after that pass.
+stop string): what was read ahead for it is discarded. Its place in the cache is free at once,
+since the device does everything in one order: the next owner writes after that pass.
 The cache's record of a sequence gets a token when it is known, never before.
 """
 

@@ -1,4 +1,4 @@
-"""Which rows run together: a pure function from what waits to the next pass.
+"""Forming of batches: a pure function from waiting rows to the next pass.
 
 Rows of different widths can share a pass: weights are then read once, at the widest width. They
 can also run apart, narrow rows at their own lower cost. Which is cheaper is decided by measured
@@ -82,7 +82,7 @@ def form_batch(
     """
     check_mixing(mixing)
     if mixing == "never" and candidates:
-        # The width of whoever has waited longest; among equals of the first, steps before prefill.
+        # The width of the row that has waited longest; among equals, steps before prefill.
         first = max(candidates, key=lambda c: (c.waited, c.kind == "step"))
         candidates = [c for c in candidates if c.width == first.width]
     steps = [c for c in candidates if c.kind == "step"]

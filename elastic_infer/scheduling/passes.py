@@ -35,7 +35,7 @@ class Part:
 
     @property
     def logits(self) -> str:
-        """Which logits the pass is to give the row."""
+        """The logits that the pass gives the row."""
         if isinstance(self.row, Reader) and self.row.logits == "all":
             return "all"
         return "last" if self.samples else "none"

@@ -1,4 +1,4 @@
-"""Tokens to be read into a sequence that its caller owns, in the passes that everybody shares."""
+"""Tokens to be read into a sequence that its caller owns, in the passes that all requests share."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ class Request:
         return self.output()
 
     def _check_waiter(self, what: str) -> None:
-        """That the worker does not wait for itself."""
+        """Refuses the worker, which would wait for itself."""
         if self._is_worker and self._is_worker() and not self.done:
             raise InvalidRequest(f"{self.request_id}: a plan or logits processor must not {what}")
 

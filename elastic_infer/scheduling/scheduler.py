@@ -112,7 +112,7 @@ class Scheduler:
 
     @property
     def spare_slots(self) -> int:
-        """Slots that nobody has a claim on: running requests may still fork or take snapshots."""
+        """Slots without a claim: running requests may still fork or take snapshots."""
         claimed = sum(self.slots_for(r) for r in {b.request: None for b in self.running})
         held = sum(
             1 + len(b.sequence.snapshots)
@@ -166,7 +166,7 @@ class Scheduler:
         )
 
     def _active(self) -> list[Branch | Reader]:
-        """Whoever can be in the next pass, readers first: they cannot be preempted."""
+        """Rows that can be in the next pass; readers first: they are never preempted."""
         return [r for r in (*self.readers, *self.running) if r.ready]
 
     def _start(self, request: Request) -> None:
@@ -472,7 +472,7 @@ class Scheduler:
                 self._end(branch)
 
     def drop_cancelled(self) -> None:
-        """Ends requests that were cancelled, and readers that nobody waits for any more."""
+        """Ends requests that were cancelled, and readers whose callers have gone."""
         for reader in [r for r in self.readers if r.promise.abandoned]:
             self.readers.remove(reader)
             reader.fail(RequestCancelled("sequence: the call that read it was interrupted"))

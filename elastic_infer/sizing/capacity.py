@@ -1,4 +1,4 @@
-"""How much cache to make: limits from what was asked and from free memory."""
+"""Capacity of the cache: limits from the options and from free memory."""
 
 from __future__ import annotations
 

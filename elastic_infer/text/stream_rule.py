@@ -1,4 +1,4 @@
-"""Where a stream of tokens may be cut into text."""
+"""Places where a stream of tokens may be cut into text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PER_TOKEN = {"Replace", "ByteFallback", "Strip", "Metaspace", "WordPiece"}
 
 
 class StreamRule:
-    """Where the text of a token sequence may be cut without changing it, for one tokenizer.
+    """Places where a token sequence's text may be cut without changing it, for one tokenizer.
 
     `kind` is
       "bytes"   byte-level: the text is the UTF-8 decoding of the tokens' joined bytes;

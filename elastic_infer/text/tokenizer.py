@@ -121,7 +121,7 @@ class Tokenizer:
         self._templates = ChatTemplates(chat_template)
 
     def most_characters(self, tokens: int) -> int:
-        """How many characters of text so many tokens can hold, if the tokenizer drops none."""
+        """The most characters of text in so many tokens, if the tokenizer drops none."""
         return tokens * self._longest
 
     @cached_property
@@ -171,7 +171,7 @@ class Tokenizer:
 
     @cached_property
     def stream_rule(self) -> StreamRule:
-        """Where this tokenizer's text may be cut; used by `Detokenizer`."""
+        """Places where this tokenizer's text may be cut; used by `Detokenizer`."""
         return StreamRule(self.backend)
 
     def token_id(self, text: str) -> int | None:
@@ -296,7 +296,7 @@ class Tokenizer:
 
 
 def _common(a: str, b: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Length of the longest common beginning of two texts."""
     if a.startswith(b):
         return len(b)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
