@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.layout import EMBEDDING, expected_shapes
+from ..checkpoint.geometry import HIDDEN, STATE_HEADS, Axis, each_tensor, starts
+from ..checkpoint.geometry import Tensor as Spec
+from ..checkpoint.layout import expected_shapes
 from ..checkpoint.slicing import SHARD_BYTES, copy_side_files, with_kv_factors
 from ..checkpoint.tensor_files import write_safetensors
 from ..errors import CheckpointError
@@ -123,61 +125,19 @@ def _spread(heads: Tensor, size: int, start: int = 0) -> Tensor:
     return (start + heads[:, None] * size + torch.arange(size)).flatten()
 
 
-def _mamba(config: ModelConfig, order: Order, layer: int) -> dict[str, Source]:
-    heads, hidden = order.of("mamba_num_heads", layer), order.of("hidden_size")
-    size = config.mamba_head_dim
-    inner, shared = len(heads) * size, 2 * config.n_groups * config.ssm_state_size
-    channels = _spread(heads, size)
-    conv = torch.cat([channels, torch.arange(inner, inner + shared)])  # x | B, C
-    rows = torch.cat([channels, inner + conv, 2 * inner + shared + heads])  # z | x | B, C | dt
-    return {
-        "A_log": Source("A_log", heads, None),
-        "D": Source("D", heads, None),
-        "dt_bias": Source("dt_bias", heads, None),
-        "conv1d.weight": Source("conv1d.weight", conv, None),
-        "conv1d.bias": Source("conv1d.bias", conv, None),
-        "in_proj.weight": Source("in_proj.weight", rows, hidden),
-        "norm.weight": Source("norm.weight", channels, None),
-        "out_proj.weight": Source("out_proj.weight", hidden, channels),
-    }
-
-
-def _attention(config: ModelConfig, order: Order, layer: int) -> dict[str, Source]:
-    channels = _spread(order.of("num_attention_heads", layer), config.head_dim)
-    hidden = order.of("hidden_size")
-    return {
-        "q_proj.weight": Source("q_proj.weight", channels, hidden),
-        "k_proj.weight": Source("k_proj.weight", None, hidden),
-        "v_proj.weight": Source("v_proj.weight", None, hidden),
-        "o_proj.weight": Source("o_proj.weight", hidden, channels),
-    }
-
-
-def _mlp(config: ModelConfig, order: Order, layer: int) -> dict[str, Source]:
-    inner, hidden = order.of("intermediate_size", layer), order.of("hidden_size")
-    return {
-        "up_proj.weight": Source("up_proj.weight", inner, hidden),
-        "down_proj.weight": Source("down_proj.weight", hidden, inner),
-    }
-
-
-def _moe(config: ModelConfig, order: Order, layer: int) -> dict[str, Source]:
-    hidden, experts = order.of("hidden_size"), order.of("n_routed_experts", layer)
-    inner = order.of("moe_intermediate_size", layer)
-    shared = order.of("moe_shared_expert_intermediate_size", layer)
-    bias = "gate.e_score_correction_bias"
-    out = {"gate.weight": Source("gate.weight", experts, hidden), bias: Source(bias, experts, None)}
-    for new, old in enumerate(experts.tolist()):
-        up, down = (f"experts.{old}.{kind}_proj.weight" for kind in ("up", "down"))
-        out[f"experts.{new}.up_proj.weight"] = Source(up, inner[old], hidden)
-        out[f"experts.{new}.down_proj.weight"] = Source(down, hidden, inner[old])
-    for kind, rows, cols in (("up", shared, hidden), ("down", hidden, shared)):
-        name = f"shared_experts.{kind}_proj.weight"
-        out[name] = Source(name, rows, cols)
-    return out
-
-
-_MIXERS = {"M": _mamba, "*": _attention, "-": _mlp, "E": _moe}
+def _index(axis: Axis, order: Order, layer: int | None) -> Tensor | None:
+    """Old index of every new place of an axis, None where it stays; [E, F] for expert neurons."""
+    if all(part.key is None for part in axis):
+        return None
+    pieces = []
+    for part, start in starts(axis):
+        if part.key is None:
+            pieces.append(torch.arange(start, start + part.total * part.unit))
+            continue
+        key = "mamba_num_heads" if part.key == STATE_HEADS else part.key
+        units = order.of(key, None if key == HIDDEN else layer)
+        pieces.append(_spread(units, part.unit, start) if part.groups else units)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def sorted_sources(config: ModelConfig, order: Order) -> dict[str, Source]:
@@ -194,17 +154,21 @@ def sorted_sources(config: ModelConfig, order: Order) -> dict[str, Source]:
     Returns:
         {name in the sorted checkpoint: Source}
     """
-    hidden = order.of("hidden_size")
-    out = {EMBEDDING: Source(EMBEDDING, None, hidden)}
-    for layer, kind in enumerate(config.layers):
-        prefix = f"backbone.layers.{layer}"
-        out[f"{prefix}.norm.weight"] = Source(f"{prefix}.norm.weight", hidden, None)
-        for name, (source, rows, cols) in _MIXERS[kind](config, order, layer).items():
-            out[f"{prefix}.mixer.{name}"] = Source(f"{prefix}.mixer.{source}", rows, cols)
-    out["backbone.norm_f.weight"] = Source("backbone.norm_f.weight", hidden, None)
-    if not config.tie_word_embeddings:
-        out["lm_head.weight"] = Source("lm_head.weight", None, hidden)
-    return out
+
+    def source(name: str, tensor: Spec, layer: int | None) -> Callable[[int | None], Source]:
+        rows, *others = (_index(axis, order, layer) for axis in tensor.axes[:2])
+        cols = others[0] if others else None
+        if not tensor.per_expert:
+            return lambda _: Source(name, rows, cols)
+        experts = order.of("n_routed_experts", layer).tolist()
+
+        def of_expert(new: int | None) -> Source:
+            old = experts[new]
+            return Source(name.format(old), *(i[old] if i.dim() == 2 else i for i in (rows, cols)))
+
+        return of_expert
+
+    return {name: made(expert) for name, expert, made in each_tensor(config, source)}
 
 
 def _permuted(tensor: Tensor, source: Source) -> Tensor:
