@@ -4,8 +4,9 @@ From this one table follow shapes, the part that a width keeps, parameter counts
 that rows carry, and the order of sorting. An axis is a run of parts: `in_proj` has the rows
 z | x | B | C | dt, of which z, x and dt follow the Mamba heads while B and C are whole.
 
-Two places know the same by hand: `model.layers`, which does arithmetic per pass, and
-`elastify.torch_model`, whose weights are cut by differentiable views.
+Three places know the same by hand: `model.layers`, which does arithmetic per pass,
+`elastify.torch_model`, whose weights are cut by differentiable views, and `elastify.costs`, whose
+float32 sums keep their order so that a run can be repeated.
 """
 
 from __future__ import annotations
@@ -252,6 +253,14 @@ def places(axis: Axis, units: Iterable[int]) -> list[list[int] | slice]:
     ]
 
 
+def joined(parts: Iterable[list[int] | slice]) -> list[int]:
+    """The indices of an axis in one list."""
+    out: list[int] = []
+    for part in parts:
+        out += range(part.start, part.stop) if isinstance(part, slice) else part
+    return out
+
+
 def kept(axis: Axis, sizes: Sizes) -> slice | list[int] | None:
     """Checkpoint indices that a layer of `sizes` keeps of an axis, in checkpoint order; None where
     that is all at every width."""
@@ -263,7 +272,4 @@ def kept(axis: Axis, sizes: Sizes) -> slice | list[int] | None:
         return slice(0, count * cut.unit)
     step, keep = cut.total // cut.groups, count // cut.groups
     units = [group * step + unit for group in range(cut.groups) for unit in range(keep)]
-    out: list[int] = []
-    for place in places(axis, units):
-        out += range(place.start, place.stop) if isinstance(place, slice) else place
-    return out
+    return joined(places(axis, units))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config import MAMBA
+from ..checkpoint.geometry import channels, joined, layer_tensors, places
 from ..checkpoint.stored import check_fused
 from ..checkpoint.widths import Width
 from ..codes import Packed
@@ -20,7 +22,6 @@ from .weights import (
     MlpWeights,
     MoeWeights,
     Weights,
-    head_rows,
     rank_major,
 )
 
@@ -133,29 +134,22 @@ class WeightLoader:
 
     def _mamba(self, layer: int) -> MambaWeights:
         c, at = self.config, f"backbone.layers.{layer}.mixer."
-        H, P, bc = c.mamba_num_heads, c.mamba_head_dim, c.n_groups * c.ssm_state_size
-        heads = rank_major(H, self.served.mamba_num_heads[layer], c.n_groups)
-        x_rows, inner = head_rows(heads, P), H * P
-        in_proj = at + "in_proj.weight"
-        segments = [
-            (in_proj, x_rows),
-            (in_proj, head_rows(heads, P, inner)),
-            (in_proj, slice(2 * inner, 2 * inner + bc)),
-            (in_proj, slice(2 * inner + bc, 2 * inner + 2 * bc)),
-            (in_proj, [2 * inner + 2 * bc + h for h in heads]),
-        ]
-        channels = x_rows + list(range(inner, inner + 2 * bc))
+        axes = {tensor.name: tensor.axes for tensor in layer_tensors(c, MAMBA)}
+        heads = rank_major(c.mamba_num_heads, self.served.mamba_num_heads[layer], c.n_groups)
+        rows = places(axes["in_proj.weight"][0], heads)  # z | x | B | C | dt
+        conv_rows = joined(places(axes["conv1d.weight"][0], heads))
+        inner = rows[0]  # gate, norm and output have the channels of the heads, in their order
         per_head = {
             n: self._read(at + n, heads, dtype=torch.float32) for n in ("A_log", "D", "dt_bias")
         }
-        conv = self._read(at + "conv1d.weight", channels, dtype=torch.float32)
+        conv = self._read(at + "conv1d.weight", conv_rows, dtype=torch.float32)
         return MambaWeights(
             norm=self._norm(layer),
-            in_proj=self._tiled(segments, slice(0, self.D)),
-            conv_weight=conv.reshape(len(channels), -1),
-            conv_bias=self._read(at + "conv1d.bias", channels, dtype=torch.float32),
-            gated_norm=self._read(at + "norm.weight", x_rows),
-            out_proj=self._tiled([(at + "out_proj.weight", slice(0, self.D))], x_rows),
+            in_proj=self._tiled([(at + "in_proj.weight", part) for part in rows], slice(0, self.D)),
+            conv_weight=conv.reshape(len(conv_rows), -1),
+            conv_bias=self._read(at + "conv1d.bias", conv_rows, dtype=torch.float32),
+            gated_norm=self._read(at + "norm.weight", inner),
+            out_proj=self._tiled([(at + "out_proj.weight", slice(0, self.D))], inner),
             **per_head,
         )
 
@@ -163,7 +157,7 @@ class WeightLoader:
         c, at = self.config, f"backbone.layers.{layer}.mixer."
         kv, size = c.num_key_value_heads, c.head_dim
         heads = rank_major(c.num_attention_heads, self.served.num_attention_heads[layer], kv)
-        q_rows, kv_rows = head_rows(heads, size), slice(0, kv * size)
+        q_rows, kv_rows = channels(heads, size), slice(0, kv * size)
         parts = [(at + "q_proj.weight", q_rows), (at + "k_proj.weight", kv_rows),
                  (at + "v_proj.weight", kv_rows)]  # fmt: skip
         return AttentionWeights(

@@ -23,11 +23,6 @@ def rank_major(total: int, kept: int, groups: int) -> list[int]:
     return [g * per_group + i for i in range(kept // groups) for g in range(groups)]
 
 
-def head_rows(heads: list[int], size: int, start: int = 0) -> list[int]:
-    """Row indices of whole heads of `size` rows, offset by `start`."""
-    return [start + h * size + p for h in heads for p in range(size)]
-
-
 @dataclass
 class MambaWeights:
     """One Mamba layer. in_proj has the segments z | x | B | C | dt."""
