@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.geometry import layer_sizes, layer_tensors
 from elastic_infer.checkpoint.widths import Width
 
 STATE_ITEM = 4  # the SSM state is float32
@@ -15,17 +16,12 @@ def distinct_experts(experts: int, chosen: int, rows: int) -> float:
 
 def projections(config: ModelConfig, width: Width, layer: int) -> int:
     """Weights of a layer that every row uses (of a mixture: the shared expert)."""
-    D, kind = width.hidden_size, config.layers[layer]
-    if kind == "M":
-        heads = width.mamba_num_heads[layer]
-        inner, bc = heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
-        return (3 * inner + 2 * bc + heads) * D
-    if kind == "*":
-        heads = width.num_attention_heads[layer] + config.num_key_value_heads
-        return 2 * heads * config.head_dim * D
-    if kind == "-":
-        return 2 * width.intermediate_size[layer] * D
-    return 2 * width.moe_shared_expert_intermediate_size[layer] * D
+    sizes = layer_sizes(width)[layer]
+    return sum(
+        tensor.count(sizes)
+        for tensor in layer_tensors(config, config.layers[layer])
+        if tensor.is_matrix and not tensor.per_expert and not tensor.float32
+    )
 
 
 def step_bytes(
@@ -51,7 +47,7 @@ def step_bytes(
         total += projections(config, width, layer) * item
         if kind == "M":
             inner = width.mamba_num_heads[layer] * config.mamba_head_dim
-            channels = inner + 2 * config.n_groups * config.ssm_state_size
+            channels = config.conv_dim(width.mamba_num_heads[layer])
             history = channels * (config.conv_kernel - 1) * item
             total += 2 * batch * (inner * config.ssm_state_size * STATE_ITEM + history)
         elif kind == "*":
