@@ -19,6 +19,7 @@ __all__ = [
     "Packed",
     "bits_per_weight",
     "decode_e4m3",
+    "dtype_name",
     "encode_e2m1",
     "round_e2m1",
     "unpack_e2m1",
@@ -39,6 +40,11 @@ def bits_per_weight(name: str) -> float:
     if name == "nvfp4":
         return 4 + 8 / BLOCK
     return 8.0 if name == "fp8" else 8.0 * getattr(torch, name).itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype as config files and messages write it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def decode_e4m3(bits: Tensor) -> Tensor:

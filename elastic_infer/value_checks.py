@@ -11,9 +11,17 @@ from .errors import InvalidRequest, shown
 
 MOST_IDS = 1 << 20  # more than any vocabulary has
 
-__all__ = ["check_count", "check_real", "check_timeout", "elements", "is_one_of", "is_real"]
+__all__ = [
+    "check_count", "check_int", "check_real", "check_timeout", "elements", "is_int", "is_one_of",
+    "is_real",
+]  # fmt: skip
 
 MOST = 1 << 40  # of anything that is counted
+
+
+def is_int(value: Any) -> bool:
+    """Tells if this is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_real(value: Any) -> bool:
@@ -59,9 +67,24 @@ def check_count(what: str, value: Any, least: int = 1, most: int = MOST) -> None
     Args:
         what: begins the message, "<object>: <argument>".
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if not is_int(value) or not least <= value <= most:
         kind = "a positive int" if (least, most) == (1, MOST) else f"an int in {least}..{most}"
         raise InvalidRequest(f"{what} must be {kind}, got {shown(value)}")
+
+
+def check_int(
+    what: str, value: Any, least: int, most: int | None = None, optional: bool = False
+) -> None:
+    """Raises InvalidRequest unless `value` is an int within the bounds (or None, if optional).
+
+    what: begins the message, "<object>: <argument>". most: None for no bound.
+    """
+    if optional and value is None:
+        return
+    if not is_int(value) or value < least or (most is not None and value > most):
+        none = "None or " if optional else ""
+        bounds = f">= {least}" if most is None else f"in [{least}, {most}]"
+        raise InvalidRequest(f"{what} must be {none}an int {bounds}, got {shown(value)}")
 
 
 def check_real(

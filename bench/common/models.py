@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from elastic_infer.codes import dtype_name
 from elastic_infer.reasoner.design import WIDTHS, reasoner_config
 
 
@@ -350,7 +351,7 @@ def write_model(
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"model: dtype must be torch.bfloat16 or torch.float32, got {dtype}")
-    config = {**model_config(model), "torch_dtype": str(dtype).removeprefix("torch.")}
+    config = {**model_config(model), "torch_dtype": dtype_name(dtype)}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     _write_safetensors(folder / "model.safetensors", list(tensor_specs(config, dtype)), seed)

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from elastic_infer.ops import registry
 from elastic_infer.ops._segments import spans
 from elastic_infer.ops._spec import Arguments
+from elastic_infer.ops.kv_append import PAGE
 from elastic_infer.ops.mamba_step import parts
 from elastic_infer.ops.matmul import plain_weight
 from elastic_infer.ops.moe_matmul import plain_weights
+from elastic_infer.rounding import ceil_div
 
 Peer = Callable[[], None]
 
@@ -190,7 +192,7 @@ def kv_append(a: Arguments) -> Peer:
 
 def _sequence(a: Arguments, s: int, tokens: int) -> list[torch.Tensor]:
     """Keys and values of a sequence as scaled_dot_product_attention wants them, [1, Hkv, n, K]."""
-    pages = a["page_table"][s, : -(-tokens // 64)].long()
+    pages = a["page_table"][s, : ceil_div(tokens, PAGE)].long()
     return [
         a[name][pages].transpose(0, 1).flatten(1, 2)[None, :, :tokens].contiguous()
         for name in ("k_pages", "v_pages")

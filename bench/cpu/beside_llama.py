@@ -29,7 +29,7 @@ from bench.cpu.decode import PROMPT
 from bench.llama.convert import convert
 from bench.llama.process import Peer, interleave, random_tokens
 from elastic_infer import Engine
-from elastic_infer.device.machine import machine, today
+from elastic_infer.device.machine import available_cpus, machine, today
 from elastic_infer.model.batch import Segment
 from elastic_infer.sizing.footprint import bytes_per_token
 
@@ -277,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="620m")
     parser.add_argument("--folder", type=Path, help="default: build/models/MODEL")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--tokens", type=int, default=32, help="steps of one timed decode")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--out", type=Path)

@@ -20,6 +20,7 @@ from typing import Any
 from bench.common.commit import ROOT, commit
 from bench.common.models import MODELS, write_model
 from elastic_infer import Engine
+from elastic_infer.codes import dtype_name
 from elastic_infer.device.machine import machine, today
 
 PROMPT = 16  # tokens read before the timed steps
@@ -82,7 +83,7 @@ def run(model: str, folder: Path, tokens: int, rounds: int, threads: int | None)
         about |= {
             "threads": pool.threads,
             "kernels": pool.isa,
-            "dtype": str(engine.core.model.weights.dtype).removeprefix("torch."),
+            "dtype": dtype_name(engine.core.model.weights.dtype),
         }
         return {**about, "rows": measure(engine, tokens, rounds)}
 

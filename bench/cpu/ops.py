@@ -27,6 +27,7 @@ from bench.common.commit import ROOT, commit
 from bench.common.pairs import UNCHECKED, compare, copy_of
 from bench.common.roof import roof
 from bench.common.torch_peers import PEERS
+from elastic_infer.codes import dtype_name
 from elastic_infer.device.machine import machine, today
 from elastic_infer.ops import OpSpec, Pool, Step, registry
 from elastic_infer.ops._spec import Case, case_id
@@ -94,7 +95,7 @@ def row_of(
     return {
         "op": spec.name,
         "case": case_id(case),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "us": round(1e6 * seconds, 2),
         "bytes": moved,
         "flops": flops,

@@ -157,11 +157,17 @@ def build(data: dict[str, Any], width: str, threads: int, isa: str = "auto") -> 
     config = ModelConfig.from_dict(data)
     served = parse_widths(config)[width]
     length = PREFILL + 128
-    capacity = plan_capacity(config, served, torch.bfloat16, length, 1, length, 1 << 30)
+    capacity = plan_capacity(
+        config, served, torch.bfloat16, max_model_len=length, max_num_seqs=1,
+        max_num_batched_tokens=length, kv_cache_memory_bytes=1 << 30,
+    )  # fmt: skip
     weights = Random(config, served, torch.Generator().manual_seed(0)).all()
     cache = Cache(config, served, torch.bfloat16, capacity.num_pages, capacity.num_slots)
     pool = _C.Pool(threads, isa)
-    model = Model(config, weights, [served], cache, pool, length, 1, capacity.max_model_len)
+    model = Model(
+        config, weights, [served], cache, pool,
+        max_tokens=length, max_segments=1, max_length=capacity.max_model_len,
+    )  # fmt: skip
     return Built(config, {width: served}, model)
 
 
@@ -171,8 +177,9 @@ def as_int8(built: Built) -> Built:
     c, served, length = built.config, list(built.widths.values()), PREFILL + 128
     cache = Cache(c, served[0], torch.bfloat16, m.cache.pages.size, m.cache.slots.size)
     model = Model(
-        c, m.weights, served, cache, m.pool, length, 1, m.max_length, activation_quantization="int8"
-    )
+        c, m.weights, served, cache, m.pool, max_tokens=length, max_segments=1,
+        max_length=m.max_length, activation_quantization="int8",
+    )  # fmt: skip
     return Built(c, built.widths, model)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.gpu.setting import ROOT, missing_gpu, native_arch
 from bench.gpu.worker import PartBase
+from elastic_infer.device.machine import available_cpus
 
 FOLDER = ROOT / "build" / "gpu"
 
@@ -41,7 +42,7 @@ class Part(PartBase):
                 raise RuntimeError(f"{name} must be installed to build, got none on the PATH")
         _run(_configuration(folder, options))
         configured = time.time()
-        jobs = str(len(os.sched_getaffinity(0)))
+        jobs = str(available_cpus())
         printed = _run([_tool("cmake"), "--build", str(folder), "--target", target, "-j", jobs])
         row = {"configure_s": round(configured - start, 1), "build_s": time.time() - configured}
         row["build_s"] = round(row["build_s"], 1)

@@ -11,6 +11,7 @@ import torch
 
 from bench.gpu.ptxas import readable, short
 from bench.gpu.worker import PartBase
+from elastic_infer.codes import dtype_name
 from elastic_infer.ops import OpSpec, registry
 from elastic_infer.ops.testing import laws
 from elastic_infer.ops.testing.shapes import NATIVE, SHAPES
@@ -47,7 +48,7 @@ def checks(spec: OpSpec, module, device: str, quick: bool) -> list[Check]:
     large = [] if quick else SHAPES.get(spec.name, [])
     for dtype in spec.dtypes:
         for i, case in enumerate([*small, *(large if dtype == torch.bfloat16 else [])]):
-            found += _of_case(spec, case, dtype, module, device, f"{i} {str(dtype)[6:]}")
+            found += _of_case(spec, case, dtype, module, device, f"{i} {dtype_name(dtype)}")
     for name, native in NATIVE.items():
         if native.op == spec.name and not native.lacks(module, device):
             for i, case in enumerate(native.cases):

@@ -14,11 +14,12 @@ from bench.gpu.setting import Setting
 from bench.gpu.shapes import model_of
 from bench.gpu.timing import free_bytes
 from elastic_infer.cache.cache import Cache
-from elastic_infer.cache.pages import PAGE
+from elastic_infer.cache.pages import PAGE, pages_for
 from elastic_infer.cache.sequence import Sequence
 from elastic_infer.checkpoint.config import ModelConfig
 from elastic_infer.checkpoint.counts import kv_bytes_per_token
 from elastic_infer.checkpoint.widths import Width, widest
+from elastic_infer.codes import dtype_name
 from elastic_infer.device.device import Device
 from elastic_infer.model.batch import Segment
 from elastic_infer.model.loader import WeightLoader
@@ -54,7 +55,7 @@ class RandomCheckpoint:
 
     def format_of(self, name: str) -> str:
         """The dtype's name: nothing here is quantised."""
-        return str(self._specs[name].dtype).removeprefix("torch.")
+        return dtype_name(self._specs[name].dtype)
 
 
 def _kept(size: int, axis) -> int:
@@ -65,7 +66,7 @@ def _kept(size: int, axis) -> int:
 
 def cache_bytes(config: ModelConfig, served: Width, batch: int, length: int) -> int:
     """Bytes of the cache of `batch` sequences of `length` tokens."""
-    pages = -(-length // PAGE) * PAGE * kv_bytes_per_token(config, DTYPE.itemsize)
+    pages = pages_for(length) * PAGE * kv_bytes_per_token(config, DTYPE.itemsize)
     return batch * (slot_bytes(config, served, DTYPE) + pages)
 
 
@@ -97,7 +98,7 @@ class Loaded:
             checkpoint = RandomCheckpoint(self.config, data, self.device.place)
             loader = WeightLoader(checkpoint, self.served, DTYPE, self.pool, None, self.device)
             self.weights = loader.load()
-            pages = batch * -(-length // PAGE) + 1
+            pages = batch * pages_for(length) + 1
             self.cache = Cache(self.config, self.served, DTYPE, pages, batch + 1, self.device)
             for pool in (self.cache.k, self.cache.v, self.cache.conv):
                 for tensor in pool:
@@ -109,8 +110,9 @@ class Loaded:
     def variant(self, graphs: bool = True, dependent_launch: bool = False) -> Model:
         """A model over the same weights and cache."""
         return Model(
-            self.config, self.weights, list(self.widths.values()), self.cache, self.pool, self.rows,
-            self.batch, self.length, self.device, graphs, dependent_launch,
+            self.config, self.weights, list(self.widths.values()), self.cache, self.pool,
+            max_tokens=self.rows, max_segments=self.batch, max_length=self.length,
+            device=self.device, graphs=graphs, dependent_launch=dependent_launch,
         )  # fmt: skip
 
     @contextmanager

@@ -12,6 +12,7 @@ from bench.gpu.peers import COMPILED, peers_of
 from bench.gpu.shapes import OpCase, OpCases, sizes
 from bench.gpu.timing import RoofPart, emptied, floor, free_bytes
 from bench.gpu.worker import PassedOver
+from elastic_infer.codes import dtype_name
 from elastic_infer.ops import registry
 from elastic_infer.ops._spec import Arguments, case_id
 from elastic_infer.ops.matmul import weight_bytes
@@ -125,7 +126,7 @@ class Part(RoofPart):
         moved, flops = spec.cost(case.cost, dtype.itemsize)
         row: dict[str, Any] = {
             "op": case.op, "part": case.part, "rows": case.rows, "width": case.width,
-            "case": case_id(case.case), "dtype": str(dtype).removeprefix("torch."),
+            "case": case_id(case.case), "dtype": dtype_name(dtype),
         }  # fmt: skip
         if case.op == "moe_matmul":  # the count of experts is known here, not an expectation
             E, J = case.cost["E"], case.cost["J"]

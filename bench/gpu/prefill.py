@@ -13,6 +13,7 @@ from bench.gpu.model import Loaded, fits
 from bench.gpu.shapes import alone, sizes
 from bench.gpu.timing import RoofPart
 from bench.gpu.worker import PassedOver
+from elastic_infer.rounding import ceil_div
 
 ROWS = 4096  # tokens of one pass
 
@@ -68,7 +69,7 @@ class Part(RoofPart):
         )
         config, sized = loaded.config, loaded.widths[width]
         flops = prefill_flops(config, sized, tokens)
-        passes = -(-tokens // self.rows)  # every pass reads the weights
+        passes = ceil_div(tokens, self.rows)  # every pass reads the weights
         moved = passes * step_bytes(config, sized, min(tokens, self.rows), 0)
         floors = (flops / self.roof["bf16_flops_s"], moved / self.roof["copy_bytes_s"])
         return {

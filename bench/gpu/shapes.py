@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.common.models import THIRTY, model_config
+from elastic_infer.cache.pages import pages_for
 from elastic_infer.checkpoint.config import ModelConfig
 from elastic_infer.checkpoint.width_table import parse_widths
 from elastic_infer.checkpoint.widths import Width
@@ -164,7 +165,7 @@ class OpCases:
 
     def _append(self, rows: int) -> OpCase:
         c = self.config
-        case = {"R": rows, "pages": -(-rows // 64) + 64, "Hkv": c.num_key_value_heads,
+        case = {"R": rows, "pages": pages_for(rows) + 64, "Hkv": c.num_key_value_heads,
                 "K": c.head_dim, "skip": 0}  # fmt: skip
         return OpCase("kv_append", "", rows, list(self.widths)[-1], case, case)
 

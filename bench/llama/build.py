@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import tarfile
 from pathlib import Path
 
 from bench.llama.convert import CONVERTED, QUANTIZED, convert
 from bench.llama.folder import ROOT, VERSION, library_folder, run, sdist_folder
+from elastic_infer.device.machine import available_cpus
 
 
 def build_peer(root: Path = ROOT, jobs: int | None = None) -> Path:
@@ -54,7 +54,7 @@ def build_peer(root: Path = ROOT, jobs: int | None = None) -> Path:
     options += [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "SERVER", "EXAMPLES")]
     build = library.parent
     run(["cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", *options], "configuration")
-    ninja = ["ninja", "-C", str(build), f"-j{jobs or os.cpu_count() or 1}"]
+    ninja = ["ninja", "-C", str(build), f"-j{jobs or available_cpus()}"]
     run([*ninja, "llama", "llama-bench"], "build of llama.cpp")
     return library
 

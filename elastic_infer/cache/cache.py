@@ -16,7 +16,7 @@ from ..checkpoint.widths import Width
 from ..device.device import CPU, Device
 from ..errors import OutOfCapacity
 from .dtypes import CacheDtypes
-from .pages import PAGE, IdPool
+from .pages import PAGE, IdPool, pages_for
 from .sequence import Saved, SavedState, Sequence, Snapshot, append_run
 
 
@@ -106,6 +106,7 @@ class Cache:
     def pages_needed(self, sequence: Sequence, count: int) -> int:
         """Free pages that appending `count` tokens takes: new ones, and a private copy of a last
         page that is shared."""
+        # Asked for every row of every pass: no call is made.
         last, end = sequence.length // PAGE, -(-(sequence.length + count) // PAGE)
         copies = last < len(sequence.pages) and self.pages.shared(sequence.pages[last])
         return max(0, end - len(sequence.pages)) + int(copies and count > 0)
@@ -143,7 +144,7 @@ class Cache:
         """
         slot = self.slots.take()[0]
         self._copy_slot(sequence.slot, slot)
-        used = sequence.pages[: -(-sequence.length // PAGE)] if self.k else []
+        used = sequence.pages[: pages_for(sequence.length)] if self.k else []
         self.pages.share(used)
         snapshot = Snapshot(sequence.length, slot, list(used), list(sequence.runs))
         sequence.snapshots.append(snapshot)
@@ -199,7 +200,7 @@ class Cache:
     def export(self, sequence: Sequence, snapshots: bool = False) -> Saved:
         """Copies of the sequence's pages and state, and of its snapshots if asked."""
         kept = sequence.snapshots if snapshots else []
-        used = sequence.pages[: -(-sequence.length // PAGE)] if self.k else []
+        used = sequence.pages[: pages_for(sequence.length)] if self.k else []
         unique = list(dict.fromkeys([*used, *(p for s in kept for p in s.pages)]))
         place = {page: i for i, page in enumerate(unique)}
         index = torch.tensor(unique, dtype=torch.long, device="cpu")

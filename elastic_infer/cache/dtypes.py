@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.config import ModelConfig
+from ..codes import dtype_name
 from ..errors import InvalidRequest, shown
 from ..value_checks import is_one_of
 
@@ -31,7 +32,7 @@ class CacheDtypes:
     @property
     def names(self) -> tuple[str, str]:
         """KV and state as the engine's options call them: ("fp8", "float16")."""
-        return "fp8" if self.kv == FP8 else str(self.kv)[6:], str(self.ssm)[6:]
+        return "fp8" if self.kv == FP8 else dtype_name(self.kv), dtype_name(self.ssm)
 
 
 def item_size(dtype: torch.dtype) -> int:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from ..errors import OutOfCapacity
+from ..rounding import ceil_div
 
-PAGE = 64
+PAGE = 64  # tokens
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that so many tokens occupy."""
+    return ceil_div(tokens, PAGE)
 
 
 class IdPool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..codes import Packed
+from ..codes import Packed, dtype_name
 from ..errors import CheckpointError, WidthError
 from ..files.reading import is_file, read_json, user_path
 from ..public import public
@@ -217,7 +217,7 @@ class Checkpoint:
         """ "nvfp4" or "fp8" of a quantised tensor, else its dtype, such as "bfloat16"."""
         if name in self.quantized:
             return self.quantized[name].format
-        return str(self._files.dtype_of(name)).removeprefix("torch.")
+        return dtype_name(self._files.dtype_of(name))
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of tensor ``name``; of a quantised one the shape of its values."""

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ..errors import CheckpointError, shown
 from ..files.reading import read_json
+from ..value_checks import is_int
 
 MAMBA, ATTENTION, MLP, MOE = "M", "*", "-", "E"
 # Width key -> the layer kind that it sizes.
@@ -287,7 +288,7 @@ def _read_sizes(values: Mapping[str, Any]) -> dict[str, int]:
         value = values.get(key, default)
         if value is None and key == "num_key_value_heads":
             value = sizes["num_attention_heads"]
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+        if not is_int(value) or not 1 <= value <= _LARGEST:
             _refuse(key, f"be a positive integer of at most {_LARGEST}", value)
         sizes[key] = value
     return sizes
@@ -318,9 +319,7 @@ def _token_id(
     value = values.get(key, default)
     ids = value if many and isinstance(value, (list, tuple)) else [value]
     for item in ids:
-        if item is not None and (
-            not isinstance(item, int) or isinstance(item, bool) or abs(item) > _LARGEST
-        ):
+        if item is not None and (not is_int(item) or abs(item) > _LARGEST):
             _refuse(key, "be a token id" + (", a list of them" if many else "") + " or null", value)
     return list(value) if isinstance(value, tuple) else value
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WidthError, shown
+from ..value_checks import is_int
 from .config import CHANNEL_STEP, LAYER_KEYS
 from .counts import count_parameters
 from .widths import MOST_WIDTHS, Width, full_width
@@ -177,7 +178,7 @@ def _layer_sizes(config: ModelConfig, name: str, key: str, value: Any) -> tuple[
     own = config.layers_of(LAYER_KEYS[key])
     if isinstance(value, (list, tuple)):
         for size in value:
-            if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            if not is_int(size) or size < 0:
                 raise WidthError(
                     f"width {shown(name)}: {key} must hold integers, 0 only where the layer is of "
                     f"another kind, got {shown(size)}"
@@ -205,7 +206,7 @@ def _check_width_size(config: ModelConfig, name: str, key: str, value: Any) -> N
     def refuse(rule: str) -> None:
         raise WidthError(f"width {shown(name)}: {key} must {rule}, got {shown(value)}")
 
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_int(value):
         refuse("be an integer" if key == "hidden_size" else "be an integer or a list of them")
     if value == 0:
         refuse(f"be positive ({_SKIP_REASON})")

@@ -197,13 +197,6 @@ def log_to_stderr(verbose: bool) -> None:
     )
 
 
-def available_threads() -> int:
-    """CPU threads that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # Options that several commands take.
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or owner/name on the Hub.")]
 OptionalModel = Annotated[

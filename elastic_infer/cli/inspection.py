@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..device.machine import available_cpus
 from ..errors import InvalidRequest, shown
 from ..showing import size_text
 from . import common as c
@@ -130,13 +131,14 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
     from ..checkpoint.stored import stated_formats
     from ..checkpoint.tensor_files import INDEX_NAME, SINGLE_NAME
     from ..checkpoint.width_table import default_width_name, parse_widths
+    from ..codes import dtype_name
     from ..files.reading import is_folder, read_json, user_path
 
     local = is_folder(user_path(model, "checkpoint: path"))
     folder = resolve_folder(model, revision, ("config.json", SIDECAR, WIDTHS_NAME))
     if local and any(os.path.lexists(folder / name) for name in (INDEX_NAME, SINGLE_NAME)):
         checkpoint = c.open_checkpoint(model, revision, widths)
-        stored = str(checkpoint.dtype_of("backbone.embeddings.weight")).removeprefix("torch.")
+        stored = dtype_name(checkpoint.dtype_of("backbone.embeddings.weight"))
         return Opened(checkpoint.config, checkpoint.widths, checkpoint.default_width,
                       checkpoint.widths_source, stored, checkpoint.formats, True)  # fmt: skip
     config = ModelConfig.from_folder(folder)
@@ -165,6 +167,7 @@ def describe(
 
     from ..cache.dtypes import cache_dtypes, item_size
     from ..checkpoint.counts import count_parameters, kv_bytes_per_token
+    from ..codes import dtype_name
     from ..device.device import why_not_cuda
     from ..sizing.capacity import slot_bytes
     from ..sizing.fit import fit
@@ -199,7 +202,7 @@ def describe(
         "max_position_embeddings": config.max_position_embeddings,
         "stored_dtype": opened.stored,
         "quantized_tensors": dict(sorted(Counter(formats.values()).items())),
-        "run_dtype": str(run).removeprefix("torch."),
+        "run_dtype": dtype_name(run),
         "tensors_checked": opened.checked,
         "width_table": opened.source,
         "default_width": opened.default_width,
@@ -213,7 +216,7 @@ def describe(
             "used": Pool().isa, "usable": usable_isas(), "cuda": cuda_architectures(),
             "cuda_unusable": why_not_cuda() or None,
         },
-        "threads": c.available_threads(),
+        "threads": available_cpus(),
     }
 
 

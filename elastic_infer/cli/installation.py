@@ -8,6 +8,7 @@ from typing import Any
 
 import elastic_infer
 
+from ..device.machine import available_cpus
 from . import common as c
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
@@ -36,7 +37,7 @@ def describe() -> dict[str, Any]:
             "missing": _C.cuda_missing() or None,
             "unusable": _C.cuda_unusable(0) if _C.cuda_architectures() else None,
         },
-        "threads": c.available_threads(),
+        "threads": available_cpus(),
         "demo_model": str(elastic_infer.demo_model()),
     }
 

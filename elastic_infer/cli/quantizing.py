@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..device.machine import available_cpus
 from ..errors import InvalidRequest, shown
 from . import common as c
 
@@ -79,7 +80,7 @@ def quantize(
     check_source(checkpoint, out)
     formats = choose_formats(checkpoint.config, checkpoint.names, groups, keep or ())
     options: dict[str, Any] = {"weights": weights_of(width_weights)}
-    options["threads"] = threads or c.available_threads()
+    options["threads"] = threads or available_cpus()
     if distill:
         options |= distilled(checkpoint, formats, data, settings, options)
     with c.writing(out) as written:

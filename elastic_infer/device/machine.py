@@ -1,4 +1,4 @@
-"""Place and time of a measurement."""
+"""The machine and the day, as measurements state them; CPUs that may be used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import os
 import platform
 from pathlib import Path
 from typing import Any
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:
@@ -20,10 +27,8 @@ def machine() -> dict[str, Any]:
         if line.startswith("model name"):
             name = line.split(":", 1)[1].strip()
             break
-    allowed = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if allowed else (os.cpu_count() or 1)
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {"processor": name, "cpus": cpus, "load": load}
+    return {"processor": name, "cpus": available_cpus(), "load": load}
 
 
 def today() -> str:

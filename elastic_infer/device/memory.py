@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import _C
+from ..rounding import round_up
 
 BLOCK = 32 << 20  # bytes taken at a time
 HUGE_PAGE = 2 << 20
@@ -40,7 +41,7 @@ class WeightMemory:
             else:
                 self._block = torch.empty(size, dtype=torch.uint8, device=self._place)
         tensor = self._block[:count].view(shape)
-        self._block = self._block[-(-count // ALIGNMENT) * ALIGNMENT :]
+        self._block = self._block[round_up(count, ALIGNMENT) :]
         return tensor
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..rounding import round_up
 from .device import Device
 
 Table = tuple[tuple[int, ...], torch.dtype]
@@ -19,7 +20,7 @@ def _typed(sizes: Sizes) -> dict[str, Table]:
 
 
 def _lines(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // LINE) * LINE
+    return round_up(math.prod(shape) * dtype.itemsize, LINE)
 
 
 class Shared:

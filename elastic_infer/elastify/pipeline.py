@@ -22,6 +22,7 @@ from ..checkpoint.width_table import width_to_dict
 from ..errors import CheckpointError, InvalidRequest, shown
 from ..files.reading import user_path
 from ..files.writing import make_folder, only_writer, require_new, withdraw, write_json
+from ..value_checks import is_int
 from .budget import LearnedSizes
 from .corpus import Corpus, as_data
 from .distill import METRICS, Distiller, Result, is_finished
@@ -75,7 +76,7 @@ def calibration_batches(data: Any, settings: Settings, count: int) -> Iterator[T
     Raises:
         InvalidRequest: count is not positive.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not is_int(count) or count < 1:
         raise InvalidRequest(f"calibration: must be at least 1 sequence, got {shown(count)}")
     first = settings.stages[0]
     count = min(count, data.sequences(first.sequence_length) or count)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.tensor_files import save_tensors
 from ..checkpoint.widths import Width, full_width
+from ..codes import dtype_name
 from ..errors import CheckpointError, InvalidRequest, shown
 from ..files.writing import make_folder, withdraw, write_json
 from .torch_ops import (
@@ -429,7 +430,7 @@ class ElasticNemotronH(nn.Module):
             state[name] = tensor.to(kept)
         save_tensors(folder / "model.safetensors", state, {"format": "pt"}, "torch_model")
         raw = dict(self.config.raw)
-        raw["dtype"] = str(dtype or self.lm_head.weight.dtype).removeprefix("torch.")
+        raw["dtype"] = dtype_name(dtype or self.lm_head.weight.dtype)
         write_json(folder / "config.json", encode_floats(raw), "torch_model")
 
     @classmethod

@@ -9,10 +9,10 @@ from typing import Any
 from ..cache.sequence import Sequence
 from ..checkpoint.counts import count_parameters
 from ..checkpoint.widths import Width
-from ..errors import InvalidRequest, shown
 from ..scheduling.batching import Limits, StepCosts, check_mixing
 from ..scheduling.scheduler import Scheduler
 from ..torch_modes import plain_torch
+from ..value_checks import check_int
 from .intake import Intake
 from .loading import Loaded, check_switch
 from .worker import Worker
@@ -85,10 +85,6 @@ class Core:
 
 def check_queue(max_waiting: object, mixing: str, async_scheduling: object) -> None:
     """Raises InvalidRequest for options of the scheduler that there are none of."""
-    given = max_waiting
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
-        raise InvalidRequest(
-            f"engine: max_waiting must be None or an int >= 0, got {shown(max_waiting)}"
-        )
+    check_int("engine: max_waiting", max_waiting, 0, optional=True)
     check_mixing(mixing)
     check_switch("async_scheduling", async_scheduling)

@@ -125,9 +125,13 @@ class Engine:
             OutOfCapacity: weights and cache do not fit.
         """
         options = Options(
-            device, dtype, max_width, max_model_len, max_num_seqs, max_num_batched_tokens,
-            kv_cache_memory_bytes, gpu_memory_utilization, threads, isa, progress, batch_invariant,
-            enforce_eager, kv_cache_dtype, mamba_ssm_cache_dtype, activation_quantization,
+            device=device, dtype=dtype, max_width=max_width, max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization, threads=threads, isa=isa,
+            progress=progress, batch_invariant=batch_invariant, enforce_eager=enforce_eager,
+            kv_cache_dtype=kv_cache_dtype, mamba_ssm_cache_dtype=mamba_ssm_cache_dtype,
+            activation_quantization=activation_quantization,
         )  # fmt: skip
         check_queue(max_waiting, mixing, async_scheduling)
         loaded = load(path_or_hub_id, revision, widths, options)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..cache.pages import PAGE
+from ..cache.pages import pages_for
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.widths import Width
 from ..errors import InvalidRequest, OutOfCapacity, WidthError, shown
@@ -226,7 +226,7 @@ class Intake:
                 f"{prompt} tokens"
             )
         total = min(prompt + (max_tokens or 0), c.max_model_len)
-        pages = -(-total // PAGE) if self._paged else 0
+        pages = pages_for(total) if self._paged else 0
         if pages > c.num_pages or slots > c.num_slots:
             raise OutOfCapacity(
                 f"{what}: {total} tokens need {pages} KV pages and {slots} state slots, the engine "

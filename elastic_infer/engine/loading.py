@@ -17,7 +17,9 @@ from ..cache.cache import Cache
 from ..cache.dtypes import FP8, CacheDtypes, cache_dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.widths import Width, widest
+from ..codes import dtype_name
 from ..device.device import Device, choose_device
+from ..device.machine import available_cpus
 from ..errors import InvalidRequest, WidthError, shown
 from ..files.reading import GENERATION_CONFIG, read_json
 from ..model.loader import Progress, WeightLoader, activation_dtype
@@ -26,7 +28,7 @@ from ..sizing.capacity import Capacity, check_limits, plan_capacity
 from ..sizing.fit import cache_budget
 from ..text.tokenizer import Tokenizer, eos_ids_from_folder
 from ..torch_modes import plain_torch
-from ..value_checks import is_one_of
+from ..value_checks import check_int, is_one_of, is_real
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Loaded:
     eos_ids: tuple[int, ...]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Options:
     """The arguments of `Engine.from_pretrained` that say how to load."""
 
@@ -101,19 +103,26 @@ def _load(
         raise InvalidRequest(str(error)) from None
     config = checkpoint.config
     check_activations(options.activation_quantization, device, checkpoint.formats)
-    check_limits(
-        config, options.max_model_len, options.max_num_seqs, options.max_num_batched_tokens,
-        options.kv_cache_memory_bytes,
-    )  # fmt: skip
+    limits = {
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "kv_cache_memory_bytes": options.kv_cache_memory_bytes,
+    }
+    check_limits(config, **limits)
     dtypes = cache_dtypes(config, kind, options.kv_cache_dtype, options.mamba_ssm_cache_dtype)
     _tell_missing_factors(checkpoint, dtypes)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     generation_config = read_generation_config(checkpoint.folder)
-    capacity = plan_capacity(
-        config, served, dtypes, options.max_model_len, options.max_num_seqs,
-        options.max_num_batched_tokens, options.kv_cache_memory_bytes,
-        _available(device, checkpoint, served, kind, options, dtypes),
-    )  # fmt: skip
+    if not device.is_cpu:
+        available = cache_budget(
+            device, config, checkpoint.widths, served, kind, dtypes=dtypes,
+            formats=checkpoint.formats, gpu_memory_utilization=options.gpu_memory_utilization,
+            **limits,
+        )  # fmt: skip
+    else:
+        available = None  # a CPU's free memory is asked for
+    capacity = plan_capacity(config, served, dtypes, available=available, **limits)
     pool = _pool(device, options)
     start = time.perf_counter()
     with device.running():
@@ -121,15 +130,23 @@ def _load(
         weights = loader.load()
         cache = Cache(config, served, dtypes, capacity.num_pages, capacity.num_slots, device)
         model = Model(
-            config, weights, list(kept.values()), cache, pool, capacity.max_num_batched_tokens,
-            capacity.max_num_seqs, capacity.max_model_len, device, not options.enforce_eager,
+            config,
+            weights,
+            list(kept.values()),
+            cache,
+            pool,
+            max_tokens=capacity.max_num_batched_tokens,
+            max_segments=capacity.max_num_seqs,
+            max_length=capacity.max_model_len,
+            device=device,
+            graphs=not options.enforce_eager,
             activation_quantization=options.activation_quantization,
-        )  # fmt: skip
+        )
         device.wait()
     logger.info(
         "loaded %s in %.1f s: widths %s, %s, %.0f MB of weights, %s, max_model_len %d, "
         "max_num_seqs %d, %d KV pages (%s), %d state slots (%s)",
-        path, time.perf_counter() - start, ", ".join(kept), str(kind)[6:],
+        path, time.perf_counter() - start, ", ".join(kept), dtype_name(kind),
         weights.nbytes / 1e6, _where(device, pool), capacity.max_model_len,
         capacity.max_num_seqs, capacity.num_pages, dtypes.names[0], capacity.num_slots,
         dtypes.names[1],
@@ -218,20 +235,6 @@ def _eos_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, 
     return tuple(dict.fromkeys((*stated, *own))) or checkpoint.config.eos_token_ids
 
 
-def _available(
-    device: Device, checkpoint: Checkpoint, served: Width, dtype: torch.dtype, options: Options,
-    cache: CacheDtypes,
-) -> int | None:
-    """Bytes for the cache on an accelerator; None on a CPU."""
-    if device.is_cpu:
-        return None
-    return cache_budget(
-        device, checkpoint.config, checkpoint.widths, served, dtype, options.max_model_len,
-        options.max_num_seqs, options.max_num_batched_tokens, options.gpu_memory_utilization,
-        options.kv_cache_memory_bytes, checkpoint.formats, cache,
-    )  # fmt: skip
-
-
 def _pool(device: Device, options: Options) -> _C.Pool:
     threads = _threads(options.threads) if device.is_cpu else 1
     try:
@@ -270,7 +273,7 @@ def check_switch(name: str, value: object) -> None:
 
 
 def _check_share(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if not is_real(value) or not 0 < value <= 1:
         raise InvalidRequest(
             f"engine: gpu_memory_utilization must be a number in (0, 1], got {shown(value)}"
         )
@@ -278,8 +281,6 @@ def _check_share(value: object) -> None:
 
 def _threads(threads: int | None) -> int:
     if threads is None:
-        known = hasattr(os, "sched_getaffinity")
-        return len(os.sched_getaffinity(0)) if known else (os.cpu_count() or 1)
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-        raise InvalidRequest(f"engine: threads must be an int in [1, 1024], got {shown(threads)}")
+        return available_cpus()
+    check_int("engine: threads", threads, 1, 1024)
     return threads

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..cache.pages import PAGE
+from ..cache.pages import PAGE, pages_for
 from ..cache.sequence import Run, Saved, SavedState, Sequence
 from ..checkpoint.tensor_files import DTYPES, open_safetensors, save_tensors
 from ..checkpoint.width_table import width_to_dict
@@ -234,7 +234,7 @@ def _parse(path: Path, core: Core, metadata: dict[str, str], tensors: _Tensors):
 
 def _content(core: Core, tensors: _Tensors, length: int) -> Saved:
     """The tensors of a file in the cache's own order and shapes."""
-    cache, pages = core.model.cache, -(-length // PAGE)
+    cache, pages = core.model.cache, pages_for(length)
     kv = []
     for i, (k, v) in enumerate(zip(cache.k, cache.v)):
         pair = []

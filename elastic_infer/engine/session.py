@@ -22,6 +22,7 @@ from ..scheduling.switching import switch
 from ..showing import count_text, name_text, names_text, one_line
 from ..text.stream import StepText
 from ..torch_modes import plain_torch
+from ..value_checks import check_int
 from .core import Core
 from .sequence_file import sequence_content, write_sequence
 
@@ -236,8 +237,7 @@ class EngineSequence:
         """Goes back to the first `length` tokens: restores the nearest snapshot before and replays
         the rest as it was read, so that the cache is bit-equal to what it was. The width that
         reads on stays what it is."""
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            raise InvalidRequest(f"rollback: length must be an int >= 1, got {shown(length)}")
+        check_int("rollback: length", length, 1)
         if length > len(self.token_ids):
             raise InvalidRequest(
                 f"rollback: length must be at most {len(self.token_ids)}, got {shown(length)}"

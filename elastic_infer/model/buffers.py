@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..cache.pages import PAGE
+from ..cache.pages import pages_for
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.geometry import layer_sizes, projection, size_of
 from ..checkpoint.widths import Width
@@ -82,7 +82,7 @@ def batch_tables(rows: int, segments: int, max_length: int) -> Sizes:
         "seq_mode": (segments,), "slots": (segments,), "lengths": (segments,),
         "context": (segments,), "cu_seqlens": (segments + 1,), "cu_prefill": (segments + 1,),
         "logit_rows": (logit_rows(segments),), "logit_mode": (logit_rows(segments),),
-        "page_table": (segments, -(-max_length // PAGE)),
+        "page_table": (segments, pages_for(max_length)),
     }  # fmt: skip
 
 

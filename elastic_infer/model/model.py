@@ -19,6 +19,7 @@ from ..checkpoint.widths import Width
 from ..device.device import CPU, Device
 from ..ops.embed import embed
 from ..ops.sample import sample
+from ..rounding import round_up
 from .batch import Batch, Result, Segment, Shape, wanted_rows
 from .buffers import Buffers, logit_rows
 from .draw import DRAW_FIELDS
@@ -51,6 +52,7 @@ class Model:
         widths: Seq[Width],
         cache: Cache,
         pool: _C.Pool,
+        *,
         max_tokens: int,
         max_segments: int,
         max_length: int,
@@ -135,7 +137,7 @@ class Model:
         if self.device.is_cpu or steps <= 16:
             return steps
         grain = 4 if steps <= 64 else 16 if steps <= 256 else 32
-        return min(-(-steps // grain) * grain, max(steps, self.max_segments))
+        return min(round_up(steps, grain), max(steps, self.max_segments))
 
     def _replay(self, steps: int) -> None:
         """Runs a pass of `steps` one-token segments, recording it the first time."""

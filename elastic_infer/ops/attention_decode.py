@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _C
+from ..rounding import ceil_div
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn
 from .kv_append import PAGE, from_codes, kv_itemsize, to_codes
 
@@ -71,7 +72,7 @@ def active_heads(a: Arguments, s: int) -> int:
 
 def cached(a: Arguments, name: str, s: int, tokens: int) -> torch.Tensor:
     """The first `tokens` keys or values of sequence s, [tokens, Hkv, K]."""
-    table = a["page_table"][s, : -(-tokens // PAGE)].long()
+    table = a["page_table"][s, : ceil_div(tokens, PAGE)].long()
     found = a[name][table].transpose(1, 2).flatten(0, 1)[:tokens]
     if found.dtype != torch.uint8:
         return found
@@ -92,7 +93,7 @@ def draw_cache(generator: torch.Generator, tokens: list[int], Hkv: int, K: int, 
                kv: str | None) -> Arguments:  # fmt: skip
     """k_pages, v_pages and page_table for sequences of the given lengths, pages in shuffled order,
     unneeded entries -1; with `kv` "fp8" pages of E4M3 codes, and their scales."""
-    needed = [-(-n // PAGE) for n in tokens]
+    needed = [ceil_div(n, PAGE) for n in tokens]
     order = torch.randperm(sum(needed) + 2, generator=generator).to(torch.int32)
     table = torch.full((len(tokens), max(needed) + 1), -1, dtype=torch.int32)
     at = 0
@@ -112,7 +113,7 @@ def poison_cache(a: Arguments, tokens: list[int]) -> None:
     """NaN into every place of the pages that no sequence's first tokens occupy."""
     used = torch.zeros(a["k_pages"].shape[0], PAGE, dtype=torch.bool)
     for s, n in enumerate(tokens):
-        for p in range(-(-n // PAGE)):
+        for p in range(ceil_div(n, PAGE)):
             used[int(a["page_table"][s, p]), : min(PAGE, n - p * PAGE)] = True
     for name in ("k_pages", "v_pages"):
         a[name].transpose(1, 2)[~used] = NAN_CODE if a[name].dtype == torch.uint8 else torch.nan

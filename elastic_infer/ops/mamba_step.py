@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from .. import _C
+from ..rounding import round_up
 from . import _ssm
 from ._segments import active, at_width, draw_slots, offsets
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn
@@ -147,7 +148,7 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
     S, H, P, N, G = (case[n] for n in "SHPNG")
     C, f32 = H * P + 2 * G * N, torch.float32
     plain = f32 if case.get("w") == "f32" else dtype
-    projected = randn(generator, S, H * P + C + -(-H // 16) * 16, dtype=dtype)
+    projected = randn(generator, S, H * P + C + round_up(H, 16), dtype=dtype)
     z, xbc, dt = projected[:, : H * P + C + H].split([H * P, C, H], 1)
     dt.mul_(2.0)[0, 0] = 25.0  # beyond softplus' threshold
     a = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _C
+from ..rounding import ceil_div
 from ._spec import Arguments, Case, OpSpec, randn
 
 
@@ -61,7 +62,7 @@ def philox(seed: int, position: int, count: int) -> torch.Tensor:
         low, high = (x & 0xFFFF) * m, (x >> 16) * m
         return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & mask
 
-    a = torch.arange(-(-count // 4), dtype=torch.int64)
+    a = torch.arange(ceil_div(count, 4), dtype=torch.int64)
     b, c, d = (torch.full_like(a, x) for x in (position & mask, position >> 32 & mask, 0))
     k0, k1 = seed & mask, seed >> 32 & mask
     for _ in range(10):

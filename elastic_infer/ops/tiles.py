@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import _C
-from ..codes import BLOCK
+from ..codes import BLOCK, dtype_name
+from ..rounding import ceil_div
 
 TILE = 64
 NVFP4 = torch.float4_e2m1fn_x2  # how an image of NVFP4 tiles names its dtype
@@ -26,7 +27,7 @@ def tile_bytes(dtype: torch.dtype) -> int:
         ValueError: another dtype.
     """
     if dtype not in TILE_BYTES:
-        known = ", ".join(str(d)[6:] for d in TILE_BYTES)
+        known = ", ".join(dtype_name(d) for d in TILE_BYTES)
         raise ValueError(f"matmul_pack: dtype must be one of {known}, got {dtype}")
     return TILE_BYTES[dtype]
 
@@ -55,7 +56,7 @@ def check_codes(op: str, codes: torch.Tensor, block_scales: torch.Tensor | None)
 
 def tile_count(n: int) -> int:
     """Tiles of 64 that n rows or columns occupy."""
-    return -(-n // TILE)
+    return ceil_div(n, TILE)
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def check_scales(scale: torch.Tensor, shape: list[int]) -> None:
     if not isinstance(scale, torch.Tensor):
         raise ValueError(f"matmul_pack: scale must be a tensor, got {type(scale).__name__}")
     if scale.dtype != torch.float32 or list(scale.shape) != shape or not scale.is_contiguous():
-        got = f"{str(scale.dtype)[6:]}{list(scale.shape)} with strides {list(scale.stride())}"
+        got = f"{dtype_name(scale.dtype)}{list(scale.shape)} with strides {list(scale.stride())}"
         raise ValueError(f"matmul_pack: scale must be contiguous float32{shape}, got {got}")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidRequest, WidthError, shown
 from ..public import public
 from ..showing import one_line
-from ..value_checks import elements, is_one_of
+from ..value_checks import check_int, elements, is_one_of
 from .decision import DEFAULT_GRACE, PROMPT_PHASES, Decision, PlanView
 from .kinds import ByUncertainty, Custom, Fixed, Kind, Schedule, ThinkAnswer
 from .phase import Tag
@@ -31,8 +31,7 @@ _LONGEST_CLOSING = 1 << 16  # characters; they are tokenised with every request
 
 
 def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidRequest(f"plan: {name} must be an int >= {least}, got {shown(value)}")
+    check_int(f"plan: {name}", value, least)
     return value
 
 

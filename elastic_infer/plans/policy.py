@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import InvalidRequest, shown
 from ..public import public
 from ..showing import one_line
-from ..value_checks import is_one_of
+from ..value_checks import check_int, is_one_of
 
 DEFAULT_WINDOW = 256
 
@@ -35,10 +35,7 @@ class Policy:
             )
         if self.kind == "window":
             n = DEFAULT_WINDOW if self.n is None else self.n
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise InvalidRequest(
-                    f"policy: n of 'window(n)' must be an int >= 1, got {shown(n)}"
-                )
+            check_int("policy: n of 'window(n)'", n, 1)
             object.__setattr__(self, "n", n)
         elif self.n is not None:
             raise InvalidRequest(f"policy: {self.kind!r} must have no n, got {shown(self.n)}")

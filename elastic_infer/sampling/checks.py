@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .. import value_checks
 from ..errors import InvalidRequest, shown
 from ..text.unicode import encodable
-from ..value_checks import MOST_IDS, elements, is_real
+from ..value_checks import MOST_IDS, elements, is_int, is_real
 
 __all__ = [
     "MOST_BAD_WORDS", "MOST_LOGPROBS", "MOST_STOPS", "biases_of", "check_int",
-    "encodable", "fail", "functions_of", "ids_of", "is_int", "number_of", "texts_of",
+    "encodable", "fail", "functions_of", "ids_of", "number_of", "texts_of",
 ]  # fmt: skip
 
 # A value must be normal in float32: what rounds to zero or infinity there is not what was asked.
@@ -27,21 +28,11 @@ def fail(name: str, rule: str, value: Any) -> InvalidRequest:
     return InvalidRequest(f"SamplingParams: {name} must {rule}, got {shown(value)}")
 
 
-def is_int(value: Any) -> bool:
-    """True if this is an int and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def check_int(
     name: str, value: Any, least: int, most: int | None = None, optional: bool = False
 ) -> None:
     """Raises InvalidRequest unless `value` is an int within the bounds (or None, if optional)."""
-    if optional and value is None:
-        return
-    if not is_int(value) or value < least or (most is not None and value > most):
-        none = "None or " if optional else ""
-        bounds = f">= {least}" if most is None else f"in [{least}, {most}]"
-        raise fail(name, f"be {none}an int {bounds}", value)
+    value_checks.check_int(f"SamplingParams: {name}", value, least, most, optional)
 
 
 def number_of(

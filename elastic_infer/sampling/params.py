@@ -12,6 +12,7 @@ from ..errors import InvalidRequest, shown
 from ..ops.softmax_stats import softmax_stats
 from ..outputs import Phase
 from ..public import public
+from ..value_checks import is_int
 from .checks import (
     MOST_BAD_WORDS,
     MOST_LOGPROBS,
@@ -21,7 +22,6 @@ from .checks import (
     fail,
     functions_of,
     ids_of,
-    is_int,
     number_of,
     texts_of,
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..codes import dtype_name
 from ..errors import InvalidRequest, shown
 from ..outputs import Phase, TopLogprobs
 from ..user_calls import call_user
@@ -193,7 +194,7 @@ class RowProcessors:
             raise InvalidRequest(
                 "logits_processors: a function must leave its row float32"
                 f"[{self.vocab_size}] in its own memory, or return another, got "
-                f"{str(handed.dtype)[6:]}{list(handed.shape)}"
+                f"{dtype_name(handed.dtype)}{list(handed.shape)}"
             )
 
     def _made(self, row: torch.Tensor, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:

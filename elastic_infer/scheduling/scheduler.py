@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ..cache.pages import PAGE
+from ..cache.pages import pages_for
 from ..cache.sequence import Sequence
 from ..errors import NonFiniteLogits, OutOfCapacity, RequestCancelled
 from ..model.model import Model
@@ -158,7 +158,7 @@ class Scheduler:
                 self._start(request)
 
     def _fits_now(self, request: Request) -> bool:
-        pages = -(-(len(request.prompt_ids) + 1) // PAGE) if self.cache.k else 0
+        pages = pages_for(len(request.prompt_ids) + 1) if self.cache.k else 0
         return (
             len(self.running) + len(request.branches) <= self.max_running
             and self.spare_slots >= self.slots_for(request)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from ..cache.dtypes import CacheDtypes, item_size
-from ..cache.pages import PAGE
+from ..cache.pages import PAGE, pages_for
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.counts import kv_bytes_per_token
 from ..checkpoint.widths import Width
-from ..errors import InvalidRequest, OutOfCapacity, shown
+from ..errors import OutOfCapacity
+from ..value_checks import check_int
 
 MAX_ROWS = 1024  # sequences of one pass
 DEFAULT_ROWS = 64  # where no max_num_seqs is given
@@ -59,6 +60,7 @@ def plan_capacity(
     config: ModelConfig,
     served: Width,
     dtypes: CacheDtypes | torch.dtype,
+    *,
     max_model_len: int | None,
     max_num_seqs: int | None,
     max_num_batched_tokens: int,
@@ -75,7 +77,11 @@ def plan_capacity(
         OutOfCapacity: if a sequence cannot fit.
     """
     check_limits(
-        config, max_model_len, max_num_seqs, max_num_batched_tokens, kv_cache_memory_bytes
+        config,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
     )
     length = config.max_position_embeddings if max_model_len is None else max_model_len
     wanted = DEFAULT_ROWS if max_num_seqs is None else max_num_seqs
@@ -91,14 +97,14 @@ def plan_capacity(
     fitting = (budget - slot) // (page or table) * PAGE
     least = length if max_model_len is not None else min(length, PAGE)
     if slot > budget or fitting < least:
-        need = slot + -(-least // PAGE) * (page or table)
+        need = slot + pages_for(least) * (page or table)
         raise OutOfCapacity(
             f"engine: kv_cache_memory_bytes must hold one sequence of {least} tokens: {need} bytes "
             f"(state {slot}, KV page of {PAGE} tokens {page}), got {budget}, which holds "
             f"{max(0, fitting)} tokens"
         )
     length = min(length, fitting)
-    per_sequence = -(-length // PAGE)
+    per_sequence = pages_for(length)
     # Three slots per sequence, its own and two snapshots, as far as half of the budget goes; the
     # pages of one whole sequence come first.
     room = budget - per_sequence * page
@@ -113,11 +119,18 @@ def plan_capacity(
     slots = max(1, min(most, max(half, 0 if max_num_seqs is None else wanted), 3 * wanted))
     rows = min(wanted, slots)
     pages = min(rows * per_sequence + 1, (budget - slots * slot) // page) if page else 1
-    return Capacity(length, rows, max_num_batched_tokens, int(pages), int(slots))
+    return Capacity(
+        max_model_len=length,
+        max_num_seqs=rows,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_pages=int(pages),
+        num_slots=int(slots),
+    )
 
 
 def check_limits(
     config: ModelConfig,
+    *,
     max_model_len: int | None,
     max_num_seqs: int | None,
     max_num_batched_tokens: int,
@@ -128,18 +141,12 @@ def check_limits(
     Raises:
         InvalidRequest: a limit that is out of range.
     """
+    context = config.max_position_embeddings
     if max_model_len is not None:
-        _check("max_model_len", max_model_len, 2, config.max_position_embeddings)
+        check_int("engine: max_model_len", max_model_len, 2, context)
     if max_num_seqs is not None:
-        _check("max_num_seqs", max_num_seqs, 1, MAX_ROWS)
+        check_int("engine: max_num_seqs", max_num_seqs, 1, MAX_ROWS)
     least = (DEFAULT_ROWS if max_num_seqs is None else max_num_seqs) + PAGE
-    _check("max_num_batched_tokens", max_num_batched_tokens, least, 1 << 20)
+    check_int("engine: max_num_batched_tokens", max_num_batched_tokens, least, 1 << 20)
     if kv_cache_memory_bytes is not None:
-        _check("kv_cache_memory_bytes", kv_cache_memory_bytes, 1, 1 << 50)
-
-
-def _check(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(
-            f"engine: {name} must be an int in [{low}, {high}], got {shown(value)}"
-        )
+        check_int("engine: kv_cache_memory_bytes", kv_cache_memory_bytes, 1, 1 << 50)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..cache.dtypes import CacheDtypes, item_size
-from ..cache.pages import PAGE
+from ..cache.pages import PAGE, pages_for
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.counts import kv_bytes_per_token
 from ..checkpoint.widths import Width
@@ -25,6 +25,7 @@ def cache_budget(
     widths: Mapping[str, Width],
     served: Width,
     dtype: torch.dtype,
+    *,
     max_model_len: int | None,
     max_num_seqs: int | None,
     max_num_batched_tokens: int,
@@ -117,7 +118,7 @@ def fit(
     slot = slot_bytes(config, width, dtypes)
     page = PAGE * kv_bytes_per_token(config, item_size(dtypes.kv))
     rest = memory - weights - working
-    each = slot + -(-length // PAGE) * page
+    each = slot + pages_for(length) * page
     context = config.max_position_embeddings
     longest = min(context, (rest - slot) // page * PAGE if page else context)
     if rest < slot + page:

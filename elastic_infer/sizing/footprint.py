@@ -11,7 +11,7 @@ from ..checkpoint.config import ModelConfig
 from ..checkpoint.counts import count_parameters
 from ..checkpoint.geometry import Tensor, layer_sizes, layer_tensors, size_of
 from ..checkpoint.widths import Width
-from ..codes import bits_per_weight
+from ..codes import bits_per_weight, dtype_name
 from ..ops.tiles import TILE, tile_count
 
 
@@ -19,7 +19,7 @@ class _Store:
     """Bytes of matrices by checkpoint name: those of their format, else of one dtype."""
 
     def __init__(self, dtype: torch.dtype, formats: Mapping[str, str] | None):
-        self.plain = str(dtype).removeprefix("torch.")
+        self.plain = dtype_name(dtype)
         self.formats = formats or {}
 
     def weights(self, name: str, count: int, float32: bool = False) -> int:

@@ -25,6 +25,7 @@ from ..files.reading import (
     read_text,
 )
 from ..user_calls import tokenizer_errors
+from ..value_checks import is_int
 from .chat import ChatTemplates
 from .growth import check_growth
 from .stream_rule import StreamRule
@@ -69,7 +70,7 @@ def eos_ids_from_folder(folder: str | Path) -> tuple[int, ...]:
             continue
         ids = value if isinstance(value, list) else [value]
         for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            if not is_int(token_id) or token_id < 0:
                 raise CheckpointError(
                     f"{name}: eos_token_id must be ids >= 0, got {shown(value)}"
                 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from elastic_infer import Plan, SamplingParams
+from elastic_infer.codes import dtype_name
 from elastic_infer.ops import registry
 from elastic_infer.ops.testing import laws as _laws
 from elastic_infer.ops.testing.laws import LawBroken, small_cases
@@ -107,7 +108,7 @@ def cells():
             for dtype in spec.dtypes:
                 if op == "moe_matmul" and "weights" in batch_of(op, case, 1) and dtype != BF16:
                     continue  # the kernels of float32 take one row at a time
-                yield pytest.param(op, case, dtype, id=f"{op}-{i}-{str(dtype)[6:]}")
+                yield pytest.param(op, case, dtype, id=f"{op}-{i}-{dtype_name(dtype)}")
 
 
 @pytest.mark.parametrize("op, case, dtype", list(cells()))

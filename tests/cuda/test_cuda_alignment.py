@@ -7,6 +7,7 @@ On a GPU such a read is an error after which the process can use the device no m
 import pytest
 import torch
 
+from elastic_infer.codes import dtype_name
 from elastic_infer.ops.testing import laws as _laws
 from elastic_infer.ops.testing.laws import small_cases
 from support.emulated import built, installed, kernels, load
@@ -30,7 +31,7 @@ def cases():
         some = [c for c in small_cases(spec)[1:] if c.get("activation_quantization") != "int8"]
         for dtype in spec.dtypes:
             for case in {str(sorted(c)): c for c in some}.values():  # one of each kind
-                name = f"{spec.name}-{len(found)}-{str(dtype)[6:]}"
+                name = f"{spec.name}-{len(found)}-{dtype_name(dtype)}"
                 found.append(pytest.param(spec, case, dtype, id=name))
     return found
 

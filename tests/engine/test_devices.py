@@ -81,8 +81,9 @@ def budget(tmp_path, free, total, share=0.9, kv=None, **formats):
     with open_engine(tmp_path, device="cpu", **formats) as engine:
         served, cache = engine.core.model.weights.served, engine.core.model.cache
         return placement.cache_budget(
-            Small(free, total), engine.config, engine.widths, served, torch.float32, 512, 16,
-            128, share, kv, dtypes=cache.dtypes,
+            Small(free, total), engine.config, engine.widths, served, torch.float32,
+            max_model_len=512, max_num_seqs=16, max_num_batched_tokens=128,
+            gpu_memory_utilization=share, kv_cache_memory_bytes=kv, dtypes=cache.dtypes,
         )  # fmt: skip
 
 

@@ -248,9 +248,9 @@ def test_quantised_weights_give_the_logits_of_the_cpu(tmp_path, kind):
 def test_the_budget_counts_the_cache_as_it_is_kept(folder, monkeypatch):
     seen, real = [], loading.cache_budget
 
-    def watched(*arguments):
-        seen.append(arguments[-1])
-        return real(*arguments)
+    def watched(*arguments, **named):
+        seen.append(named["dtypes"])
+        return real(*arguments, **named)
 
     monkeypatch.setattr(loading, "cache_budget", watched)
     with emulated_engine(folder, kv_cache_dtype="fp8", mamba_ssm_cache_dtype="float16") as small:

@@ -209,8 +209,9 @@ def test_capacity_of_every_budget_holds_a_whole_sequence():
 
     for budget in range(memory(1, 8), memory(80, 100), 40_000):
         c = plan_capacity(
-            config, full_width(config), CacheDtypes.of(torch.float32), 512, None, 256, budget
-        )
+            config, full_width(config), CacheDtypes.of(torch.float32), max_model_len=512,
+            max_num_seqs=None, max_num_batched_tokens=256, kv_cache_memory_bytes=budget,
+        )  # fmt: skip
         assert c.num_pages >= 8 and c.num_slots >= c.max_num_seqs >= 1
         assert memory(c.num_slots, c.num_pages) <= budget
 

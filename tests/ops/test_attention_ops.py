@@ -11,6 +11,7 @@ from elastic_infer.ops import Pool
 from elastic_infer.ops.attention_decode import NAN_CODE, attention_decode
 from elastic_infer.ops.attention_prefill import attention_prefill
 from elastic_infer.ops.kv_append import PAGE, from_codes, kv_append, to_codes
+from elastic_infer.rounding import ceil_div
 
 HQ, HKV, K = 12, 2, 48
 SCALE = K**-0.5
@@ -34,7 +35,7 @@ class Prompt:
         self.tokens, self.dtype, self.runner, self.heads = tokens, dtype, runner, heads
         self.q = torch.randn(tokens, HQ * K, generator=g).mul(2).to(dtype)
         self.k, self.v = (torch.randn(tokens, HKV * K, generator=g).to(dtype) for _ in "kv")
-        pages = -(-tokens // PAGE)
+        pages = ceil_div(tokens, PAGE)
         self.table = torch.randperm(pages + 1, generator=g)[:pages].to(torch.int32)[None]
         shape = (pages + 1, HKV, PAGE, K)
         self.pages = [torch.full(shape, torch.nan, dtype=dtype) for _ in "kv"]

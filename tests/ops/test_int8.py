@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elastic_infer import _C, Plan, SamplingParams, demo_model
+from elastic_infer.codes import dtype_name
 from elastic_infer.errors import InvalidRequest
 from elastic_infer.ops import Pool, Step, registry
 from elastic_infer.ops._activations import int8
@@ -43,7 +44,7 @@ CASES = {
 
 def cells():
     return [
-        pytest.param(SPECS[op], case | INT8, dtype, id=f"{op}-{case_id(case)}-{str(dtype)[6:]}")
+        pytest.param(SPECS[op], case | INT8, dtype, id=f"{op}-{case_id(case)}-{dtype_name(dtype)}")
         for op, cases in CASES.items()
         for case in cases
         for dtype in (torch.float32, BF16)

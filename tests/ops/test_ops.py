@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elastic_infer import _C
+from elastic_infer.codes import dtype_name
 from elastic_infer.ops import Pool, Step, registry
 from elastic_infer.ops._spec import case_id
 from elastic_infer.ops.testing import laws as _laws
@@ -21,7 +22,7 @@ def cells(*needs):
         if all(getattr(spec, need) is not None for need in needs):
             for case in small_cases(spec):
                 for dtype in spec.dtypes:
-                    name = f"{spec.name}-{case_id(case)}-{str(dtype)[6:]}"
+                    name = f"{spec.name}-{case_id(case)}-{dtype_name(dtype)}"
                     found.append(pytest.param(spec, case, dtype, id=name))
     return found
 

@@ -124,7 +124,7 @@ def test_public_names_of_ops():
 
 # The package from the ground up. A module imports from its own folder or from floors below.
 FLOORS = (
-    ("public", "version", "torch_modes"),
+    ("public", "version", "torch_modes", "rounding"),
     ("errors",),
     ("showing",),
     ("codes", "outputs", "files"),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_infer.rounding import ceil_div
 from elastic_infer.scheduling.batching import Candidate, Limits, StepCosts, chunk_length, form_batch
 
 
@@ -75,7 +76,7 @@ def test_waiting_is_bounded(jobs, mixing, rows, extra, max_wait):
         {"width": w, "prompt": p, "steps": s, "at": at, "read": 0, "waited": 0}
         for w, p, s, at in jobs
     ]
-    work = sum(-(-p // 64) + s for _, p, s, _ in jobs)
+    work = sum(ceil_div(p, 64) + s for _, p, s, _ in jobs)
     bound = {"auto": max_wait + 1, "always": 1, "never": math.inf}[mixing]
     for number in range(31 + 3 * work):
         here = [s for s in state if s["at"] <= number and s["read"] < s["prompt"] + s["steps"]]

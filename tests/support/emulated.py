@@ -12,6 +12,7 @@ import torch
 
 import elastic_infer.ops  # noqa: F401  (the tensor conversion registers with it)
 from bench.gpu import ptxas
+from elastic_infer.codes import dtype_name
 from elastic_infer.ops import registry
 from elastic_infer.ops.testing import laws as _laws
 from elastic_infer.ops.testing.laws import make, one_width, small_cases
@@ -140,7 +141,7 @@ def kernels(module):
 def cells(module, *needs):
     """[(spec, case, dtype)] for every op with CUDA kernels that offers `needs`."""
     return [
-        pytest.param(spec, case, dtype, id=f"{spec.name}-{i}-{str(dtype)[6:]}")
+        pytest.param(spec, case, dtype, id=f"{spec.name}-{i}-{dtype_name(dtype)}")
         for spec in kernels(module).values()
         if all(getattr(spec, need) is not None for need in needs)
         for i, case in enumerate(small_cases(spec))

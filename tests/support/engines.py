@@ -82,7 +82,7 @@ def base_engine(folder: Path, **limits):
 def sized_engine(folder: Path, pages: int, slots: int, max_num_seqs: int, **limits) -> Engine:
     """An engine on the fixed model whose cache has exactly so many pages and slots."""
 
-    def fixed(config, served, dtype, max_model_len, *_):
+    def fixed(config, served, dtype, *, max_model_len, **_):
         return Capacity(max_model_len, max_num_seqs, 128, pages, slots)
 
     with mock.patch("elastic_infer.engine.loading.plan_capacity", fixed):

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from elastic_infer.codes import dtype_name
+
 # Every key that a width may narrow, beside the layer kind it belongs to (None: the whole model).
 WIDTH_KEYS = {
     "hidden_size": None,
@@ -261,7 +263,7 @@ def _json_config(
             {"__float__": "Infinity"} if value == math.inf else value
             for value in config["time_step_limit"]
         ]
-    out["torch_dtype"] = str(dtype).removeprefix("torch.")
+    out["torch_dtype"] = dtype_name(dtype)
     if widths is not None:
         out["elastic"] = widths
     return out
