@@ -172,7 +172,7 @@ def test_what_can_never_fit_is_refused(engine):
         ({"threads": 0}, r"threads must be an int in \[1, 1024\], got 0"),
         ({"max_waiting": -1}, r"max_waiting must be None or an int >= 0, got -1"),
         ({"mixing": "perhaps"}, "mixing must be auto, always or never, got 'perhaps'"),
-        ({"dtype": "int8"}, "dtype must be auto, float32 or bfloat16, got int8"),
+        ({"dtype": "int8"}, "dtype must be auto, float32 or bfloat16, got 'int8'"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": 0}, "device must be auto, cpu, cuda or cuda:N, got 0"),
         ({"isa": "sse9"}, "engine: .*isa.*sse9"),
