@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 __all__ = [
-    "Selection",
     "copy_side_files",
     "part_sources",
     "slice_checkpoint",

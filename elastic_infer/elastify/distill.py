@@ -32,10 +32,10 @@ from .distributed import Group
 from .losses import divergence, switch_places
 from .optimiser import MuonAdam
 from .router import DEAD_ZONE, Router, budget_loss, logit_scale, temperature
-from .settings import Settings, Stage
+from .settings import Settings
 from .torch_model import ElasticNemotronH
 
-__all__ = ["Distiller", "Result", "Settings", "Stage", "evaluate"]
+__all__ = ["Distiller", "Result", "evaluate"]
 
 logger = logging.getLogger(__name__)
 

@@ -92,8 +92,7 @@ class Engine:
             max_num_batched_tokens: tokens of one pass; long prompts are cut into several.
             kv_cache_memory_bytes: memory of KV pages and states together; None = at most half of
                 what is free, on a GPU what gpu_memory_utilization leaves.
-            gpu_memory_utilization: share of a GPU's memory to use, what is in use already
-                included; no effect on a CPU.
+            gpu_memory_utilization: share of a GPU's memory to use, with what is in use already.
             threads: CPU threads; None = all that this process may use.
             max_waiting: requests that may wait; None = any number. What a signal handler submits
                 while its own thread is in `submit` is not counted against that call.
@@ -104,18 +103,15 @@ class Engine:
             mixing: "auto", "always" or "never": whether rows of different widths share a pass.
             isa: instruction set of the CPU kernels: "auto", "portable", "avx2" or "avx512".
             batch_invariant: demand that results of a row do not depend, to the bit, on what shares
-                its batch, nor on how prompts are cut into passes. On a CPU they never do. On a
-                GPU it costs speed with few rows (see docs/design/cuda.md); without it, bits depend
-                on the number of rows there.
+                its batch, nor on how prompts are cut into passes. On a CPU they never do; on a
+                GPU they do without it, and it costs speed with few rows (docs/design/cuda.md).
             enforce_eager: on a GPU, launch the kernels of every pass one by one, without graphs.
             activation_quantization: what products with NVFP4 weights do to their activations:
-                "none"; "int8" on a CPU: 16 values at a time become 8-bit integers, which is faster
-                and costs a little accuracy; "nvfp4" on GPUs of compute capability 12.x: they
-                become NVFP4 row by row. The latter has never run on one.
+                "none"; "int8" on a CPU: 16 values at a time become 8-bit integers, faster and a
+                little less exact; "nvfp4" on GPUs of compute capability 12.x, never run on one.
             async_scheduling: on a GPU, launch a pass of decode steps before the tokens of the one
-                before it are read out, where these cannot change what it reads; False waits for
-                them every time. No effect on results, except that a row which has ended may share
-                one more pass, as in any batch (see batch_invariant). No effect on a CPU.
+                before it are read out, where these cannot change what it reads. A row that has
+                ended may then share one more pass, as in any batch. No effect on a CPU.
             progress: called with (tensor name, bytes) for every tensor read.
 
         Raises:

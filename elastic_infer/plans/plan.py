@@ -16,7 +16,7 @@ from ..errors import InvalidRequest, WidthError, shown
 from ..public import public
 from ..showing import one_line
 from ..value_checks import check_int, elements, is_one_of
-from .decision import DEFAULT_GRACE, PROMPT_PHASES, Decision, PlanView
+from .decision import DEFAULT_GRACE, PROMPT_PHASES, PlanView
 from .kinds import ByUncertainty, Custom, Fixed, Kind, Schedule, ThinkAnswer
 from .phase import Tag
 from .policy import CARRY, Policy
@@ -25,7 +25,7 @@ from .run import PlanRun, Start
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
-__all__ = ["Decision", "Plan", "PlanRun", "PlanView", "Policy", "as_plan"]
+__all__ = ["Plan", "as_plan"]
 
 _LONGEST_CLOSING = 1 << 16  # characters; they are tokenised with every request
 

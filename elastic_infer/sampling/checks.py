@@ -12,7 +12,7 @@ from ..value_checks import MOST_IDS, elements, is_int, is_real
 
 __all__ = [
     "MOST_BAD_WORDS", "MOST_LOGPROBS", "MOST_STOPS", "biases_of", "check_int",
-    "encodable", "fail", "functions_of", "ids_of", "number_of", "texts_of",
+    "fail", "functions_of", "ids_of", "number_of", "texts_of",
 ]  # fmt: skip
 
 # A value must be normal in float32: what rounds to zero or infinity there is not what was asked.

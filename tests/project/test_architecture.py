@@ -200,6 +200,38 @@ def test_no_module_imports_itself_in_a_circle():
         walk(module, [])
 
 
+def given_by(module):
+    """{name: where from} that a module of the package imports from others."""
+    names = {}
+    inside = module.split(".")[:-1]
+    for node in ast.walk(syntax(MODULES[module])):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*inside[: len(inside) - node.level + 1], *filter(None, [node.module])])
+            names |= {name.name: base for name in node.names}
+    return names
+
+
+def test_a_name_is_imported_from_the_module_that_defines_it():
+    """A name's home can be told from its import; packages hand on their public names."""
+    modules = {name for name, path in MODULES.items() if not path.endswith("__init__.py")}
+    given = {module: given_by(module) for module in modules}
+    handed_on = [
+        f"{module}: {name} of {base}"
+        for module in modules
+        for name, base in given[module].items()
+        if base in modules and name in given[base]
+    ]
+    listed = [
+        f"{module}: {name} in __all__"
+        for module in modules
+        for node in syntax(MODULES[module]).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        for name in ast.literal_eval(node.value)
+        if name in given[module]
+    ]
+    assert not handed_on and not listed
+
+
 # -- native code -------------------------------------------------------------------------------
 
 NATIVE = tracked("*.cpp", "*.h", "*.cu", "*.cuh")
