@@ -11,6 +11,7 @@ from typing import Any
 from bench.common.models import THIRTY, model_config
 from elastic_infer.cache.pages import pages_for
 from elastic_infer.checkpoint.config import ModelConfig
+from elastic_infer.checkpoint.geometry import layer_sizes, layer_tensors, size_of
 from elastic_infer.checkpoint.width_table import parse_widths
 from elastic_infer.checkpoint.widths import Width
 from elastic_infer.ops._spec import Case
@@ -51,6 +52,17 @@ class OpCase:
         return f"{self.op}{part} R={self.rows} {self.width}"
 
 
+# Layer kind, and the tensors that are one matrix in memory.
+_MATRICES = {
+    "in_proj": ("M", ("in_proj",)),
+    "out_proj": ("M", ("out_proj",)),
+    "qkv": ("*", ("q_proj", "k_proj", "v_proj")),
+    "o_proj": ("*", ("o_proj",)),
+    "shared_up": ("E", ("shared_experts.up_proj",)),
+    "shared_down": ("E", ("shared_experts.down_proj",)),
+}
+
+
 class OpCases:
     """The ops of one model at its widths: `of(rows)` for steps, `prompt(tokens)` for a prefill."""
 
@@ -62,38 +74,22 @@ class OpCases:
     def _size(self, width: Width, key: str, kind: str) -> int:
         return getattr(width, key)[self.layer[kind]]
 
+    def _matrix(self, part: str, width: Width) -> tuple[tuple[int, ...], int]:
+        """Rows of every segment, and columns, of one of the model's matrices."""
+        if part == "head":
+            return (self.config.vocab_size,), width.hidden_size
+        kind, names = _MATRICES[part]
+        sizes = layer_sizes(width)[self.layer[kind]]
+        axes = {tensor.name: tensor.axes for tensor in layer_tensors(self.config, kind)}
+        rows = tuple(axis.size(sizes) for name in names for axis in axes[f"{name}.weight"][0])
+        return rows, size_of(axes[f"{names[0]}.weight"][1], sizes)
+
     def _matmul(
         self, part: str, rows: int, width: str, form: str = "", kernel: str = "auto"
     ) -> OpCase:
-        c, w, f = self.config, self.widths[width], self.full
-        bc, P = c.n_groups * c.ssm_state_size, c.mamba_head_dim
-        kv = c.num_key_value_heads * c.head_dim
-
-        def both(make):
-            return make(f), make(w)
-
-        def heads(v):
-            return self._size(v, "mamba_num_heads", "M")
-
-        def shared(v):
-            return self._size(v, "moe_shared_expert_intermediate_size", "E")
-
-        def query(v):
-            return self._size(v, "num_attention_heads", "*") * c.head_dim
-
-        def hidden(v):
-            return v.hidden_size
-
-        segments, columns = {
-            "in_proj": (lambda v: (heads(v) * P, heads(v) * P, bc, bc, heads(v)), hidden),
-            "out_proj": (lambda v: (hidden(v),), lambda v: heads(v) * P),
-            "qkv": (lambda v: (query(v), kv, kv), hidden),
-            "o_proj": (lambda v: (hidden(v),), query),
-            "shared_up": (lambda v: (shared(v),), hidden),
-            "shared_down": (lambda v: (hidden(v),), shared),
-            "head": (lambda v: (c.vocab_size,), hidden),
-        }[part]
-        (n_full, n), (k_full, k) = both(segments), both(columns)
+        (n_full, k_full), (n, k) = (
+            self._matrix(part, at) for at in (self.full, self.widths[width])
+        )
         act = "relu2" if part == "shared_up" else "none"
         whole = {"R": rows, "K": k_full, "segments": n_full, "k": (k,), "n": (n,), "act": act}
         whole |= {"weights": form} if form else {}
@@ -141,7 +137,7 @@ class OpCases:
         c = self.config
         H, n = (self._size(v, "mamba_num_heads", "M") for v in (self.full, self.widths[width]))
         if op == "causal_conv":
-            bc, P = 2 * c.n_groups * c.ssm_state_size, c.mamba_head_dim
+            P, bc = c.mamba_head_dim, c.conv_dim(0)
             case = {"lengths": lengths, "x": H * P, "bc": bc, "widths": (n * P,)}
             cost = case | {"x": n * P}
         elif op == "mamba_step":
