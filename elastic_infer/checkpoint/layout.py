@@ -15,6 +15,11 @@ EMBEDDING = "backbone.embeddings.weight"
 MOST_TENSORS = 1 << 19
 
 
+def head_name(config: ModelConfig) -> str:
+    """The tensor that makes the logits."""
+    return EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+
+
 def tensor_selections(config: ModelConfig, width: Width) -> dict[str, Selection]:
     """The part of every tensor that ``width`` keeps, in checkpoint order (order of the layers).
 

@@ -9,6 +9,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import MAMBA
 from ..checkpoint.geometry import channels, joined, layer_tensors, places
+from ..checkpoint.layout import EMBEDDING, head_name
 from ..checkpoint.stored import check_fused
 from ..checkpoint.widths import Width
 from ..codes import Packed
@@ -65,14 +66,13 @@ class WeightLoader:
         c = self.config
         check_fused(c, self.checkpoint.formats)
         readers = {"M": self._mamba, "*": self._attention, "-": self._mlp, "E": self._moe}
-        embedding = self._read("backbone.embeddings.weight", cols=slice(0, self.D))
+        embedding = self._read(EMBEDDING, cols=slice(0, self.D))
         layers = [readers[kind](i) for i, kind in enumerate(c.layers)]
-        name = "backbone.embeddings.weight" if c.tie_word_embeddings else "lm_head.weight"
         return Weights(
             embedding=embedding,
             layers=layers,
             final_norm=self._read("backbone.norm_f.weight", rows=slice(0, self.D)),
-            head=self._tiled([(name, slice(0, c.vocab_size))], slice(0, self.D)),
+            head=self._tiled([(head_name(c), slice(0, c.vocab_size))], slice(0, self.D)),
             served=self.served,
             dtype=self.dtype,
             formats=self.checkpoint.formats,
@@ -210,7 +210,7 @@ def activation_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype) -> torch.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if isinstance(dtype, str) and dtype == "auto":
-        stored = checkpoint.dtype_of("backbone.embeddings.weight")
+        stored = checkpoint.dtype_of(EMBEDDING)
         return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
     if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype

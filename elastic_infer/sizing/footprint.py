@@ -10,6 +10,7 @@ from ..cache.dtypes import item_size
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.counts import count_parameters
 from ..checkpoint.geometry import Tensor, layer_sizes, layer_tensors, size_of
+from ..checkpoint.layout import head_name
 from ..checkpoint.widths import Width
 from ..codes import bits_per_weight, dtype_name
 from ..ops.tiles import TILE, tile_count
@@ -31,11 +32,6 @@ class _Store:
         """Bytes of a matrix in whole tiles, with its scale where it has one."""
         count = tile_count(rows) * tile_count(columns) * TILE * TILE
         return self.weights(name, count, float32) + (4 if name in self.formats else 0)
-
-
-def head_name(config: ModelConfig) -> str:
-    """The tensor that makes the logits."""
-    return "backbone.embeddings.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
 def weight_bytes(
