@@ -185,6 +185,8 @@ class SamplingParams:
         Raises:
             InvalidRequest: names the file, its key, rule and value.
         """
+        if not isinstance(config, Mapping):
+            raise InvalidRequest(f"generation_config: must be an object, got {shown(config)}")
         values = {
             name: config[key]
             for key, name in _GENERATION_CONFIG.items()

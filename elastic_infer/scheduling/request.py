@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..cache.sequence import Sequence
-from ..errors import ElasticError, InvalidRequest, RequestCancelled
+from ..errors import ElasticError, InvalidRequest, RequestCancelled, RequestFailed
 from ..outputs import Choice, FinishReason, Output, Phase, Times, Token, Usage
 from ..plans.plan import Plan
 from ..plans.run import PlanRun
@@ -220,6 +220,10 @@ class Request:
         finally:
             if self.done:  # other iterations end at once, also when this one was interrupted
                 self.events.put(None)
+        if isinstance(self.error, StopIteration):  # which would end the caller's loop in silence
+            raise RequestFailed(
+                f"{self.request_id}: ended by {type(self.error).__name__}; its cause is chained"
+            ) from self.error
         if self.error is not None:
             raise self.error
 

@@ -230,16 +230,16 @@ class FinalMessage:
             InvalidRequest: where there is no such text, or the template does not read it.
         """
         name = field if isinstance(field, str) else "content"
-        last, what = messages[-1], f"chat: continue_final_message={field!r}"
+        last, what = messages[-1], f"chat: continue_final_message={shown(field)}"
         value = last.get(name)
         if value is None:
-            raise InvalidRequest(f'{what} must find "{name}" in the last message, got none')
+            raise InvalidRequest(f'{what} must find "{name[:64]}" in the last message, got none')
         fields = [name]
         if name in _REASONING:
             fields = [other for other in _REASONING if last.get(other) == value]
         if not any(each in source for each in fields):
             raise InvalidRequest(
-                f'{what} must name what the template reads, and it has no "{name}"'
+                f'{what} must name what the template reads, and it has no "{name[:64]}"'
             )
         if isinstance(value, (list, tuple)):
             texts = [part for part in value if isinstance(part, dict) and "text" in part]

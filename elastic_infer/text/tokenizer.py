@@ -177,6 +177,8 @@ class Tokenizer:
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that is exactly this text, None if there is none."""
+        if not isinstance(text, str):
+            raise InvalidRequest(f"token_id: text must be a str, got {shown(text)}")
         return self.backend.token_to_id(text) if encodable(text) else None
 
     def special_texts_in(self, text: str) -> list[str]:
@@ -226,6 +228,7 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
+        /,  # a template may have a variable of this name, too
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,

@@ -264,6 +264,9 @@ def test_an_exception_of_a_callback_reaches_its_caller_as_it_is(engine, error):
         (SamplingParams(max_tokens=3), Plan.custom(fail)),
     ):
         assert beside(engine, "a", params, plan) is error
+        with pytest.raises((type(error), RequestFailed)) as raised:
+            list(engine.stream("a", params, plan=plan))
+        assert error in (raised.value, raised.value.__cause__)
 
 
 # -- rows ---------------------------------------------------------------------------------------
@@ -462,6 +465,10 @@ def test_arguments_of_any_type_are_refused_by_name(engine):
         lambda x: engine.generate("a", one, plan=Plan.schedule(x)),
         lambda x: engine.generate("a", one, plan=Plan.custom(lambda view: "S", widths=x)),
         lambda x: engine.open("a", width=x),
+        lambda x: engine.tokenizer.token_id(x),
+        lambda x: engine.chat([{"role": "user", "content": "a"}], one,
+                              chat_template_kwargs={"self": x}),
+        SamplingParams.from_generation_config,
     ]
     for call in calls:
         for value in odd:

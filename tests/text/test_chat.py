@@ -83,6 +83,7 @@ def test_a_continued_message_opens_no_other() -> None:
             {"add_generation_prompt": True, "continue_final_message": True},
             "add_generation_prompt must be False where continue_final_message",
         ),
+        ({"continue_final_message": "x" * 9000}, r"^.{,300}$"),
         ({"continue_final_message": "name"}, "'name' must find \"name\" in the last message"),
         ({"tokenize": False}, "tokenize must not be given"),
         ({"return_dict": True}, "return_dict must not be given"),
