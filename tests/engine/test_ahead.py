@@ -6,9 +6,9 @@ results can be compared bit by bit with an engine on the CPU.
 """
 
 import random
-import threading
-import time
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -20,10 +20,12 @@ from elastic_infer import NonFiniteLogits, Plan, RequestCancelled, SamplingParam
 from elastic_infer.scheduling.reads import Read
 from support.emulated import built, load
 from support.engines import (
+    HANG,
     assert_all_free,
     base_engine,
     draw,
     held,
+    in_threads,
     run_read,
     script,
     sized_engine,
@@ -180,7 +182,10 @@ def test_stop_strings(tmp_path):
         stop = SamplingParams(**{**vars(params), "stop": [text[12:14]]})
         wanted = [summaries(engine.generate("ABC", p)) for p in (stop, params)]
     with late_device(Late()), text_engine(tmp_path, device="cuda") as engine:
-        found = engine.generate(["ABC"] * 2, [stop, params])
+        with held(engine) as hold:
+            found = in_threads(lambda: engine.generate(["ABC"] * 2, [stop, params]))
+            hold.arrived(requests=2)
+        (found,) = found()
         assert [summaries(o) for o in found] == wanted
         assert found[0].finish_reason == "stop" and text.startswith(found[0].text)
         assert engine.stats()["passes_ahead"] >= 35
@@ -194,7 +199,10 @@ def test_logits_that_the_host_looks_at_are_waited_for(engine, cpu, beside):
     """One such row, and no pass runs ahead until it has ended."""
     watched = SamplingParams(**{**vars(GREEDY), "max_tokens": 8, **beside})
     given = [PROMPT, draw(30)], [watched, SAMPLED]
-    found = engine.generate(*given)
+    with held(engine) as hold:
+        found = in_threads(lambda: engine.generate(*given))
+        hold.arrived(requests=2)
+    (found,) = found()
     assert [summaries(o) for o in found] == [summaries(o) for o in cpu.generate(*given)]
     assert engine.stats()["passes_ahead"] == 20 - 8 - 1
 
@@ -261,7 +269,8 @@ def test_records_hold_known_tokens_alone(engine, monkeypatch):
         return ran
 
     monkeypatch.setattr(scheduler, "step", checked)
-    requests = [engine.submit(draw(9, i), SAMPLED, width=w) for i, w in enumerate("SML")]
+    with held(engine):
+        requests = [engine.submit(draw(9, i), SAMPLED, width=w) for i, w in enumerate("SML")]
     assert {r.result().finish_reason for r in requests} == {"length"}
     assert 0 in seen, "at times all that is known is recorded, since the pass that reads it flies"
 
@@ -274,8 +283,9 @@ def test_nothing_finite_ends_the_branch_though_the_next_pass_flies(folder, cpu):
     known = whole[: whole.index(token) + 1]
     with late_engine(folder) as engine:
         engine.core.model.weights.embedding[token] = torch.nan
-        bad = engine.submit(draw(20, 1), GREEDY, width="M")
-        other = engine.submit(PROMPT, GREEDY, width="S")
+        with held(engine):
+            bad = engine.submit(draw(20, 1), GREEDY, width="M")
+            other = engine.submit(PROMPT, GREEDY, width="S")
         with pytest.raises(NonFiniteLogits, match="logits must be finite"):
             bad.result()
         assert bad.output().token_ids == known and bad.output().finish_reason == "error"
@@ -306,7 +316,7 @@ def test_readers_and_jobs_between_passes(folder, cpu):
     with cpu.open(PROMPT, width="M") as theirs:
         by_hand = [theirs.step().id for _ in range(4)]
     with late_engine(folder) as engine:
-        requests, model = [engine.submit(*job) for job in jobs], engine.core.model
+        model = engine.core.model
 
         def steps():
             sequence = model.cache.open()
@@ -314,13 +324,22 @@ def test_readers_and_jobs_between_passes(folder, cpu):
                 run_read(model, sequence, Read([5], "S", kind))
             model.cache.close(sequence)
 
-        with engine.open(PROMPT, width="M") as mine:
+        with engine.open(PROMPT, width="M") as mine, held(engine) as hold:
+            requests = [engine.submit(*job) for job in jobs]
+            assert hold.step(3) == 3
             for token in by_hand:
                 engine.core.call(steps)
-                assert mine.step().id == token
-        assert torch.equal(engine.score(PROMPT), score)
-        assert [summaries(r.result()) for r in requests] == wanted
-        assert engine.stats()["passes_ahead"] > 20
+                found = in_threads(lambda: mine.step().id)
+                hold.arrived(readers=1)
+                hold.step(3)
+                assert found() == [token]
+            found = in_threads(lambda: engine.score(PROMPT))
+            hold.arrived(readers=1)
+            hold.step(3)
+            assert torch.equal(found()[0], score)
+            hold.release()
+            assert [summaries(r.result()) for r in requests] == wanted
+            assert engine.stats()["passes_ahead"] > 20
 
 
 def test_cancelling_and_closing_in_flight(folder):
@@ -345,34 +364,31 @@ def test_threads_submit_and_cancel_at_random(folder, cpu):
     """No leak, no deadlock, no wrong answer."""
     jobs = [(draw(10 * i + 5, i), SAMPLED, Plan.fixed("SML"[i % 3])) for i in range(6)]
     wanted = [cpu.generate(p, a, plan=plan).token_ids for p, a, plan in jobs]
-    failures, stop = [], time.monotonic() + 3
     with late_engine(folder, seed=5, max_num_seqs=4) as engine:
 
         def run(number):
             rng = random.Random(number)
-            try:
-                while time.monotonic() < stop:
-                    i = rng.randrange(6)
-                    request = engine.submit(*jobs[i])
-                    if rng.random() < 0.5:
-                        time.sleep(rng.random() * 0.02)
-                        request.cancel()
-                        got = request.result(timeout=60).token_ids
-                        assert got == wanted[i][: len(got)]
-                    else:
-                        assert request.result(timeout=60).token_ids == wanted[i]
-            except BaseException as error:
-                failures.append(error)
+            for _ in range(20):
+                i = rng.randrange(6)
+                request = engine.submit(*jobs[i])
+                if rng.random() < 0.5:
+                    list(islice(request, rng.randrange(4)))
+                    request.cancel()
+                    got = request.result(HANG).token_ids
+                    assert got == wanted[i][: len(got)]
+                else:
+                    assert request.result(HANG).token_ids == wanted[i]
 
-        threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(6)]
-        [t.start() for t in threads]
-        [t.join(60) for t in threads]
-        assert not any(t.is_alive() for t in threads) and not failures, failures
-        assert engine.stats()["passes_ahead"] > 0
+        in_threads(*(partial(run, number) for number in range(6)))()
+        ahead = engine.stats()["passes_ahead"]
+        assert engine.submit(*jobs[0]).result(HANG).token_ids == wanted[0]
+        assert engine.stats()["passes_ahead"] > ahead, "alone, and so ahead"
 
 
 def test_random_sequences(tmp_path):
     """The state machine of `test_sequences.py`, whose jobs come between passes that fly."""
     with late_engine(tmp_path, sized_engine, seed=2, pages=14, slots=8, max_num_seqs=3) as engine:
         run_sequences(engine, 8, 20)
-        assert engine.stats()["passes_ahead"] > 0
+        ahead = engine.stats()["passes_ahead"]
+        engine.generate(PROMPT, GREEDY)
+        assert engine.stats()["passes_ahead"] == ahead + 18

@@ -16,6 +16,7 @@ from elastic_infer import Plan, RequestCancelled, SamplingParams
 from support.engines import (
     END_THINK,
     EOS,
+    HANG,
     THINK,
     assert_all_free,
     base_engine,
@@ -340,7 +341,7 @@ def test_a_dropped_engine_is_closed_but_not_under_a_request(tmp_path):
     del engine
     assert len(request.result().token_ids) == 100, "the request keeps its engine"
     gc.collect()
-    worker._thread.join(10)
+    worker._thread.join(HANG)
     gc.collect()
     assert alive() is None and not worker._thread.is_alive()
 
@@ -355,7 +356,7 @@ def test_an_open_engine_does_not_keep_python_from_ending(tmp_path):
         "request = engine.submit('x', SamplingParams(max_tokens=500, ignore_eos=True))\n"
         "next(iter(request))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], timeout=HANG, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
 

@@ -23,6 +23,7 @@ from elastic_infer.checkpoint.counts import kv_bytes_per_token
 from elastic_infer.checkpoint.widths import full_width
 from elastic_infer.sizing.capacity import plan_capacity, slot_bytes
 from support.engines import (
+    HANG,
     assert_all_free,
     base_engine,
     draw,
@@ -50,7 +51,7 @@ class Gate:
     def __call__(self, token_ids, row, phase):
         if len(token_ids) == self.at:
             self.reached.set()
-            assert self.opened.wait(30)
+            assert self.opened.wait(HANG)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_at_most_max_waiting_wait(tmp_path):
     with base_engine(tmp_path, max_num_seqs=2, max_waiting=2) as engine:
         gate = Gate()
         first = engine.submit(draw(5), free(3, logits_processors=[gate]))
-        assert gate.reached.wait(30)
+        assert gate.reached.wait(HANG)
         others = [engine.submit(draw(5), free(3)) for _ in range(3)]  # one runs, two wait
         with pytest.raises(EngineFull, match="at most max_waiting = 2 requests may wait"):
             engine.submit(draw(5), free(3))
@@ -112,13 +113,13 @@ def test_sequences_take_places_and_requests_wait_for_them(engine):
         held[0].snapshot()
     request = engine.submit(draw(5), free(4))
     with pytest.raises(TimeoutError):
-        request.result(timeout=0.05)
+        request.result(timeout=0)
     with pytest.raises(OutOfCapacity, match="needed 1, free 0"):
         engine.open(draw(3))  # a request that waits gives nothing back either
     assert engine.stats()["waiting"] == 1 and not request.done
     assert held[0].step().id >= 0, "sequences go on meanwhile"
     held.pop().close()
-    assert len(request.result(timeout=30).token_ids) == 4
+    assert len(request.result(timeout=HANG).token_ids) == 4
     for sequence in held:
         sequence.close()
 
@@ -303,7 +304,7 @@ def test_cancel_during_prefill(tmp_path):
 def test_cancel_while_waiting_and_while_generating(engine):
     gate = Gate(at=2)
     running = engine.submit(draw(5), free(50, logits_processors=[gate]))
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(HANG)
     more = [engine.submit(draw(5), free(5)) for _ in range(3)]
     more[2].cancel()
     running.cancel()
@@ -323,7 +324,7 @@ def test_an_interrupted_caller_cancels(engine, monkeypatch, many):
     submit = engine.core.worker.submit
 
     def interrupted(self, timeout=None):
-        assert gate.reached.wait(30)
+        assert gate.reached.wait(HANG)
         raise KeyboardInterrupt
 
     def remember(requests):
@@ -337,7 +338,7 @@ def test_an_interrupted_caller_cancels(engine, monkeypatch, many):
         engine.generate(prompt, free(400, logits_processors=[gate]))
     monkeypatch.undo()
     gate.opened.set()
-    assert {r.wait(30).finish_reason for r in submitted} == {"cancelled"}
+    assert {r.wait(HANG).finish_reason for r in submitted} == {"cancelled"}
 
 
 def test_close_while_running(tmp_path):
@@ -351,7 +352,7 @@ def test_close_while_running(tmp_path):
         engine.close()
     for request in [running, *waiting]:
         with pytest.raises(RequestCancelled, match="the engine was closed before"):
-            request.result(timeout=10)
+            request.result(HANG)
     assert len(running.output().token_ids) == 3, "what was generated can still be read"
     (outputs,) = generating()
     assert {o.finish_reason for o in outputs} == {"error"}

@@ -20,6 +20,7 @@ from elastic_infer.checkpoint.layout import tensor_selections
 from elastic_infer.checkpoint.slicing import slice_checkpoint
 from support import tiny
 from support.engines import (
+    HANG,
     base_config,
     base_engine,
     base_widths,
@@ -126,7 +127,7 @@ def test_hub_ids_offline(tmp_path, folder):
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+                          text=True, timeout=HANG)  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second, refused = done.stdout.splitlines()
     assert first == second == f"S,M,L {Checkpoint.open(folder).fingerprint}"

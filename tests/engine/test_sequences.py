@@ -6,8 +6,8 @@ from __future__ import annotations
 import gc
 import random
 import tempfile
-import threading
-import time
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from elastic_infer import OutOfCapacity, Plan, RequestCancelled, SamplingParams, WidthError
 from elastic_infer.scheduling.reads import replay_reads
-from support.engines import assert_all_free, draw, run_read, sized_engine
+from support.engines import HANG, assert_all_free, draw, in_threads, run_read, sized_engine
 
 WIDTHS = st.sampled_from(["S", "M", "L"])
 POLICIES = st.sampled_from(["carry", "exact", "window(3)", "window(20)"])
@@ -229,7 +229,7 @@ class Sequences(RuleBasedStateMachine):
                 assert torch.equal(row, expected), sequence.runs
             sequence.close()
         for request in self.requests + self.cancelled:
-            request.wait(timeout=60)
+            request.wait(HANG)
         for request in self.requests[::2]:
             reasons = {choice.finish_reason for choice in request.output().choices}
             assert reasons == {"length"} or isinstance(request.error, OutOfCapacity)
@@ -260,47 +260,39 @@ def test_many_random_sequences(engine):
 
 
 def test_sixteen_threads_submit_and_cancel_at_random(engine):
-    """No leak, no deadlock, no wrong answer, in bounded time."""
+    """No leak, no deadlock, no wrong answer."""
     params = SamplingParams(max_tokens=25, seed=4, ignore_eos=True)
     plan = Plan.schedule([(0, "S"), (6, "L")], policy="window(4)")
     expected = {i: engine.generate(draw(10 * i + 5, i), params, plan=plan).token_ids
                 for i in range(8)}  # fmt: skip
-    failures, stop = [], time.monotonic() + 4
 
     def work(number):
         rng = random.Random(number)
-        try:
-            while time.monotonic() < stop:
-                i = rng.randrange(8)
-                kind = rng.randrange(5)
-                if kind == 0:
-                    request = engine.submit(draw(10 * i + 5, i), params, plan)
-                    time.sleep(rng.random() * 0.01)
-                    request.cancel()
-                    got = request.result(timeout=60).token_ids
-                    assert got == expected[i][: len(got)]
-                elif kind == 1:
-                    stream = engine.stream(draw(10 * i + 5, i), params, plan=plan)
-                    for token, want in zip(stream, expected[i][: rng.randrange(1, 25)]):
-                        assert token.id == want
-                    stream.close()
-                elif kind == 2:
-                    try:
-                        with engine.open(draw(20, i), width="S") as sequence:
-                            sequence.step(), sequence.step(width="L")
-                            with sequence.fork() as twin:
-                                assert twin.step().id == sequence.step().id
-                    except OutOfCapacity:
-                        pass
-                else:
-                    got = engine.generate(draw(10 * i + 5, i), params, plan=plan)
-                    assert got.token_ids == expected[i]
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(16):
+            i = rng.randrange(8)
+            kind = rng.randrange(5)
+            if kind == 0:
+                request = engine.submit(draw(10 * i + 5, i), params, plan)
+                list(islice(request, rng.randrange(3)))
+                request.cancel()
+                got = request.result(HANG).token_ids
+                assert got == expected[i][: len(got)]
+            elif kind == 1:
+                stream = engine.stream(draw(10 * i + 5, i), params, plan=plan)
+                for token, want in zip(stream, expected[i][: rng.randrange(1, 25)]):
+                    assert token.id == want
+                stream.close()
+            elif kind == 2:
+                try:
+                    with engine.open(draw(20, i), width="S") as sequence:
+                        sequence.step(), sequence.step(width="L")
+                        with sequence.fork() as twin:
+                            assert twin.step().id == sequence.step().id
+                except OutOfCapacity:
+                    pass
+            else:
+                got = engine.generate(draw(10 * i + 5, i), params, plan=plan)
+                assert got.token_ids == expected[i]
 
-    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(16)]
-    [t.start() for t in threads]
-    [t.join(60) for t in threads]
-    assert not any(t.is_alive() for t in threads), "deadlock"
-    assert not failures, failures[0]
+    in_threads(*(partial(work, number) for number in range(16)))()
     assert_all_free(engine)

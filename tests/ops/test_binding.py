@@ -17,6 +17,7 @@ from elastic_infer.ops import Pool, Step, registry
 from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.rms_norm import rms_norm
 from elastic_infer.ops.tiles import TiledWeight
+from support.engines import HANG
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,42 +267,46 @@ def test_calls_keep_no_reference():
 
 
 def busy_work():
-    """A matmul of a few hundred milliseconds, ready to be run or recorded."""
+    """(a matmul of a few hundred milliseconds, ready to be run or recorded; its output)."""
     x, out = torch.randn(512, 2048), torch.empty(512, 2048)
     weight = TiledWeight.pack(torch.randn(2048, 2048))
 
     def call(run):
         matmul(x, weight, out, run=run)
 
-    return call
+    return call, out
 
 
 @pytest.mark.parametrize("how", ["call", "step", "profile"])
 def test_another_thread_runs_meanwhile(how):
-    """The lock is released for as long as kernels run: a second thread counts on."""
-    work, pool = busy_work(), Pool(1, "portable")
+    """The lock is released while kernels run: another thread finds an output half written. Under
+    the lock it never would, however often the call is made."""
+    (work, out), pool = busy_work(), Pool(1, "portable")
     step = Step(pool)
     work(step)
-    times = []
-    stop = threading.Event()
+    some = out.numpy()[::64, ::64]  # so few that numpy keeps the lock while it looks
+    calls = [0]  # odd while one runs
+    seen, stop = threading.Event(), threading.Event()
 
-    def tick():
-        while not stop.is_set():
-            times.append(time.perf_counter())
-            time.sleep(0.001)
+    def look():
+        while not (seen.is_set() or stop.is_set()):
+            call, unwritten = calls[0], (some != some).sum()
+            if 0 < unwritten < some.size and call % 2 and call == calls[0]:
+                seen.set()
 
-    thread = threading.Thread(target=tick)
+    thread = threading.Thread(target=look)
     thread.start()
-    while not times:
-        time.sleep(0.001)
-    start = time.perf_counter()
-    {"call": lambda: work(pool), "step": step.run, "profile": step.profile}[how]()
-    end = time.perf_counter()
-    stop.set()
-    thread.join()
-    assert end - start > 0.02, "too short to tell"
-    during = sum(start < t < end for t in times)
-    assert during >= 5, f"{during} ticks in {end - start:.3f} s"
+    end = time.monotonic() + HANG
+    try:
+        while not seen.is_set():
+            assert time.monotonic() < end, "nothing ran during any call"
+            out.fill_(torch.nan)
+            calls[0] += 1
+            {"call": lambda: work(pool), "step": step.run, "profile": step.profile}[how]()
+            calls[0] += 1
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_threads_may_share_a_pool():
