@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from docs.pictures import cache, demo, speed, tiles, token_way, width_switch
+from docs.pictures import cache, demo, speed, tiles, token_way, tower, width_switch
 
 HERE = Path(__file__).parent
 
@@ -23,6 +23,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "tiles.svg": tiles.draw,
     "cache.svg": cache.draw,
     "token-way.svg": token_way.draw,
+    "tower.svg": tower.draw,
     "width-switch.svg": width_switch.draw,
 }
 

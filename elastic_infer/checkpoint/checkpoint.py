@@ -214,7 +214,7 @@ class Checkpoint:
             )
 
     def format_of(self, name: str) -> str:
-        """ "nvfp4" or "fp8" of a quantised tensor, else its dtype, such as "bfloat16"."""
+        """Format of a quantised tensor ("nvfp4" or "fp8"), or dtype of another ("bfloat16")."""
         if name in self.quantized:
             return self.quantized[name].format
         return dtype_name(self._files.dtype_of(name))

@@ -114,7 +114,7 @@ class Conversation:
         self.plan = plan
 
     def set_thinking(self, word: str) -> None:
-        """ "on" or "off"."""
+        """Turns thinking "on" or "off"."""
         if word not in ("on", "off"):
             raise InvalidRequest(f"/think: must be on or off, got {shown(word)}")
         self.template["enable_thinking"] = word == "on"

@@ -71,7 +71,7 @@ def standard_input() -> IO[str]:
 
 
 def escape_what_cannot_be_printed() -> None:
-    """Lets standard output and error write \\x.. where their encoding lacks a character: of a path
+    r"""Lets standard output and error write \x.. where their encoding lacks a character: of a path
     that is no UTF-8, of a table where the locale is C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):

@@ -76,7 +76,7 @@ def is_emulated() -> bool:
 
 
 def why_not_cuda(index: int = 0) -> str:
-    """Why CUDA device `index` cannot be used, with the remedy; empty if it can."""
+    """Obstacle to the use of CUDA device `index`, with the remedy; empty if there is none."""
     if not _C.cuda_architectures():
         return (
             f"this build has no CUDA kernels ({_C.cuda_missing()}); build it with `make cuda` "

@@ -269,10 +269,14 @@ class Engine:
         tools: list | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Output:
-        """Applies the checkpoint's chat template to `messages` ({"role", "content"}) and generates
-        the assistant's turn.
+        """Applies the checkpoint's chat template and generates the assistant's turn.
 
         Args:
+            messages: dicts with "role" and "content", oldest first.
+            params: sampling parameters; None = the checkpoint's generation_config.json.
+            width: one width for every token; None = the checkpoint's default.
+            plan: a width for each token; not with `width`.
+            tools: JSON schemas of tools, for the template.
             chat_template_kwargs: arguments and variables of `Tokenizer.apply_chat_template`, such
                 as {"enable_thinking": True}, or {"continue_final_message": True} to go on with the
                 last message.
@@ -343,6 +347,8 @@ class Engine:
         """Opens a sequence to drive by hand: `step`, `width = …`, `fork`, `rollback`, `save`.
 
         Args:
+            prompt: text or token ids to begin with; None = empty.
+            width: width of the first tokens; None = the checkpoint's default.
             track: narrow steps also update what wider widths need, so that "carry" can widen.
         """
         if not isinstance(track, bool):

@@ -78,7 +78,7 @@ def _tokens(a: Arguments) -> list[int]:
 
 
 def _chunks(a: Arguments):
-    """(sequence, first row, tokens of the chunk, tokens before it)"""
+    """(sequence, first row, tokens of the chunk, tokens before it)."""
     cu = a["cu_seqlens"].tolist()
     for s, before in enumerate(a["context"].tolist()):
         yield s, cu[s], cu[s + 1] - cu[s], before

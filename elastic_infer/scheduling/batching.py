@@ -57,7 +57,7 @@ def check_mixing(mixing: str) -> None:
 
 
 def chunk_length(position: int, tokens: int, room: int) -> int:
-    """How many of `tokens` a pass with `room` rows reads: all, or up to a multiple of 64 in
+    """Number of `tokens` that a pass with `room` rows reads: all, or up to a multiple of 64 in
     absolute position, so that where a prompt is cut never depends on its neighbours."""
     if tokens <= room:
         return tokens

@@ -61,7 +61,7 @@ class Sampler:
 
     @staticmethod
     def parameters(branch: Branch, unknown: int = 0) -> Draw:
-        """How the next token of a branch is drawn from its row. unknown: tokens before it that the
+        """Drawing of a branch's next token from its row. unknown: tokens before it that the
         branch does not have yet."""
         temperature, top_k, top_p, min_p = _truncation(branch.request.params)
         seed = branch_seed(branch.request.seed, branch.index)

@@ -165,7 +165,7 @@ BLANK = st.sampled_from(["\n", " ", "\n\n", " \n", "\nU", "U", "a"])
     stop=st.lists(BLANK, min_size=1, max_size=3), spelled=st.booleans(), cut=st.integers(1, 5),
 )  # fmt: skip
 def test_white_space_between_thinking_and_answer_stops_nothing(lead, answer, stop, spelled, cut):
-    """Stands for "\\n\\n" and the like as stop strings of models that end their thinking with it:
+    r"""Stands for "\n\n" and the like as stop strings of models that end their thinking with it:
     it is looked for in the answer, which begins behind the white space; other stop strings may
     begin in it. The oracle looks at the whole text."""
     said = lead + answer

@@ -361,11 +361,16 @@ def test_the_library_reads_no_environment_variable():
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun():
-    """No headless question: not "What …", not "Whether …"."""
+    """No headless question ("What …"), and no person without a part ("nobody", "whoever")."""
+    questions = ("What", "Whether", "How", "Which", "Where", "Who", "When", "Why")
+    persons = r"\b(?:no|any|some|every)body\b|\bwhoever\b"
     folders = ("elastic_infer/", "bench/", "docs/", "tools/", "examples/")
     for path in (path for path in tracked("*.py") if path.startswith(folders)):
         for node in ast.walk(syntax(path)):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                first = (ast.get_docstring(node) or "").split(" ")[0]
-                name = getattr(node, "name", "module")
-                assert first not in ("What", "Whether"), f"{path}: {name}"
+                said = ast.get_docstring(node) or ""
+                place = f"{path}: {getattr(node, 'name', 'module')}"
+                heads = questions if path.startswith("elastic_infer/") else questions[:2]
+                assert said.split(" ")[0] not in heads, place
+                if path.startswith("elastic_infer/"):
+                    assert not re.search(persons, said, re.IGNORECASE), place

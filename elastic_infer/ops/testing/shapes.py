@@ -53,7 +53,7 @@ class Native:
     dtype: torch.dtype = torch.bfloat16
 
     def lacks(self, module, device: str) -> str:
-        """Why `device` cannot run them with the kernels of `module`; empty if it can."""
+        """Obstacle to a run on `device` with the kernels of `module`; empty if there is none."""
         return module.cuda_lacks(torch.device(device).index or 0, self.capability, self.family)
 
 
