@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from elastic_infer.codes import dtype_name
+from elastic_infer.files.writing import Stream, write_whole
 from elastic_infer.reasoner.design import WIDTHS, reasoner_config
 
 
@@ -323,13 +324,14 @@ def _write_safetensors(path: Path, specs: list[TensorSpec], seed: int) -> None:
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers expect the data to start on a multiple of 8
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+
+    def content(file: Stream) -> None:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for spec in specs:
             file.write(draw_tensor(spec, seed).view(torch.uint8).numpy().tobytes())
-    partial.replace(path)
+
+    write_whole(path, content)
 
 
 def write_model(

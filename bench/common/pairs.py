@@ -10,17 +10,6 @@ from elastic_infer.ops._spec import Arguments
 UNCHECKED = ("sample",)  # its peer draws from other random numbers
 
 
-def copy_of(a: Arguments) -> Arguments:
-    """A deep copy of an op's arguments that keeps strides."""
-    copied = {}
-    for name, value in a.items():
-        if isinstance(value, torch.Tensor):
-            storage = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-            value = storage.copy_(value)
-        copied[name] = value
-    return copied
-
-
 def compare(spec: OpSpec, ours: Arguments, theirs: Arguments, exact: Arguments) -> None:
     """That the peer computes the same op: its distance from ours, norm-wise.
 

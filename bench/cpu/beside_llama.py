@@ -25,9 +25,10 @@ from typing import Any
 from bench.common.commit import ROOT, commit
 from bench.common.models import MODELS, write_model
 from bench.common.roof import read_rate
+from bench.common.tokens import random_tokens
 from bench.cpu.decode import PROMPT
 from bench.llama.convert import convert
-from bench.llama.process import Peer, interleave, random_tokens
+from bench.llama.process import Peer, interleave
 from elastic_infer import Engine
 from elastic_infer.device.machine import available_cpus, machine, today
 from elastic_infer.model.batch import Segment

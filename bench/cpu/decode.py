@@ -19,19 +19,12 @@ from typing import Any
 
 from bench.common.commit import ROOT, commit
 from bench.common.models import MODELS, write_model
+from bench.common.tokens import random_tokens
 from elastic_infer import Engine
 from elastic_infer.codes import dtype_name
 from elastic_infer.device.machine import machine, today
 
 PROMPT = 16  # tokens read before the timed steps
-
-
-def random_tokens(count: int, vocabulary: int, seed: int) -> list[int]:
-    """Uniform token ids; the same seed gives the same ids."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
 
 def time_steps(engine: Engine, width: str, prompt: list[int], steps: list[int]) -> float:

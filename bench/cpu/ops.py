@@ -24,13 +24,14 @@ from typing import Any
 import torch
 
 from bench.common.commit import ROOT, commit
-from bench.common.pairs import UNCHECKED, compare, copy_of
+from bench.common.pairs import UNCHECKED, compare
 from bench.common.roof import roof
 from bench.common.torch_peers import PEERS
 from elastic_infer.codes import dtype_name
 from elastic_infer.device.machine import machine, today
 from elastic_infer.ops import OpSpec, Pool, Step, registry
 from elastic_infer.ops._spec import Case, case_id
+from elastic_infer.ops.testing.laws import copy
 
 CACHED = 256 << 20  # bytes that no cache holds
 COPIES = 2 << 30  # bytes that all copies of one problem may take
@@ -62,7 +63,7 @@ def time_case(
     copies = min(8, math.ceil(CACHED / moved), COPIES // (3 * size))
     ours, theirs = [], []
     for i in range(max(1, copies)):
-        mine, other, step = copy_of(problem), copy_of(problem), Step(pool)
+        mine, other, step = copy(problem), copy(problem), Step(pool)
         spec.call(mine, step)
         peer = PEERS[spec.name](other)
         step.run(), peer()

@@ -27,9 +27,10 @@ import torch
 from bench.common.commit import ROOT, commit
 from bench.common.models import THIRTY, draw_values, model_config
 from bench.common.roof import read_rate
+from bench.common.tokens import random_tokens
 from bench.cpu.beside_llama import Ours, paired, state_bytes, turns
 from bench.llama.convert import QUANTIZED, convert
-from bench.llama.process import Peer, interleave, random_tokens
+from bench.llama.process import Peer, interleave
 from elastic_infer import _C
 from elastic_infer.cache.cache import Cache
 from elastic_infer.checkpoint.config import ATTENTION, MAMBA, ModelConfig

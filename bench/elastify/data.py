@@ -16,6 +16,7 @@ from elastic_infer.checkpoint.widths import Width
 from elastic_infer.elastify.corpus import Batch
 from elastic_infer.elastify.optimiser import MuonAdam
 from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialise
+from elastic_infer.files.writing import write_whole
 from elastic_infer.reasoner.data import batches, held_out_batches
 from elastic_infer.reasoner.evaluate import wilson
 from elastic_infer.reasoner.task import Problem, held_out_problems
@@ -147,9 +148,8 @@ class PlainTraining:
     def save(self) -> None:
         """Writes state.pt in one piece."""
         state = {"identity": self.identity, "model": self.model.state_dict(), "at": self.at}
-        partial = self.state.with_suffix(".tmp")
-        torch.save({**state, "optimiser": self.optimiser.state_dict()}, partial)
-        partial.replace(self.state)
+        state |= {"optimiser": self.optimiser.state_dict()}
+        write_whole(self.state, lambda stream: torch.save(state, stream))
 
     def batches(self) -> Iterator[Any]:
         """Training batches from where it stands; longer chains come in over the first fifth."""

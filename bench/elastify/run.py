@@ -55,6 +55,7 @@ from elastic_infer.elastify import (
 )
 from elastic_infer.elastify.distill import Result, evaluate
 from elastic_infer.elastify.importance import layer_errors
+from elastic_infer.files.writing import write_json
 from elastic_infer.reasoner.design import WIDTHS, reasoner_config
 from elastic_infer.reasoner.task import MAX_OPERATIONS, held_out_problems
 from elastic_infer.reasoner.vocabulary import write_tokenizer
@@ -127,9 +128,7 @@ class Bench:
             result = getattr(self, f"run_{name}")()
             result = {**result, "seconds": round(time.monotonic() - start, 1), "seed": self.seed,
                       "commit": self.commit, "date": today()}  # fmt: skip
-            partial = path.with_suffix(".tmp")
-            partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_json(path, result)
         return json.loads(path.read_text(encoding="utf-8"))
 
     # What parts start from ----------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.common.pairs import UNCHECKED, compare, copy_of
+from bench.common.pairs import UNCHECKED, compare
 from bench.gpu.peers import COMPILED, peers_of
 from bench.gpu.shapes import OpCase, OpCases, sizes
 from bench.gpu.timing import RoofPart, emptied, floor, free_bytes
@@ -16,6 +16,7 @@ from elastic_infer.codes import dtype_name
 from elastic_infer.ops import registry
 from elastic_infer.ops._spec import Arguments, case_id
 from elastic_infer.ops.matmul import weight_bytes
+from elastic_infer.ops.testing.laws import copy
 from elastic_infer.ops.testing.shapes import NATIVE
 
 DTYPE = torch.bfloat16
@@ -76,12 +77,12 @@ class Part(RoofPart):
         if each > free_bytes(self.setting):
             raise PassedOver(f"needs {each / 1e9:.0f} GB of free device memory")
         copies = max(1, min(32, COPIES // each, math.ceil(self.clock.flushed / moved)))
-        return [problem, *(copy_of(problem) for _ in range(copies - 1))]
+        return [problem, *(copy(problem) for _ in range(copies - 1))]
 
     def _row(self, case: OpCase, compiled: bool) -> dict[str, Any]:
         self._require(case)
         spec, problems = self.specs[case.op], self._problems(case)
-        ours, theirs = [copy_of(p) for p in problems], [copy_of(p) for p in problems]
+        ours, theirs = [copy(p) for p in problems], [copy(p) for p in problems]
         step = self.module.Step(self.module.Pool())
         for mine in ours:
             spec.call(mine, step)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic_infer.files.writing import write_whole
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
@@ -129,9 +131,7 @@ def default_out(facts: dict[str, Any]) -> Path:
 def write_json(path: Path, data: Any) -> None:
     """Writes at once or not at all, so that a run that is cut short leaves whole figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -20,10 +20,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.common.tokens import random_tokens
 from bench.llama.build import build_peer
 from bench.llama.convert import CONVERTED, QUANTIZED, convert
 from bench.llama.folder import ROOT
-from bench.llama.process import PROMPT_TOKENS, Peer, random_tokens
+from bench.llama.process import PROMPT_TOKENS, Peer
 
 
 def measure(

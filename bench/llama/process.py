@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -15,12 +14,6 @@ from typing import Any
 from bench.llama.folder import ROOT, library_folder, sdist_folder
 
 PROMPT_TOKENS = 16  # read before the timed single-token steps
-
-
-def random_tokens(count: int, vocab: int, seed: int = 0) -> list[int]:
-    """``count`` uniform token ids below ``vocab``; the same seed gives the same ids."""
-    rng = random.Random(f"tokens {seed}")
-    return [rng.randrange(vocab) for _ in range(count)]
 
 
 class Peer:

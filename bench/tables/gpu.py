@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.tables.markdown import grid
+
 RESULTS = "bench/results"
 Figures = dict[str, Any]
 
@@ -52,12 +54,6 @@ def never_ran(root: Path, runs: dict[str, Figures]) -> tuple[dict[str, list[str]
     known, ran = all_kernels(root), kernels_that_ran(runs)
     left = {op: [k for k in names if k not in ran.get(op, ())] for op, names in known.items()}
     return {op: names for op, names in left.items() if names}, sum(map(len, known.values()))
-
-
-def grid(head: list[str], rows: list[list[str]], align: str = "---:") -> str:
-    """A Markdown table; the first column is aligned to the left, the others by `align`."""
-    lines = [head, ["---", *[align] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _op_row(name: str, row: Figures) -> list[str]:

@@ -14,12 +14,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.elastify.tables import TABLES as ELASTIFY
 from bench.tables.gpu import gpu_table
+from bench.tables.markdown import grid
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "bench/results"
@@ -28,13 +29,6 @@ REASONER = f"{CARD}/evaluation.json"
 PAGES = ("docs/measured.md", "docs/gpu.md", "docs/elastify.md", f"{CARD}/README.md")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 Figures = dict[str, Any]
-
-
-def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    head = list(head)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def share(row: Figures) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench.common import models
+from bench.common.tokens import random_tokens
 from bench.llama import process
 from elastic_infer.checkpoint.checkpoint import Checkpoint
 
@@ -36,7 +37,7 @@ def test_the_written_folder_is_an_elastic_checkpoint(tiny: Path) -> None:
 def test_transformers_reads_it_and_no_layer_is_idle(tiny: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.NemotronHForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    tokens = torch.tensor([process.random_tokens(40, model.config.vocab_size)])
+    tokens = torch.tensor([random_tokens(40, model.config.vocab_size)])
     with torch.no_grad():
         out = model(tokens, use_cache=False, output_hidden_states=True)
     assert torch.isfinite(out.logits).all()

@@ -8,6 +8,7 @@ import torch
 
 from bench.cpu import ops
 from elastic_infer.ops import Pool, Step, registry
+from elastic_infer.ops.testing.laws import copy
 
 # Every op in the form of its bench cases, small.
 CASES = {
@@ -52,7 +53,7 @@ def test_peers_compute_the_ops(name, case):
     """`compare`, which the benchmark applies to its own cases, and which notices a wrong peer."""
     spec = registry()[name]
     problem = spec.inputs(case, torch.float32, torch.Generator().manual_seed(1))
-    mine, other, step = ops.copy_of(problem), ops.copy_of(problem), Step(Pool(1))
+    mine, other, step = copy(problem), copy(problem), Step(Pool(1))
     spec.call(mine, step)
     step.run()
     ops.PEERS[name](other)()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.common.tokens import random_tokens
 from bench.cpu import quantised
 
 
@@ -10,7 +11,7 @@ from bench.cpu import quantised
 def test_a_random_model_runs(width):
     built = quantised.build(quantised.model_config("tiny"), width, 1)
     ours = quantised.Ours(built)
-    tokens = quantised.random_tokens(5, built.config.vocab_size, 0)
+    tokens = random_tokens(5, built.config.vocab_size, 0)
     assert ours.decode([tokens], [width], tokens) > 0
     assert ours.prefill(tokens * 8, width) > 0
     assert torch.isfinite(built.core.model.buffers.logits[0]).all()

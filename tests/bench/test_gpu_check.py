@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.common.pairs import compare, copy_of
+from bench.common.pairs import compare
 from bench.gpu import floors, peers, report, sanitize, setting, shapes, worker
 from bench.gpu.laws import own_names
 from bench.tables import gpu as gpu_tables
 from elastic_infer.ops import registry
+from elastic_infer.ops.testing.laws import copy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +91,7 @@ def test_peers_compute_the_ops(case):
     made = {c.name: c for c in shapes.OpCases(shapes.sizes(True)).steps(70)}[case]
     spec = registry()[made.op]
     problem = spec.inputs(made.case, torch.bfloat16, torch.Generator().manual_seed(1))
-    mine, theirs = copy_of(problem), copy_of(problem)
+    mine, theirs = copy(problem), copy(problem)
     spec.call(mine, None)
     peers.peers_of(made.op)[0](theirs)()
     compare(spec, mine, theirs, problem)
@@ -119,7 +120,7 @@ def test_heads_are_put_in_their_order_and_back(monkeypatch):
     spec = registry()["ssm_step"]
     case = {"lengths": (1,) * 3, "H": 8, "P": 16, "N": 16, "G": 2, "widths": (8,), "step": True}
     problem = spec.inputs(case, torch.float32, torch.Generator().manual_seed(1))
-    mine, theirs = copy_of(problem), copy_of(problem)
+    mine, theirs = copy(problem), copy(problem)
     spec.call(mine, None)
     peer = peers.triton_step(theirs)
     peer()
