@@ -50,8 +50,8 @@ def attention_decode(
         `out`.
 
     Raises:
-        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values of a
-            recorded call are the caller's to check.
+        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values
+            of tables in device memory are the caller's to check.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"; splits of the keys
     as in Dao et al., "Flash-Decoding", at fixed places so that bits never depend on the batch.

@@ -56,8 +56,8 @@ def attention_prefill(
         `out`.
 
     Raises:
-        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values of a
-            recorded call are the caller's to check.
+        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values
+            of tables in device memory are the caller's to check.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"; Dao et al.,
     "FlashAttention"; pages as in Kwon et al., "PagedAttention".

@@ -43,8 +43,8 @@ def sample(
         `ids`.
 
     Raises:
-        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values of a
-            recorded call are the caller's to check.
+        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values
+            of tables in device memory are the caller's to check.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10); order and
     meaning of the cuts are vLLM's.

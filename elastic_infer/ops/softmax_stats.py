@@ -29,8 +29,8 @@ def softmax_stats(
         run: None, a Pool or a Step.
 
     Raises:
-        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values of a
-            recorded call are the caller's to check.
+        ValueError: names the argument that has the wrong shape, dtype, stride or value. Values
+            of tables in device memory are the caller's to check.
     """
     _C.softmax_stats(logits, temperature, log_sum, entropy, run)
 
