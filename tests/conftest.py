@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import settings
+
+# An example takes as long as the machine needs.
+settings.register_profile("any_pace", settings.default, deadline=None)
+settings.load_profile("any_pace")
 
 
 @pytest.fixture
