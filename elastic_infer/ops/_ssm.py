@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 
 from ._segments import active, at_width, compute_dtype, draw_slots, offsets, spans
-from ._spec import Arguments, Case, draw_widths, randn
+from ._spec import Arguments, Case, OpSpec, draw_widths, randn
 
 STORED = 64  # a float16 state is rounded after tokens whose number is a multiple of this
 PER_TOKEN = ("x", "B", "C", "dt", "y")
@@ -177,3 +179,14 @@ def cost(case: Case, itemsize: int) -> tuple[int, int]:
         2 * H * P + 2 * G * N + H
     ) * itemsize
     return moved, T * H * (5 * P * N + 3 * P)
+
+
+def spec(
+    name: str, call: Callable[[Arguments, object], None], cases: Callable[[], Iterator[Case]]
+) -> OpSpec:
+    """The spec of an op that computes `reference`."""
+    return OpSpec(
+        name=name, call=call, reference=reference, cases=cases, inputs=inputs,
+        outputs=("y", "state"), cost=cost, poison=poison, sliced=sliced, row=row,
+        rows=lambda a: len(a["slots"]),
+    )  # fmt: skip

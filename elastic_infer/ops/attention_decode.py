@@ -89,6 +89,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     return torch.einsum("nj,jnk->nk", scores.softmax(-1), v[:, heads].to(wide)).to(q.dtype)
 
 
+def sliced_heads(a: Arguments, s: int, cut: Arguments) -> tuple[Arguments, int]:
+    """(arguments of sequence s alone with its active heads only, their columns); 0 columns where
+    they are no whole groups of heads, which no slice keeps."""
+    heads, (Hkv, K) = active_heads(a, s), (a["k_pages"].shape[i] for i in (1, 3))
+    if heads % Hkv:
+        return cut, 0
+    q = cut["q"][:, : heads * K].contiguous()
+    return cut | {"q": q, "out": torch.empty_like(q), "seq_width": None, "q_sizes": None}, heads * K
+
+
 def draw_cache(generator: torch.Generator, tokens: list[int], Hkv: int, K: int, dtype: torch.dtype,
                kv: str | None) -> Arguments:  # fmt: skip
     """k_pages, v_pages and page_table for sequences of the given lengths, pages in shuffled order,
@@ -170,15 +180,10 @@ def _poison(a: Arguments) -> None:
 
 
 def _sliced(a: Arguments):
-    K = a["k_pages"].shape[3]
     for s in range(len(a["lengths"])):
-        heads = active_heads(a, s)
-        if heads == 0 or heads % a["k_pages"].shape[1]:
-            continue  # a slice keeps whole groups of heads
-        cut, _ = _row(a, s)
-        cut |= {"q": cut["q"][:, : heads * K].contiguous(), "seq_width": None, "q_sizes": None}
-        cut["out"] = torch.empty_like(cut["q"])
-        yield cut, {"out": ((s, slice(heads * K)), (0,))}
+        cut, columns = sliced_heads(a, s, _row(a, s)[0])
+        if columns:
+            yield cut, {"out": ((s, slice(columns)), (0,))}
 
 
 def _row(a: Arguments, s: int):

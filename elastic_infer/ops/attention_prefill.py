@@ -7,7 +7,7 @@ import torch
 from .. import _C
 from ._segments import offsets
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn
-from .attention_decode import active_heads, attend, cached, draw_cache, poison_cache
+from .attention_decode import active_heads, attend, cached, draw_cache, poison_cache, sliced_heads
 from .kv_append import kv_itemsize
 
 
@@ -142,15 +142,10 @@ def _poison(a: Arguments) -> None:
 
 
 def _sliced(a: Arguments):
-    K = a["k_pages"].shape[3]
     for s, first, n, _ in _chunks(a):
-        heads = active_heads(a, s)
-        if n == 0 or heads == 0 or heads % a["k_pages"].shape[1]:
-            continue  # a slice keeps whole groups of heads
-        cut, _ = _row(a, s)
-        cut |= {"q": cut["q"][:, : heads * K].contiguous(), "seq_width": None, "q_sizes": None}
-        cut["out"] = torch.empty_like(cut["q"])
-        yield cut, {"out": ((slice(first, first + n), slice(heads * K)), ...)}
+        cut, columns = sliced_heads(a, s, _row(a, s)[0])
+        if n and columns:
+            yield cut, {"out": ((slice(first, first + n), slice(columns)), ...)}
 
 
 def _row(a: Arguments, s: int):

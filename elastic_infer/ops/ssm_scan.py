@@ -6,7 +6,7 @@ import torch
 
 from .. import _C
 from . import _ssm
-from ._spec import Arguments, OpSpec
+from ._spec import Arguments
 
 
 def ssm_scan(
@@ -88,10 +88,4 @@ def _call(a: Arguments, run) -> None:
     ssm_scan(run=run, **a)
 
 
-SPECS = [
-    OpSpec(
-        name="ssm_scan", call=_call, reference=_ssm.reference, cases=_cases, inputs=_ssm.inputs,
-        outputs=("y", "state"), cost=_ssm.cost, poison=_ssm.poison, sliced=_ssm.sliced,
-        row=_ssm.row, rows=lambda a: len(a["slots"]),
-    )
-]  # fmt: skip
+SPECS = [_ssm.spec("ssm_scan", _call, _cases)]

@@ -6,7 +6,7 @@ import torch
 
 from .. import _C
 from . import _ssm
-from ._spec import Arguments, OpSpec
+from ._spec import Arguments
 
 
 def ssm_step(
@@ -87,10 +87,4 @@ def _call(a: Arguments, run) -> None:
     ssm_step(run=run, **a)
 
 
-SPECS = [
-    OpSpec(
-        name="ssm_step", call=_call, reference=_ssm.reference, cases=_cases, inputs=_ssm.inputs,
-        outputs=("y", "state"), cost=_ssm.cost, poison=_ssm.poison, sliced=_ssm.sliced,
-        row=_ssm.row, rows=lambda a: len(a["slots"]),
-    )
-]  # fmt: skip
+SPECS = [_ssm.spec("ssm_step", _call, _cases)]
