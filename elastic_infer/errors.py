@@ -1,4 +1,4 @@
-"""Every error that this library raises on purpose, and what a message may hold."""
+"""Errors that this library raises on purpose, and limits of their messages."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class WidthError(ElasticError, ValueError):
 
 @public
 class OutOfCapacity(ElasticError, RuntimeError):
-    """The request needs more cache than the engine has; says needed, free and what fits."""
+    """The request needs more cache than the engine has; states the amounts."""
 
 
 @public
@@ -115,4 +115,4 @@ class NonFiniteLogits(ElasticError, RuntimeError):
 
 
 class NonFiniteLoss(ElasticError, RuntimeError):
-    """A training step had a NaN or infinite loss; says which, and what was kept."""
+    """A training step had a NaN or infinite loss; names it and the state that was kept."""

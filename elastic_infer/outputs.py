@@ -32,8 +32,8 @@ class Token:
             held back: half a character, or the beginning of a stop string, comes later.
         width: the width whose logits it was sampled from; for a forced token, the width that reads
             it.
-        phase: what it is part of: "thinking" (with the end tag of the block) or "answer"; None for
-            the start tag, white space before that is decided, think tags in the answer, and
+        phase: its part of the output: "thinking" (with the end tag of the block) or "answer"; None
+            for the start tag, white space before that is decided, think tags in the answer, and
             everything where the vocabulary has no tokens for the tags.
         forced: True if the plan put it there instead of sampling it.
         logprob: its log-probability before any processing, None unless asked for; None for a forced

@@ -44,7 +44,7 @@ class Checkpoint:
         config: ModelConfig of the full checkpoint.
         names: of the model's tensors in checkpoint order, quantised ones under their plain name.
         quantized: {name: StoredWeight} of the quantised ones.
-        published: what the checkpoint says of its quantisation, None: nothing.
+        published: the checkpoint's statement of its quantisation, None without one.
         widths: {name: Width} in ascending order of active parameters.
         default_width: name of the width used where none is named.
         widths_source: where the table came from, for messages.
@@ -61,7 +61,7 @@ class Checkpoint:
         widths: str | Path | Mapping[str, Any] | None = None,
         config_home: str | Path | None = None,
     ):
-        """Use ``Checkpoint.open``; this takes what it has read and checked."""
+        """Use ``Checkpoint.open``; this takes values that it has read and checked."""
         self.folder = folder
         self.name = Path(os.path.abspath(folder)).name or str(folder)
         self.config = config
@@ -226,7 +226,7 @@ class Checkpoint:
         return self._files.shape_of(name)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Dtype of what ``tensor`` gives: the stored one, float32 for a quantised tensor."""
+        """Dtype of ``tensor``'s result: the stored one, float32 for a quantised tensor."""
         return torch.float32 if name in self.quantized else self._files.dtype_of(name)
 
     def scalar(self, name: str) -> float | None:
@@ -283,7 +283,7 @@ class Checkpoint:
             cols: the same of dimension 1; must be None for a vector.
 
         Returns:
-            Tensor that owns its memory; only what was asked for is read from the file.
+            Tensor that owns its memory; only the selection is read from the file.
 
         Raises:
             CheckpointError: no such tensor.

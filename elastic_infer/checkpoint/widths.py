@@ -76,7 +76,7 @@ def widest(widths: Mapping[str, Width] | Sequence[Width], name: str = "widest") 
 
     Args:
         widths: at least one width of one checkpoint.
-        name: what the result is called when it is none of them.
+        name: name of the result when it is none of them.
 
     Returns:
         The width itself, under its own name, when one of them contains all the others.

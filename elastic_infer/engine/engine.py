@@ -91,22 +91,22 @@ class Engine:
             max_num_seqs: sequences in the cache at once; more requests wait.
             max_num_batched_tokens: tokens of one pass; long prompts are cut into several.
             kv_cache_memory_bytes: memory of KV pages and states together; None = at most half of
-                what is free, on a GPU what gpu_memory_utilization leaves.
-            gpu_memory_utilization: share of a GPU's memory to use, with what is in use already.
+                the free memory, on a GPU the rest that gpu_memory_utilization leaves.
+            gpu_memory_utilization: share of a GPU's memory to use, memory in use already included.
             threads: CPU threads; None = all that this process may use.
-            max_waiting: requests that may wait; None = any number. What a signal handler submits
-                while its own thread is in `submit` is not counted against that call.
+            max_waiting: requests that may wait; None = any number. A signal handler's requests
+                are not counted against a `submit` that it interrupts.
             kv_cache_dtype: of keys and values: "auto" (the model's dtype) or "fp8" (E4M3).
             mamba_ssm_cache_dtype: of the Mamba state: "float32", "float16" (rounded
-                stochastically), or "auto" (what config.json says of these, else float32).
+                stochastically), or "auto" (as config.json says, else float32).
             widths: width table as a dict, or a JSON file's path.
-            mixing: "auto", "always" or "never": whether rows of different widths share a pass.
+            mixing: "auto", "always" or "never": sharing of a pass by rows of different widths.
             isa: instruction set of the CPU kernels: "auto", "portable", "avx2" or "avx512".
             batch_invariant: demand that results of a row do not depend, to the bit, on what shares
                 its batch, nor on how prompts are cut into passes. On a CPU they never do; on a
                 GPU they do without it, and it costs speed with few rows (docs/design/cuda.md).
             enforce_eager: on a GPU, launch the kernels of every pass one by one, without graphs.
-            activation_quantization: what products with NVFP4 weights do to their activations:
+            activation_quantization: form of activations in products with NVFP4 weights:
                 "none"; "int8" on a CPU: 16 values at a time become 8-bit integers, faster and a
                 little less exact; "nvfp4" on GPUs of compute capability 12.x, never run on one.
             async_scheduling: on a GPU, launch a pass of decode steps before the tokens of the one

@@ -130,7 +130,7 @@ class EngineSequence:
 
     @_one_at_a_time
     def switch(self, width: str, policy: str | Policy = "carry") -> int:
-        """Changes the width of what is read from now on.
+        """Changes the width of all reads from now on.
 
         Returns:
             How many tokens were read again (0 for "carry").
@@ -235,8 +235,8 @@ class EngineSequence:
     @_one_at_a_time
     def rollback(self, length: int) -> None:
         """Goes back to the first `length` tokens: restores the nearest snapshot before and replays
-        the rest as it was read, so that the cache is bit-equal to what it was. The width that
-        reads on stays what it is."""
+        the rest as it was read, so that the cache is bit-equal to its earlier self. The width that
+        reads on stays the same."""
         check_int("rollback: length", length, 1)
         if length > len(self.token_ids):
             raise InvalidRequest(
@@ -369,7 +369,7 @@ class EngineSequence:
         return self._reader
 
     def _begin_reading_all(self) -> Reader | None:
-        """On the worker: reads what is unread, after what is queued."""
+        """On the worker: reads the unread tokens, after the queue."""
         if self._unread:
             begun = self._sequence.tokens or self._queue
             self._queue.append(Read(self._unread, self._width, "step" if begun else "prefill"))
@@ -385,7 +385,7 @@ class EngineSequence:
             self._failure = error
 
     def _read_all(self) -> torch.Tensor:
-        """Reads what is unread; logits [V] after the last token."""
+        """Reads the unread tokens; logits [V] after the last token."""
         self._check_open()
         if self._unread or self._queue or self._reader:
             self._core.call(self._begin_reading_all)

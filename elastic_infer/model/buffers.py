@@ -1,4 +1,4 @@
-"""Memory that passes reuse: activations, and the small tables that say what a pass consists of."""
+"""Memory that passes reuse: activations, and the small tables that describe a pass."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Pass:
         run: the Pool that runs them at once, or the Step that records them.
         batch: the tables of the pass.
         fed: tokens come from those that the last pass drew, where the table `feed` says so.
-        activation_quantization: what products do to activations where weights are NVFP4.
+        activation_quantization: form of activations in products with NVFP4 weights.
     """
 
     run: _C.Pool | _C.Step
@@ -145,7 +145,7 @@ def mix_steps(p: Pass, layer: int, state: int, projected: torch.Tensor) -> None:
     """Convolution, recurrence and gated norm, for one token of every sequence.
 
     Args:
-        projected: [B, z | xBC | dt], in_proj's output; what out_proj reads goes to `buffers.inner`.
+        projected: [B, z | xBC | dt], in_proj's output; out_proj's input goes to `buffers.inner`.
     """
     b, w, batch, B = p.buffers, p.weights.layers[layer], p.batch, p.shape.steps
     t, H, inner = p.modes.layers[layer], w.A_log.shape[0], w.gated_norm.shape[0]

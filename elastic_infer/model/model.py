@@ -39,7 +39,7 @@ class Model:
         device: where weights and cache are.
         graphs: True if passes of steps are captured on the device.
         dependent_launch: True if the kernels of a captured pass may overlap (see `Step`).
-        activation_quantization: what products do to activations where weights are NVFP4.
+        activation_quantization: form of activations in products with NVFP4 weights.
 
     On a GPU everything that `forward` does goes to the current stream: call it inside
     `device.running()`. Its logits are there too; reading them waits for the pass.

@@ -2,7 +2,7 @@
 
 Rank-major: Mamba head ``i * G + g`` here is the i-th head of group g in the checkpoint, and query
 head ``i * Hkv + h`` the i-th of KV head h, so that the heads of every width are a flat prefix.
-Only what the served width needs is read from the checkpoint. Quantised matrices are kept as codes:
+Only the served width's part is read from the checkpoint. Quantised matrices are kept as codes:
 no dequantised copy is made. A permutation of heads moves whole blocks of 16 columns.
 """
 

@@ -82,10 +82,10 @@ class PlanView:
 
 
 class ChatPrompt(list[int]):
-    """Token ids of a chat's prompt; a list that knows what comes after the messages.
+    """Token ids of a chat's prompt; a list that knows its tail after the messages.
 
     Args:
-        tail: tokens of what follows the last message, where the phase may begin.
+        tail: tokens after the last message, where the phase may begin.
     """
 
     def __init__(self, token_ids: Sequence[int], tail: Sequence[int]) -> None:

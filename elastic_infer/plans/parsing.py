@@ -116,6 +116,6 @@ def parse_plan(text: str) -> Plan:
             "narrow=S,wide=L,threshold=1.5,hold=8"; `policy` is carry, exact, window or window(n).
 
     Raises:
-        InvalidRequest: names what is allowed.
+        InvalidRequest: names the allowed keys.
     """
     return plan_text.read_plan(text)

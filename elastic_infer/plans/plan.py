@@ -117,7 +117,7 @@ class Plan:
 
         Thinking runs from the start tag (in the prompt, or generated with nothing but white
         space before it) to the end tag. There is one block per answer. The end tag is read by
-        the answer width. Until it is known whether the model thinks, the think width runs.
+        the answer width. The think width runs until thinking is known or ruled out.
         A start tag anywhere in a prompt counts unless an end tag follows it; in a chat, only one
         that the template puts after the last message.
 
@@ -269,8 +269,8 @@ class Plan:
         """Starts the plan on one sequence.
 
         Args:
-            prompt_ids: the prompt's tokens; a phase can begin there. In a `ChatPrompt`, only what
-                follows the last message decides about it.
+            prompt_ids: the prompt's tokens; a phase can begin there. In a `ChatPrompt`, only
+                its tail decides about it.
             tokenizer: for think tags and newlines, None without one.
             widths: the names that the engine knows.
 

@@ -41,7 +41,7 @@ class Start:
 class PlanRun(ABC):
     """A plan at work on one sequence. Everything it knows comes from the tokens it is shown.
 
-    prompt_is_thinking: whether the prompt ends inside a thinking block.
+    prompt_is_thinking: True if the prompt ends inside a thinking block.
     """
 
     def __init__(self, start: Start, tracker: PhaseTracker | None) -> None:

@@ -61,12 +61,12 @@ class Promise:
             alarm.put(None)
 
     def abandon(self) -> None:
-        """Says that the value is not wanted: what is there is dropped, and so is what comes."""
+        """Says that the value is not wanted: it is dropped, now or when it comes."""
         self.abandoned = True
         self._value = None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until it is set, for at most `timeout` seconds. Returns whether it is."""
+        """Waits until it is set, for at most `timeout` seconds. True if it is."""
         until = None if timeout is None else time.monotonic() + timeout
         while not self.done:
             alarm: SimpleQueue = SimpleQueue()

@@ -233,7 +233,7 @@ class Request:
         return self._end.done
 
     def cancel(self) -> None:
-        """Asks to stop; what was generated stays in the result, with finish_reason "cancelled"."""
+        """Asks to stop; the generated tokens stay in the result, with finish_reason "cancelled"."""
         self.cancelled = True
         if self._wake:
             self._wake()

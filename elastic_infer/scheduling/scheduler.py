@@ -87,7 +87,7 @@ class Scheduler:
         self.readers.append(reader)
 
     def drop_readers(self, sequence: Sequence, error: Exception) -> None:
-        """Ends what is being read into a sequence that is closed."""
+        """Ends the reader of a sequence that is closed."""
         for reader in [r for r in self.readers if r.sequence is sequence]:
             self.readers.remove(reader)
             reader.fail(error)
@@ -122,7 +122,7 @@ class Scheduler:
         return self.cache.slots.free - (claimed - held)
 
     def claim_slots(self, count: int = 1) -> None:
-        """Checks that slots can be taken without breaking what running requests were promised.
+        """Checks that slots can be taken without breaking promises to running requests.
 
         Raises:
             OutOfCapacity: states the numbers.
@@ -197,7 +197,7 @@ class Scheduler:
     # -- one pass ----------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Admits, runs one pass, samples. Returns whether a pass ran. Cancellations take effect by
+        """Admits, runs one pass, samples. True if a pass ran. Cancellations take effect by
         `drop_cancelled`, before.
 
         On a device the next pass is launched before this one's tokens are read out, if these can
@@ -243,7 +243,7 @@ class Scheduler:
         return flight
 
     def _land(self, flight: Flight, ahead: Flight | None) -> None:
-        """Reads out what a pass drew, samples what it did not, and decides what comes next.
+        """Reads out what a pass drew, samples what it did not, and decides on the next reads.
 
         Args:
             ahead: the pass that was launched after it.
@@ -270,7 +270,7 @@ class Scheduler:
                 self._guard(part.row, lambda p=part: self._confirm(p))
 
     def _consume(self, part: Part) -> None:
-        """Takes what a pass has read off the row's reads, and a snapshot where one is due then."""
+        """Takes a pass's tokens off the row's reads, and a snapshot where one is due then."""
         row, read = part.row, part.read
         self.stats.tokens_read += part.count
         if part.count < len(read.tokens):
@@ -373,7 +373,7 @@ class Scheduler:
     # -- tokens ------------------------------------------------------------------------------
 
     def _guard(self, branch: Branch, action: Callable[[], Any]) -> Any:
-        """Runs what one branch contributes to a pass: its plan, its text. Its failure, an exit or
+        """Runs a branch's part of a pass: its plan, its text. Its failure, an exit or
         an interrupt that a user's function raises included, ends this request alone."""
         try:
             return action()
@@ -381,7 +381,7 @@ class Scheduler:
             self._fail(branch, error)
 
     def _take(self, branch: Branch, drawn: Drawn) -> None:
-        """Adds a sampled token and decides what comes next."""
+        """Adds a sampled token and decides on the next reads."""
         if drawn.token < 0:
             raise branch.request.error or NonFiniteLogits(
                 f"{branch.request.request_id}: logits must be finite to be sampled, got NaN or "
@@ -392,7 +392,7 @@ class Scheduler:
             self._decide(branch, [drawn.token])
 
     def _decide(self, branch: Branch, unread: list[int]) -> None:
-        """Asks the plan for the next width, appends what it forces, prepares the reads."""
+        """Asks the plan for the next width, appends forced tokens, prepares the reads."""
         decision: Decision = branch.run.next(branch.token_ids, branch.entropy)
         decision.check(self._width_index, self.model.config.vocab_size)
         branch.phase = decision.phase
