@@ -85,7 +85,8 @@ class WidthError(ElasticError, ValueError):
 
 @public
 class OutOfCapacity(ElasticError, RuntimeError):
-    """The request needs more cache than the engine has; states the amounts."""
+    """The request needs more cache than the engine has; states the amounts needed, free
+    and fitting."""
 
 
 @public
