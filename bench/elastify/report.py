@@ -1,6 +1,6 @@
 """The results of the miniature as tables, which docs/elastify.md shows, and as plots.
 
-Every table is made from results.json: {"commit", "machine", "date", "scale", "results": {part:
+Every table is made from results.json: {"machine", "date", "scale", "results": {part:
 {seed: result}}}, each result with the commit and the date that it was made at. It raises KeyError
 where a part is not there.
 """

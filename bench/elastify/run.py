@@ -414,8 +414,8 @@ def main() -> None:
 
 
 def header(given: argparse.Namespace, scale: Scale) -> dict[str, Any]:
-    """Origin of the figures: commit, machine, date, scale."""
-    return {"commit": commit(), "machine": machine(), "date": today(), "threads": given.threads,
+    """Machine, date and scale of the figures; every result names its own commit."""
+    return {"machine": machine(), "date": today(), "threads": given.threads,
             "quick": given.quick, "scale": asdict(scale)}  # fmt: skip
 
 

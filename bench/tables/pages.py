@@ -291,10 +291,22 @@ TABLES: dict[str, tuple[str, Callable[[Figures], str]]] = {
 FREE_TABLES: dict[str, Callable[[Path], str]] = {"gpu": gpu_table}
 
 
+def unclean(figures: Any) -> set[str]:
+    """The commits in a result that were measured with uncommitted changes."""
+    if isinstance(figures, dict):
+        own = figures.get("commit")
+        found = {own} if isinstance(own, str) and own.endswith("-dirty") else set()
+        return found.union(*map(unclean, figures.values()))
+    if isinstance(figures, list):
+        return set().union(*map(unclean, figures))
+    return set()
+
+
 def table(name: str, root: Path = ROOT) -> str:
     """One table, or the statement that there is none yet.
 
-    Raises: ValueError for a block that no measurement belongs to, or a file that lacks a figure.
+    Raises: ValueError for a block that no measurement belongs to, or a file that lacks a figure or
+        was measured in a tree with uncommitted changes.
     """
     if name in FREE_TABLES:
         return FREE_TABLES[name](root)
@@ -305,8 +317,14 @@ def table(name: str, root: Path = ROOT) -> str:
     path = root / file
     if not path.is_file():
         return f"*Not measured yet: `{file}` does not exist.*"
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    if dirty := sorted(unclean(figures)):
+        raise ValueError(
+            f"readme: {file} must come from a clean tree, got commit {', '.join(dirty)}; commit, "
+            "then measure again"
+        )
     try:
-        return make(json.loads(path.read_text(encoding="utf-8")))
+        return make(figures)
     except KeyError as error:
         raise ValueError(f"readme: {file} must hold {error} for the table {name!r}") from error
 

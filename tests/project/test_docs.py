@@ -422,3 +422,13 @@ def test_tables_show_what_the_files_hold(tmp_path, name):
 def test_a_table_that_nothing_measures_is_refused():
     with pytest.raises(ValueError, match="a table must be one of demo"):
         pages.fill("<!-- table: nothing -->\n<!-- /table -->")
+
+
+@pytest.mark.parametrize("where", [lambda c: {"commit": c}, lambda c: {"rows": [{"commit": c}]}])
+def test_a_result_of_a_dirty_tree_is_no_table(tmp_path, where):
+    """Results whose code nobody can look up: the commit at the head, or of one part."""
+    path = tmp_path / pages.TABLES["decode-620m"][0]
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(SAMPLES["decode-620m"][0] | where("c0ffee-dirty")))
+    with pytest.raises(ValueError, match="from a clean tree, got commit c0ffee-dirty"):
+        pages.fill("<!-- table: decode-620m -->\n<!-- /table -->\n", tmp_path)
