@@ -60,7 +60,8 @@ def demo_table(figures: Figures) -> str:
     bench = figures["bench"]
     large = "The last column was not measured yet." if bench is None else (
         f"Last column: `{bench['file']}`, {bench['machine']['processor']}, {bench['threads']} "
-        f"threads, {bench['date']}; ~ is mixed from it by the plan's tokens, rebuilding left out."
+        f"threads, {bench['date']}; "
+        "~ is mixed from it by the plan's tokens, rebuilding left out."
     )
     note = (
         f"{figures['problems']} problems that training never saw, greedy decoding, "

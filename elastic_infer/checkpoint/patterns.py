@@ -7,8 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 try:
-    from re import _constants as codes
-    from re import _parser as parser
+    from re import _constants as codes, _parser as parser
 except ImportError:  # Python 3.10
     import sre_constants as codes
     import sre_parse as parser

@@ -16,8 +16,7 @@ from rich.table import Table
 from ..device.machine import available_cpus
 from ..errors import InvalidRequest, shown
 from ..showing import size_text
-from . import common as c
-from . import installation
+from . import common as c, installation
 
 if TYPE_CHECKING:
     from ..checkpoint.config import ModelConfig

@@ -10,8 +10,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InvalidRequest, shown
-from . import common as c
-from . import elastify as budgets
+from . import common as c, elastify as budgets
 
 SLICE_HELP = (
     "Write one width as a checkpoint of its own, which other software loads. A width with "

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.geometry import HIDDEN, STATE_HEADS, Axis, each_tensor, starts
-from ..checkpoint.geometry import Tensor as Spec
+from ..checkpoint.geometry import HIDDEN, STATE_HEADS, Axis, Tensor as Spec, each_tensor, starts
 from ..checkpoint.layout import expected_shapes
 from ..checkpoint.slicing import SHARD_BYTES, copy_side_files, with_kv_factors
 from ..checkpoint.tensor_files import write_safetensors

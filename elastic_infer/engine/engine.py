@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +120,9 @@ class Engine:
             InvalidRequest: an option is out of range, or cannot be used here.
             OutOfCapacity: weights and cache do not fit.
         """
-        options = Options(
-            device=device, dtype=dtype, max_width=max_width, max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            gpu_memory_utilization=gpu_memory_utilization, threads=threads, isa=isa,
-            progress=progress, batch_invariant=batch_invariant, enforce_eager=enforce_eager,
-            kv_cache_dtype=kv_cache_dtype, mamba_ssm_cache_dtype=mamba_ssm_cache_dtype,
-            activation_quantization=activation_quantization,
-        )  # fmt: skip
+        # Every option of loading is an argument of this call, by the same name.
+        given = locals()
+        options = Options(**{field.name: given[field.name] for field in fields(Options)})
         check_queue(max_waiting, mixing, async_scheduling)
         loaded = load(path_or_hub_id, revision, widths, options)
         return cls(loaded, max_waiting, mixing, async_scheduling)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,9 @@ def _load(
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     generation_config = read_generation_config(checkpoint.folder)
     if not device.is_cpu:
-        available = cache_budget(
-            device, config, checkpoint.widths, served, kind, dtypes=dtypes,
-            formats=checkpoint.formats, gpu_memory_utilization=options.gpu_memory_utilization,
-            **limits,
-        )  # fmt: skip
+        budget = partial(cache_budget, device, config, checkpoint.widths, served, kind, **limits)
+        share, formats = options.gpu_memory_utilization, checkpoint.formats
+        available = budget(dtypes=dtypes, formats=formats, gpu_memory_utilization=share)
     else:
         available = None  # a CPU's free memory is asked for
     capacity = plan_capacity(config, served, dtypes, available=available, **limits)
@@ -143,19 +142,22 @@ def _load(
             activation_quantization=options.activation_quantization,
         )
         device.wait()
-    logger.info(
-        "loaded %s in %.1f s: widths %s, %s, %.0f MB of weights, %s, max_model_len %d, "
-        "max_num_seqs %d, %d KV pages (%s), %d state slots (%s)",
-        path, time.perf_counter() - start, ", ".join(kept), dtype_name(kind),
-        weights.nbytes / 1e6, _where(device, pool), capacity.max_model_len,
-        capacity.max_num_seqs, capacity.num_pages, dtypes.names[0], capacity.num_slots,
-        dtypes.names[1],
-    )  # fmt: skip
-    default = checkpoint.default_width
-    return Loaded(
-        model, tokenizer, checkpoint, capacity, default if default in kept else list(kept)[-1],
-        generation_config, _eos_ids(checkpoint, tokenizer),
-    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    what = f"{', '.join(kept)}, {dtype_name(kind)}, {weights.nbytes / 1e6:.0f} MB of weights"
+    logger.info("loaded %s in %.1f s: widths %s, %s", path, seconds, what, _where(device, pool))
+    logger.info("limits of %s: %s", path, _limits_text(capacity, dtypes))
+    default = checkpoint.default_width if checkpoint.default_width in kept else list(kept)[-1]
+    eos_ids = _eos_ids(checkpoint, tokenizer)
+    return Loaded(model, tokenizer, checkpoint, capacity, default, generation_config, eos_ids)
+
+
+def _limits_text(capacity: Capacity, dtypes: CacheDtypes) -> str:
+    """Limits of an engine, as its log tells them."""
+    kv, state = dtypes.names
+    return (
+        f"max_model_len {capacity.max_model_len}, max_num_seqs {capacity.max_num_seqs}, "
+        f"{capacity.num_pages} KV pages ({kv}), {capacity.num_slots} state slots ({state})"
+    )
 
 
 def _tell_missing_factors(checkpoint: Checkpoint, dtypes: CacheDtypes) -> None:

@@ -358,7 +358,7 @@ class EngineSequence:
             self._core.call(self._begin_reading)
 
     def _begin_reading(self) -> Reader | None:
-        """On the worker: reads the queue; None when an interrupted call's reader has done it."""
+        """On the worker: reads what is queued; None if an interrupted call's reader has done it."""
         self._check_open()
         scheduler = self._core.scheduler
         scheduler.drop_readers(self._sequence, RequestCancelled("sequence: it was read on"))

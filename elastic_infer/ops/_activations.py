@@ -6,8 +6,7 @@ import torch
 
 from ..codes import BLOCK
 from ._quantised import dequantise
-from .nvfp4_quantize import nvfp4_scale
-from .nvfp4_quantize import reference as nvfp4
+from .nvfp4_quantize import nvfp4_scale, reference as nvfp4
 
 LEAST = 2.0**-100  # a block of int8 whose values are all smaller counts as zero
 

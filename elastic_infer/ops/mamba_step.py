@@ -78,10 +78,9 @@ def mamba_step(
 
     Source: Dao and Gu, "Transformers are SSMs" (Mamba-2 block).
     """
-    _C.mamba_step(
-        z, xbc, dt, conv_weight, conv_bias, conv_state, A_log, D, dt_bias, state, norm_weight, out,
-        arrivals, slots, eps, seq_width, h_sizes, out_sizes, context, seed, run,
-    )  # fmt: skip
+    conv, heads = (conv_weight, conv_bias, conv_state), (A_log, D, dt_bias, state)
+    sizes, made = (seq_width, h_sizes, out_sizes), (norm_weight, out, arrivals)
+    _C.mamba_step(z, xbc, dt, *conv, *heads, *made, slots, eps, *sizes, context, seed, run)
     return out
 
 

@@ -93,32 +93,31 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     return {"out": out}
 
 
+def _case(R: int, K: int, segments, k, n, act: str = "none", **more) -> Case:
+    """A case: segments, rows of each; k and n, columns and rows of every width."""
+    return {"R": R, "K": K, "segments": segments, "k": k, "n": n, "act": act, **more}
+
+
 def _cases():
-    yield {"R": 1, "K": 16, "segments": (16,), "k": (16,), "n": ((16,),), "act": "none"}
-    yield {"R": 1, "K": 176, "segments": (80, 8), "k": (48, 176), "n": ((40, 4), (80, 8)),
-           "act": "none"}  # fmt: skip
-    yield {"R": 7, "K": 208, "segments": (130,), "k": (64, 144, 208),
-           "n": ((32,), (96,), (130,)), "act": "relu2"}  # fmt: skip
-    yield {"R": 37, "K": 96, "segments": (64, 100, 3), "k": (48, 96),
-           "n": ((16, 100, 1), (64, 100, 3)), "act": "none"}  # fmt: skip
-    yield {"R": 300, "K": 80, "segments": (72,), "k": (32, 80), "n": ((24,), (72,)),
-           "act": "none"}  # fmt: skip
+    smallest = (1, 16, (16,), (16,), ((16,),))
+    uneven = (1, 176, (80, 8), (48, 176), ((40, 4), (80, 8)))
+    three = (96, (64, 100, 3), (48, 96), ((16, 100, 1), (64, 100, 3)))
+    yield _case(*smallest)
+    yield _case(*uneven)
+    yield _case(7, 208, (130,), (64, 144, 208), ((32,), (96,), (130,)), "relu2")
+    yield _case(37, *three)
+    yield _case(300, 80, (72,), (32, 80), ((24,), (72,)))
     for weights in ("fp8", "nvfp4"):
-        yield {"R": 1, "K": 16, "segments": (16,), "k": (16,), "n": ((16,),), "act": "none",
-               "weights": weights}  # fmt: skip
-        yield {"R": 1, "K": 176, "segments": (80, 8), "k": (48, 176), "n": ((40, 4), (80, 8)),
-               "act": "none", "weights": weights}  # fmt: skip
-        yield {"R": 29, "K": 208, "segments": (130, 40), "k": (64, 144, 208),
-               "n": ((32, 8), (96, 40), (130, 1)), "act": "relu2", "weights": weights}  # fmt: skip
-        yield {"R": 7, "K": 96, "segments": (64, 100, 3), "k": (48, 96),
-               "n": ((16, 100, 1), (64, 100, 3)), "act": "none", "weights": weights}  # fmt: skip
-    yield {"R": 9, "K": 80, "segments": (72,), "k": (32, 80), "n": ((24,), (72,)), "act": "none",
-           "weights": "nvfp4", "small": True}  # fmt: skip
+        yield _case(*smallest, weights=weights)
+        yield _case(*uneven, weights=weights)
+        n = ((32, 8), (96, 40), (130, 1))
+        yield _case(29, 208, (130, 40), (64, 144, 208), n, "relu2", weights=weights)
+        yield _case(7, *three, weights=weights)
+    yield _case(9, 80, (72,), (32, 80), ((24,), (72,)), weights="nvfp4", small=True)
+    rows = (4096, 4096, 1024, 1024, 64)
     for R in (1, 8, 256):
         for weights in ({}, {"weights": "fp8"}, {"weights": "nvfp4"}, INT8):
-            yield {"R": R, "K": 2688, "segments": (4096, 4096, 1024, 1024, 64), "k": (2688,),
-                   "n": ((4096, 4096, 1024, 1024, 64),), "act": "none",
-                   "bench": True} | weights  # fmt: skip
+            yield _case(R, 2688, rows, (2688,), (rows,), bench=True, **weights)
 
 
 def _weights(case: Case, N: int, K: int, dtype: torch.dtype, generator) -> Arguments:

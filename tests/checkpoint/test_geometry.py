@@ -2,8 +2,7 @@
 
 import math
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from elastic_infer.checkpoint.config import ModelConfig
 from elastic_infer.checkpoint.counts import count_parameters

@@ -7,8 +7,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_config import nano_sizes
 
 from elastic_infer.checkpoint.config import LAYER_KEYS, ModelConfig

@@ -9,8 +9,15 @@ import pytest
 
 from elastic_infer.ops import registry
 from elastic_infer.ops.testing import laws as _laws
-from support.emulated import built, check_orders, check_poisons, installed, kernels, load
-from support.emulated import cells as cells_of
+from support.emulated import (
+    built,
+    cells as cells_of,
+    check_orders,
+    check_poisons,
+    installed,
+    kernels,
+    load,
+)
 
 emu = load(built())
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from elastic_infer import ElasticError, InvalidRequest, WidthError
 from elastic_infer.checkpoint.checkpoint import Checkpoint

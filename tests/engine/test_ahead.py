@@ -12,8 +12,7 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_sequences import run_sequences
 
 from elastic_infer import NonFiniteLogits, Plan, RequestCancelled, SamplingParams

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from huggingface_hub.utils import filter_repo_objects
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import elastic_infer
 from elastic_infer.checkpoint.checkpoint import Checkpoint

@@ -7,8 +7,7 @@ import re
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models
 
 from elastic_infer import InvalidRequest, Plan, SamplingParams

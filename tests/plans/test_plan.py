@@ -8,8 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from elastic_infer.errors import InvalidRequest, WidthError
 from elastic_infer.plans.decision import Decision, PlanView

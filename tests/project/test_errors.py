@@ -10,8 +10,7 @@ import copy
 import pickle
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from elastic_infer import errors
 from elastic_infer.errors import CheckpointError, ElasticError, InvalidRequest, shown

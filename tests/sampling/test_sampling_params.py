@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from elastic_infer.errors import InvalidRequest

@@ -3,8 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from elastic_infer.rounding import ceil_div
 from elastic_infer.scheduling.batching import Candidate, Limits, StepCosts, chunk_length, form_batch

@@ -8,8 +8,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from elastic_infer.ops import matmul as module
-from elastic_infer.ops import registry
+from elastic_infer.ops import matmul as module, registry
 from elastic_infer.ops.moe_matmul import plain_weights
 from elastic_infer.ops.testing import laws as _laws
 from support.emulated import ORDERS, check_overlap

@@ -8,8 +8,7 @@ from typing import Any
 
 import jinja2
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from test_tokenizer import CALL, CHATS, NAMED, TEMPLATE, TOOLS, backend, write
 

@@ -4,8 +4,7 @@ switched, saved and loaded, the joined texts of steps are the drawn tokens decod
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_text import byte_level, sentencepiece_like
 
 from elastic_infer import SamplingParams

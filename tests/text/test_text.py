@@ -6,8 +6,7 @@ import re
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from elastic_infer.errors import InvalidRequest
