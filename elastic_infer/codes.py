@@ -1,4 +1,4 @@
-"""The two quantised weight formats: what their bytes mean, in plain torch.
+"""The two quantized weight formats: what their bytes mean, in plain torch.
 
 NVFP4: value = E2M1 code * E4M3 scale of its block of 16 along K * float32 scale of the matrix.
 FP8: value = E4M3 code * float32 scale of the matrix.
@@ -90,7 +90,7 @@ def unpack_e2m1(codes: Tensor) -> Tensor:
 
 
 class Packed(NamedTuple):
-    """A quantised matrix [N, K].
+    """A quantized matrix [N, K].
 
     Attributes:
         codes: uint8 [N, K/2], two E2M1 codes a byte, low nibble = even k (NVFP4); or [N, K], E4M3

@@ -8,7 +8,7 @@
 One engine serves all requests; they share batches, whatever their widths. The answer is one JSON
 object per line: every token with its width, at the end the counts or the error. A client that goes
 away ends its request before the next pass of the model. Bodies are bounded, and what takes time (to
-tokenise a long prompt) happens in a thread, so that no client stops another.
+tokenize a long prompt) happens in a thread, so that no client stops another.
 """
 
 from __future__ import annotations

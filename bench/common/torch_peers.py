@@ -262,15 +262,15 @@ def moe_route(a: Arguments) -> Peer:
 
 def nvfp4_quantize(a: Arguments) -> Peer:
     """Whole-tensor operations in the order of the definition."""
-    return _quantiser("nvfp4_quantize", a)
+    return _quantizer("nvfp4_quantize", a)
 
 
 def fp8_quantize(a: Arguments) -> Peer:
     """A division and a cast."""
-    return _quantiser("fp8_quantize", a)
+    return _quantizer("fp8_quantize", a)
 
 
-def _quantiser(name: str, a: Arguments) -> Peer:
+def _quantizer(name: str, a: Arguments) -> Peer:
     def run():
         for output, value in registry()[name].reference(a).items():
             a[output][:] = value

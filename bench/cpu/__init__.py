@@ -1,1 +1,1 @@
-"""Speed of the CPU engine: ops, decoding, quantised models, beside llama.cpp."""
+"""Speed of the CPU engine: ops, decoding, quantized models, beside llama.cpp."""

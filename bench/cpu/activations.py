@@ -5,7 +5,7 @@
 
 int8 is the CPU's own (`activation_quantization="int8"`). The kernels for NVFP4 activations need a
 GPU of compute capability 12.x: here torch computes the same around the CPU's products. Every row
-that meets an NVFP4 weight is quantised with the scale of its own prefix, within experts too. Passes
+that meets an NVFP4 weight is quantized with the scale of its own prefix, within experts too. Passes
 are not recorded then, so that it happens in each.
 """
 
@@ -39,7 +39,7 @@ OUT = Path(__file__).resolve().parents[1] / "results" / "activations.json"
 WAYS = {"nvfp4": DEFAULT_GROUPS, "nvfp4, every matrix": GROUPS}
 
 
-def quantise(x: torch.Tensor) -> torch.Tensor:
+def quantize(x: torch.Tensor) -> torch.Tensor:
     """Rows [R, K] as NVFP4 has them, in float32; each with a scale of its own."""
     blocks = x.float().unflatten(1, (-1, BLOCK))
     g = blocks.abs().amax((1, 2)) / (E2M1_MAX * E4M3_MAX)
@@ -51,29 +51,29 @@ def quantise(x: torch.Tensor) -> torch.Tensor:
     return (codes * scales * g).flatten(1)
 
 
-def quantised_rows(x: torch.Tensor, modes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """float32 rows of x, each quantised over the size of its mode, and zero beyond."""
+def quantized_rows(x: torch.Tensor, modes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """float32 rows of x, each quantized over the size of its mode, and zero beyond."""
     rows = torch.zeros(x.shape)
     for mode, k in enumerate(sizes.tolist()):
         chosen = (modes == mode).nonzero().flatten()
-        rows[chosen, :k] = quantise(x[chosen, :k])
+        rows[chosen, :k] = quantize(x[chosen, :k])
     return rows
 
 
-def quantising(x: torch.Tensor, weight, out: torch.Tensor, **given: Any) -> torch.Tensor:
-    """`matmul` on the CPU, with x quantised first where it would be on a GPU."""
+def quantizing(x: torch.Tensor, weight, out: torch.Tensor, **given: Any) -> torch.Tensor:
+    """`matmul` on the CPU, with x quantized first where it would be on a GPU."""
     if weight.dtype == NVFP4:
-        x = quantised_rows(x, given["row_width"], given["k_sizes"])
+        x = quantized_rows(x, given["row_width"], given["k_sizes"])
     return matmul(x, weight, out, **given)
 
 
-def quantising_experts(
+def quantizing_experts(
     x: torch.Tensor, up: ExpertWeights, down: ExpertWeights, ids: torch.Tensor,
     weights: torch.Tensor, out: torch.Tensor, *, shared: torch.Tensor, row_width: torch.Tensor,
     k_sizes: torch.Tensor, f_sizes: torch.Tensor, run: Any, **given: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """`moe_matmul` on the CPU; where its rows would be quantised on a GPU, expert by expert with x
-    and the rows between the two products quantised."""
+    """`moe_matmul` on the CPU; where its rows would be quantized on a GPU, expert by expert with x
+    and the rows between the two products quantized."""
     if up.dtype != NVFP4:
         return moe_matmul(
             x, up, down, ids, weights, out, shared=shared, row_width=row_width, k_sizes=k_sizes,
@@ -85,7 +85,7 @@ def quantising_experts(
                              expert.scale[e : e + 1])  # fmt: skip
         y = torch.empty(len(rows), expert.rows, dtype=x.dtype)
         return matmul(
-            quantised_rows(rows, modes, k), matrix, y, row_width=modes, k_sizes=k,
+            quantized_rows(rows, modes, k), matrix, y, row_width=modes, k_sizes=k,
             n_sizes=n[:, None].contiguous(), run=run,
         )  # fmt: skip
 
@@ -106,9 +106,9 @@ def unrecorded(model: Model, steps: int) -> None:
 
 @contextmanager
 def nvfp4_activations() -> Iterator[None]:
-    """Inside, engines on the CPU quantise activations to NVFP4."""
+    """Inside, engines on the CPU quantize activations to NVFP4."""
     products = mock.patch.multiple(
-        "elastic_infer.model.layers", matmul=quantising, moe_matmul=quantising_experts
+        "elastic_infer.model.layers", matmul=quantizing, moe_matmul=quantizing_experts
     )
     with mock.patch.object(Model, "_replay", unrecorded), products:
         yield
@@ -119,8 +119,8 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     problems, found = held_out_problems(SEED, count), {}
     for form in ("bf16", "int8", "nvfp4"):
         within = nvfp4_activations() if form == "nvfp4" else nullcontext()
-        wish = "int8" if form == "int8" else "none"
-        engine = Engine.from_pretrained(folder, device="cpu", activation_quantization=wish)
+        requested = "int8" if form == "int8" else "none"
+        engine = Engine.from_pretrained(folder, device="cpu", activation_quantization=requested)
         with within, engine:
             found[form] = {
                 w: evaluate(engine, problems, width=w).score.to_dict() for w in engine.widths

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.elastify.front import Point, best_gains, is_plain, pareto
+from bench.elastify.pareto import Point, best_gains, is_plain, pareto
 from bench.elastify.price import Prices
 from elastic_infer import Engine
 from elastic_infer.reasoner.evaluate import AT_ONCE, evaluate, think_answer

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from elastic_infer.checkpoint.config import ModelConfig
 from elastic_infer.checkpoint.widths import Width
 from elastic_infer.elastify.corpus import Batch
-from elastic_infer.elastify.optimiser import MuonAdam
-from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialise
+from elastic_infer.elastify.optimizer import MuonAdam
+from elastic_infer.elastify.torch_model import ElasticNemotronH, Moe, initialize
 from elastic_infer.files.writing import write_whole
 from elastic_infer.reasoner.data import batches, held_out_batches
 from elastic_infer.reasoner.evaluate import wilson
@@ -130,8 +130,8 @@ class PlainTraining:
         decay: float = 0.35,
     ):
         self.data, self.steps, self.seed, self.decay = data, steps, seed, decay
-        self.model = initialise(config, seed)
-        self.optimiser = MuonAdam(self.model)
+        self.model = initialize(config, seed)
+        self.optimizer = MuonAdam(self.model)
         # Where it stands: updates, learnt tokens, the pool of problems and its batches used up.
         self.at = {"step": 0, "tokens": 0, "pool": 0, "taken": 0, "level": 0}
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,13 +142,13 @@ class PlainTraining:
             if kept["identity"] != self.identity:
                 raise SystemExit(f"{folder} holds another training; delete it to begin again")
             self.model.load_state_dict(kept["model"])
-            self.optimiser.load_state_dict(kept["optimiser"])
+            self.optimizer.load_state_dict(kept["optimizer"])
             self.at = kept["at"]
 
     def save(self) -> None:
         """Writes state.pt in one piece."""
         state = {"identity": self.identity, "model": self.model.state_dict(), "at": self.at}
-        state |= {"optimiser": self.optimiser.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict()}
         write_whole(self.state, lambda stream: torch.save(state, stream))
 
     def batches(self) -> Iterator[Any]:
@@ -174,9 +174,9 @@ class PlainTraining:
         loss.backward()
         balance(self.model)
         scale = min(1.0, (step + 1) / 50, (steps - step) / (steps * self.decay))
-        self.optimiser.set_scale(scale)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.set_scale(scale)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.at["step"] += 1
         self.at["tokens"] += int(keep.sum())
         right = (logits.argmax(-1) == targets).float().mean()

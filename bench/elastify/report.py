@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.elastify.front import pareto
+from bench.elastify.pareto import pareto
 from bench.elastify.tables import NARROW, TABLES, WAYS, Figures, first
 
 

@@ -27,7 +27,7 @@ import torch
 from bench.common.commit import commit
 from bench.elastify.caches import compare_caches
 from bench.elastify.data import CHECK_SEED, PlainTraining, Problems, accuracy
-from bench.elastify.front import price_again
+from bench.elastify.pareto import price_again
 from bench.elastify.price import calculated, from_file
 from bench.elastify.report import write_report
 from elastic_infer.checkpoint.checkpoint import Checkpoint
@@ -159,7 +159,7 @@ class Bench:
         """Of every distillation: equal rates and data; a nested one has the steps of a family."""
         steps = self.scale.nested_steps if nested else self.scale.steps
         stages = (Stage(steps * 2 // 3, 512), Stage(steps - steps * 2 // 3, 512))
-        values = {"stages": stages, "optimiser": "muon", "lr": 3e-3, "muon_lr": 0.02,
+        values = {"stages": stages, "optimizer": "muon", "lr": 3e-3, "muon_lr": 0.02,
                   "warmup": 30, "final_lr": 0.02, "save_every": 100}  # fmt: skip
         return Settings(**{**values, "seed": self.seed, **changes})
 

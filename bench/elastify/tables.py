@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from bench.elastify.front import near_gain
+from bench.elastify.pareto import near_gain
 
 Figures = dict[str, Any]
 NARROW = ("M", "S")

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.gpu.floors import step_bytes
-from bench.gpu.hf import Peer
 from bench.gpu.model import Loaded, fits
 from bench.gpu.shapes import alone, sizes
 from bench.gpu.timing import RoofPart
+from bench.gpu.transformers_peer import Peer
 from bench.gpu.worker import PassedOver
 
 CONTEXT, SPARE_TOKENS = 4096, 256

@@ -35,7 +35,7 @@ class RandomCheckpoint:
     """A checkpoint for the loader, with values drawn on the device when they are asked for:
     nothing is on a disk, and no more than one tensor at a time exists beside its tiles."""
 
-    formats: dict[str, str] = {}  # noqa: RUF012  (what a checkpoint offers: nothing is quantised)
+    formats: dict[str, str] = {}  # noqa: RUF012  (what a checkpoint offers: nothing is quantized)
     quantized: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, config: ModelConfig, data: dict[str, Any], device: torch.device):
@@ -54,7 +54,7 @@ class RandomCheckpoint:
         return None
 
     def format_of(self, name: str) -> str:
-        """The dtype's name: nothing here is quantised."""
+        """The dtype's name: nothing here is quantized."""
         return dtype_name(self._specs[name].dtype)
 
 
@@ -111,7 +111,7 @@ class Loaded:
         """A model over the same weights and cache."""
         return Model(
             self.config, self.weights, list(self.widths.values()), self.cache, self.pool,
-            max_tokens=self.rows, max_segments=self.batch, max_length=self.length,
+            max_num_batched_tokens=self.rows, max_num_seqs=self.batch, max_length=self.length,
             device=self.device, graphs=graphs, dependent_launch=dependent_launch,
         )  # fmt: skip
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from bench.gpu.decode import beside, per_call
 from bench.gpu.floors import prefill_flops, step_bytes
-from bench.gpu.hf import Peer
 from bench.gpu.model import Loaded, fits
 from bench.gpu.shapes import alone, sizes
 from bench.gpu.timing import RoofPart
+from bench.gpu.transformers_peer import Peer
 from bench.gpu.worker import PassedOver
 from elastic_infer.rounding import ceil_div
 

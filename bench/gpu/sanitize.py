@@ -58,7 +58,7 @@ class Part(PartBase):
         return {"errors": len(found), "first": found[0]}
 
     def _under(self, tool: str, ops: list[str]) -> tuple[int, str]:
-        command = [sys.executable, "-m", "bench.gpu.small", *ops]
+        command = [sys.executable, "-m", "bench.gpu.sanitizer_cases", *ops]
         if self.setting.emulate:
             command.append("--emulate")
         else:

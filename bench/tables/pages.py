@@ -155,7 +155,7 @@ def training_table(figures: Figures) -> str:
 
 
 def quantized_table(figures: Figures) -> str:
-    """Accuracy of each width with quantised weights."""
+    """Accuracy of each width with quantized weights."""
     widths = list(figures["ways"]["bf16"]["widths"])
     rows = []
     for name, way in figures["ways"].items():
@@ -217,7 +217,7 @@ def ops_table(figures: Figures) -> str:
 
 
 def fullsize_table(figures: Figures) -> str:
-    """`bench/cpu/quantised.py full`."""
+    """`bench/cpu/quantized.py full`."""
     rows = [
         [row["width"], row["kernels"], form, f"{1e3 * taken['step_seconds']:.1f}",
          f"{row['step_bytes'] / 1e9:.2f}", f"{taken['share_of_streaming_reads']:.0%}",
@@ -232,7 +232,7 @@ def fullsize_table(figures: Figures) -> str:
 
 
 def nvfp4_table(figures: Figures) -> str:
-    """`bench/cpu/quantised.py peer`."""
+    """`bench/cpu/quantized.py peer`."""
     rows = [
         [kind, case, f"{row['tokens_s']:.0f}", f"{row['peer_tokens_s']:.0f}", f"{row['ratio']:.2f}"]
         for kind, cases in figures["types"].items()

@@ -6,7 +6,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from .svg import box, line, picture, text
+from docs.pictures.svg import box, line, picture, text
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "elastic_infer"

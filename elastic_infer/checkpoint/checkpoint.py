@@ -42,9 +42,9 @@ class Checkpoint:
         folder: Path of the folder.
         name: the folder's own, or the Hub id.
         config: ModelConfig of the full checkpoint.
-        names: of the model's tensors in checkpoint order, quantised ones under their plain name.
-        quantized: {name: StoredWeight} of the quantised ones.
-        published: the checkpoint's statement of its quantisation, None without one.
+        names: of the model's tensors in checkpoint order, quantized ones under their plain name.
+        quantized: {name: StoredWeight} of the quantized ones.
+        published: the checkpoint's statement of its quantization, None without one.
         widths: {name: Width} in ascending order of active parameters.
         default_width: name of the width used where none is named.
         widths_source: where the table came from, for messages.
@@ -165,7 +165,7 @@ class Checkpoint:
 
     @property
     def kv_factor_names(self) -> list[str]:
-        """The tensors of `kv_factor` that are part of no quantised weight."""
+        """The tensors of `kv_factor` that are part of no quantized weight."""
         parts = {part for stored in self.quantized.values() for part in stored.parts}
         names = (name for found in self._kv_factors.values() for name in found)
         return [name for name in names if name not in parts]
@@ -198,35 +198,35 @@ class Checkpoint:
 
     @property
     def formats(self) -> dict[str, str]:
-        """{name: "nvfp4" or "fp8"} of the quantised tensors."""
+        """{name: "nvfp4" or "fp8"} of the quantized tensors."""
         return {name: stored.format for name, stored in self.quantized.items()}
 
     def require_plain(self, what: str) -> None:
-        """Refuses a quantised checkpoint for `what`, naming its first quantised tensor.
+        """Refuses a quantized checkpoint for `what`, naming its first quantized tensor.
 
         Raises:
-            CheckpointError: a quantised checkpoint.
+            CheckpointError: a quantized checkpoint.
         """
         for name, found in self.formats.items():
             raise CheckpointError(
-                f"{what}: the checkpoint must not be quantised, got {name} in {found}; start from "
+                f"{what}: the checkpoint must not be quantized, got {name} in {found}; start from "
                 "the one that it was made of"
             )
 
     def format_of(self, name: str) -> str:
-        """Format of a quantised tensor ("nvfp4" or "fp8"), or dtype of another ("bfloat16")."""
+        """Format of a quantized tensor ("nvfp4" or "fp8"), or dtype of another ("bfloat16")."""
         if name in self.quantized:
             return self.quantized[name].format
         return dtype_name(self._files.dtype_of(name))
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Shape of tensor ``name``; of a quantised one the shape of its values."""
+        """Shape of tensor ``name``; of a quantized one the shape of its values."""
         if name in self.quantized:
             return self.quantized[name].shape
         return self._files.shape_of(name)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """Dtype of ``tensor``'s result: the stored one, float32 for a quantised tensor."""
+        """Dtype of ``tensor``'s result: the stored one, float32 for a quantized tensor."""
         return torch.float32 if name in self.quantized else self._files.dtype_of(name)
 
     def scalar(self, name: str) -> float | None:
@@ -250,7 +250,7 @@ class Checkpoint:
         return value
 
     def packed(self, name: str, rows: Axis = None, cols: Axis = None) -> Packed:
-        """Rows and columns of a quantised tensor as they are stored, checked.
+        """Rows and columns of a quantized tensor as they are stored, checked.
 
         Args:
             name: a key of ``quantized``.
@@ -262,20 +262,20 @@ class Checkpoint:
             ValueError: an index outside the tensor, or columns that cut a block.
         """
         if name not in self.quantized:
-            raise CheckpointError(f"checkpoint: {self.folder} has no quantised tensor {name}")
+            raise CheckpointError(f"checkpoint: {self.folder} has no quantized tensor {name}")
         return read_packed(self._files, self.quantized[name], rows, cols)
 
     def part(self, name: str, rows: Axis = None, cols: Axis = None) -> torch.Tensor:
-        """Rows and columns of one stored tensor of a quantised weight (``StoredWeight.parts``)."""
+        """Rows and columns of one stored tensor of a quantized weight (``StoredWeight.parts``)."""
         return self._files.tensor(name, rows, cols)
 
     def part_spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """(shape, dtype) of one stored tensor of a quantised weight."""
+        """(shape, dtype) of one stored tensor of a quantized weight."""
         return self._files.shape_of(name), self._files.dtype_of(name)
 
     def tensor(self, name: str, rows: Axis = None, cols: Axis = None) -> torch.Tensor:
         """``weights[name][rows][:, cols]`` as a new contiguous CPU tensor in its stored dtype;
-        a quantised tensor is dequantised to float32.
+        a quantized tensor is dequantized to float32.
 
         Args:
             name: one of ``names``.

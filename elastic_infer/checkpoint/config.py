@@ -23,9 +23,9 @@ LAYER_KEYS = {
     "moe_shared_expert_intermediate_size": MOE,
     "intermediate_size": MLP,
 }
-CHANNEL_STEP = 16
+CHANNEL_GRAIN = 16
 
-__all__ = ["ATTENTION", "CHANNEL_STEP", "LAYER_KEYS", "MAMBA", "MLP", "MOE", "ModelConfig"]
+__all__ = ["ATTENTION", "CHANNEL_GRAIN", "LAYER_KEYS", "MAMBA", "MLP", "MOE", "ModelConfig"]
 
 _KIND_NAMES = {
     "mamba": MAMBA,
@@ -325,19 +325,19 @@ def _token_id(
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    steps = {"hidden_size": CHANNEL_STEP}
+    steps = {"hidden_size": CHANNEL_GRAIN}
     if MAMBA in config.layers:
-        steps["mamba_head_dim"] = CHANNEL_STEP
-        steps["ssm_state_size"] = CHANNEL_STEP
+        steps["mamba_head_dim"] = CHANNEL_GRAIN
+        steps["ssm_state_size"] = CHANNEL_GRAIN
         steps["mamba_num_heads"] = config.n_groups
     if ATTENTION in config.layers:
-        steps["head_dim"] = CHANNEL_STEP
+        steps["head_dim"] = CHANNEL_GRAIN
         steps["num_attention_heads"] = config.num_key_value_heads
     if MLP in config.layers:
-        steps["intermediate_size"] = CHANNEL_STEP
+        steps["intermediate_size"] = CHANNEL_GRAIN
     if MOE in config.layers:
-        steps["moe_intermediate_size"] = CHANNEL_STEP
-        steps["moe_shared_expert_intermediate_size"] = CHANNEL_STEP
+        steps["moe_intermediate_size"] = CHANNEL_GRAIN
+        steps["moe_shared_expert_intermediate_size"] = CHANNEL_GRAIN
         if config.n_routed_experts < config.num_experts_per_tok:
             _refuse(
                 "n_routed_experts",

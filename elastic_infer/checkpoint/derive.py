@@ -17,7 +17,7 @@ from ..torch_modes import plain_torch
 from .checkpoint import Checkpoint
 from .config import LAYER_KEYS, ModelConfig
 from .hub import WIDTHS_NAME, config_folder, is_download_cache, resolve_folder
-from .layout import EMBEDDING, hull, selection_shape, tensor_selections
+from .layout import EMBEDDING, selection_shape, smallest_uniform_width, tensor_selections
 from .slicing import part_sources
 from .tensor_files import INDEX_NAME, SINGLE_NAME, Axis, Selection, TensorFiles
 from .width_table import parse_widths, width_to_dict
@@ -94,7 +94,7 @@ def derive_widths(
             (folder / file).is_file() for file in (SINGLE_NAME, INDEX_NAME)
         )
         if has_weights:
-            _compare(whole, TensorFiles(folder), hull(whole.config, width), name)
+            _compare(whole, TensorFiles(folder), smallest_uniform_width(whole.config, width), name)
         else:
             logger.info("derive_widths: %s has no weights: sizes taken, nothing compared", name)
     return _table(full_name, table)

@@ -86,10 +86,10 @@ def selection_shape(shape: tuple[int, ...], selection: Selection) -> tuple[int, 
 
 def is_uniform(config: ModelConfig, width: Width) -> bool:
     """True if every axis has one size over all the layers that it sizes."""
-    return width.same_sizes(hull(config, width))
+    return width.same_sizes(smallest_uniform_width(config, width))
 
 
-def hull(config: ModelConfig, width: Width) -> Width:
+def smallest_uniform_width(config: ModelConfig, width: Width) -> Width:
     """The smallest uniform width that holds ``width``: the maximum over the layers, per axis."""
     sizes = {}
     for key, kind in LAYER_KEYS.items():

@@ -1,4 +1,4 @@
-"""Quantised weights and their formats, as a published checkpoint states them.
+"""Quantized weights and their formats, as a published checkpoint states them.
 
 Read: NVIDIA ModelOpt's `quantization_config` of config.json, or its older hf_quant_config.json, and
 compressed-tensors' `quantization_config`. Both name modules: a weight without its `.weight`.
@@ -37,7 +37,7 @@ class Published:
         method: "modelopt" or "compressed-tensors".
         source: file, for messages.
         default: format of every matrix that nothing else speaks of, None = left as it is.
-        ignored: patterns of modules that are not quantised.
+        ignored: patterns of modules that are not quantized.
         named: {module, or a module above it: format or None}.
         targets: (pattern, format) pairs.
         kv_cache: what keys and values are said to be kept in ("FP8"), None: nothing is said.
@@ -61,11 +61,11 @@ class Published:
         return any(matches(pattern, module, wildcards) for pattern in self.ignored)
 
     def explicit(self, module: str) -> bool:
-        """True if the module itself is listed as quantised."""
+        """True if the module itself is listed as quantized."""
         return self.named.get(module) is not None
 
     def format_of(self, module: str) -> str | None:
-        """"nvfp4" or "fp8" that this module's weight is said to have, None = not quantised."""
+        """"nvfp4" or "fp8" that this module's weight is said to have, None = not quantized."""
         if self.is_ignored(module):
             return None
         above = module
@@ -80,7 +80,7 @@ class Published:
 
 
 def read_published(raw: Mapping[str, Any], folder: Path) -> Published | None:
-    """The quantisation that a checkpoint states, None for one that states none.
+    """The quantization that a checkpoint states, None for one that states none.
 
     Args:
         raw: its config.json.

@@ -14,7 +14,7 @@ from ..files.reading import TAKEN_ALONG, TEXT_FILES, is_file, read_bytes
 from ..files.writing import make_folder, new_folder, require_new, write_json, write_whole
 from ..torch_modes import plain_torch
 from .config import ModelConfig
-from .layout import EMBEDDING, hull, selection_shape, tensor_selections
+from .layout import EMBEDDING, selection_shape, smallest_uniform_width, tensor_selections
 from .published import SIDECAR
 from .stored import stored_selections
 from .tensor_files import Selection, take, write_safetensors
@@ -98,7 +98,7 @@ def slice_checkpoint(
         raise WidthError(f"slice: width must be one of {known}, got {shown(width_name)}")
     width = checkpoint.widths[width_name]
     out = require_new(out_folder, "slice")
-    cut = hull(config, width)
+    cut = smallest_uniform_width(config, width)
     sources = {name: (name, kept) for name, kept in tensor_selections(config, cut).items()}
     raw = slice_config(config, width)
     if config.tie_word_embeddings:
@@ -156,7 +156,7 @@ def part_sources(
     checkpoint: Checkpoint, sources: Mapping[str, tuple[str, Selection]]
 ) -> dict[str, tuple[str, Selection]]:
     """The stored tensors behind {name: (source, what is kept of it)}, in the same form: a plain
-    tensor is itself, a quantised one its codes and block scales, cut, and its scalars, whole."""
+    tensor is itself, a quantized one its codes and block scales, cut, and its scalars, whole."""
     out: dict[str, tuple[str, Selection]] = {}
     for name, (source, kept) in sources.items():
         if source in checkpoint.quantized:

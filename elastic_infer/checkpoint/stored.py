@@ -1,10 +1,10 @@
-"""Quantised weights in safetensors files: which tensors they are, and any rows and columns of them.
+"""Quantized weights in safetensors files: which tensors they are, and any rows and columns of them.
 
 ModelOpt, NVFP4: X.weight uint8 [N, K/2], X.weight_scale E4M3 [N, K/16], X.weight_scale_2 = amax /
 (6 * 448). compressed-tensors, NVFP4: X.weight_packed, X.weight_scale, and X.weight_global_scale,
 which divides. Both, FP8: X.weight E4M3 [N, K] and one X.weight_scale. Scales of activations beside
-them (X.input_scale, ...) are kept by a slice and otherwise not used: activations are not quantised
-here. Factors of 8-bit keys and values lie beside attention that is quantised or not (`kv_factors`).
+them (X.input_scale, ...) are kept by a slice and otherwise not used: activations are not quantized
+here. Factors of 8-bit keys and values lie beside attention that is quantized or not (`kv_factors`).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ __all__ = [
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _EXTRAS = ("input_scale", "input_global_scale", "k_scale", "v_scale", "weight_shape")
-PLAIN_NAMES = (".embeddings.weight", ".gate.weight")  # never quantised
+PLAIN_NAMES = (".embeddings.weight", ".gate.weight")  # never quantized
 _TEXT = {torch.uint8: "uint8", torch.float8_e4m3fn: "float8_e4m3fn"}
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Places of the parts of one quantised matrix.
+    """Places of the parts of one quantized matrix.
 
     Attributes:
         name: the plain checkpoint name, X.weight.
@@ -74,7 +74,7 @@ class StoredWeight:
 def find_stored(
     files: TensorFiles, name: str, shape: tuple[int, ...], published: Published | None
 ) -> StoredWeight | None:
-    """The parts of weight `name` if it is quantised; None for a plain tensor, or for none at all.
+    """The parts of weight `name` if it is quantized; None for a plain tensor, or for none at all.
 
     The tensors decide what it is; the checkpoint's config must not contradict them.
 
@@ -85,7 +85,7 @@ def find_stored(
         published: its own statement.
 
     Raises:
-        CheckpointError: quantised in a way that is not supported, or a part that is missing, of
+        CheckpointError: quantized in a way that is not supported, or a part that is missing, of
             the wrong shape or dtype, or of another format than the checkpoint states.
     """
     module = name.removesuffix(".weight")
@@ -103,7 +103,7 @@ def find_stored(
         _refuse(
             files, codes,
             "be float32, bfloat16 or float16 (embedding, router, convolution and vectors are not "
-            f"read quantised), got {_TEXT.get(dtype, dtype)}",
+            f"read quantized), got {_TEXT.get(dtype, dtype)}",
         )  # fmt: skip
     if dtype not in _TEXT:
         _refuse(files, codes, f"be a float, E4M3 or packed uint8 tensor, got {dtype}")
@@ -119,7 +119,7 @@ def find_stored(
         stored = _nvfp4(files, name, module, codes, shape)
     stated = published.format_of(module)
     if stated != stored.format:
-        said = "not quantised" if stated is None else stated
+        said = "not quantized" if stated is None else stated
         _refuse(files, codes, f"be {said} as {published.source} states, got {stored.format}")
     return stored
 
@@ -135,7 +135,7 @@ def _check_plain(
     scales = [s for s in ("weight_scale", "weight_scale_2", "weight_global_scale")
               if f"{module}.{s}" in files]  # fmt: skip
     if scales:
-        _refuse(files, name, f"be quantised where there is {module}.{scales[0]}, got "
+        _refuse(files, name, f"be quantized where there is {module}.{scales[0]}, got "
                              f"{files.dtype_of(name)}")  # fmt: skip
     if published is not None and published.explicit(module):
         _refuse(files, name, f"be {published.format_of(module)} as {published.source} states, got "
@@ -219,7 +219,7 @@ def _columns(axis: Axis, size: int, name: str, per: int) -> Axis:
 
 
 def stored_selections(stored: StoredWeight, kept: Selection) -> dict[str, Selection]:
-    """Parts of a quantised matrix's tensors that a selection keeps; scalars are whole.
+    """Parts of a quantized matrix's tensors that a selection keeps; scalars are whole.
 
     Args:
         stored: the matrix.
@@ -281,7 +281,7 @@ def read_scale(files: TensorFiles, stored: StoredWeight) -> float:
 def read_packed(
     files: TensorFiles, stored: StoredWeight, rows: Axis = None, cols: Axis = None
 ) -> Packed:
-    """Rows and columns of a quantised matrix as they are stored, checked.
+    """Rows and columns of a quantized matrix as they are stored, checked.
 
     Args:
         files: hold the matrix.
@@ -318,7 +318,7 @@ def _check_bits(files: TensorFiles, name: str, bits: Tensor, signed: bool) -> No
 def stored_weights(
     files: TensorFiles, expected: Mapping[str, tuple[int, ...]], published: Published | None
 ) -> dict[str, StoredWeight]:
-    """{name: parts} of all quantised weights among `expected` {name: shape}.
+    """{name: parts} of all quantized weights among `expected` {name: shape}.
 
     Raises:
         CheckpointError: see `find_stored`.
@@ -354,7 +354,7 @@ def check_fused(config: ModelConfig, formats: Mapping[str, str]) -> None:
 
     Args:
         config: of the checkpoint.
-        formats: {name: "nvfp4" or "fp8"} of the quantised matrices.
+        formats: {name: "nvfp4" or "fp8"} of the quantized matrices.
 
     Raises:
         CheckpointError: names two that differ.
@@ -373,6 +373,6 @@ def check_fused(config: ModelConfig, formats: Mapping[str, str]) -> None:
             if formats.get(name) != first:
                 raise CheckpointError(
                     f"checkpoint: {name} must have the format of {names[0]}, with which it is one "
-                    f"matrix in memory: {first or 'not quantised'}, got "
-                    f"{formats.get(name) or 'not quantised'}"
+                    f"matrix in memory: {first or 'not quantized'}, got "
+                    f"{formats.get(name) or 'not quantized'}"
                 )

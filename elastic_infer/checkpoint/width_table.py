@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import WidthError, shown
 from ..value_checks import is_int
-from .config import CHANNEL_STEP, LAYER_KEYS
+from .config import CHANNEL_GRAIN, LAYER_KEYS
 from .counts import count_parameters
 from .widths import MOST_WIDTHS, Width, full_width
 
@@ -224,6 +224,6 @@ def _check_width_size(config: ModelConfig, name: str, key: str, value: Any) -> N
             refuse(f"be at least num_experts_per_tok ({config.num_experts_per_tok})")
         return
     else:
-        step, why = CHANNEL_STEP, "the channel step"
+        step, why = CHANNEL_GRAIN, "the channel step"
     if value % step:
         refuse(f"be a multiple of {step} ({why})")

@@ -37,15 +37,23 @@ def options(
     """Takes the options that stand before a command."""
 
 
-from . import chatting, demo, elastify, generation, inspection, quantizing, slices  # noqa: E402
+from . import (  # noqa: E402
+    chat,
+    demo,
+    elastify,
+    generate,
+    info,
+    quantize,
+    slice as slices,
+)
 
 demo.add_to(app)
-generation.add_to(app)
-chatting.add_to(app)
-inspection.add_to(app)
+generate.add_to(app)
+chat.add_to(app)
+info.add_to(app)
 slices.add_to(app)
 elastify.add_to(app)
-quantizing.add_to(app)
+quantize.add_to(app)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ Memory = Annotated[
 Active = Annotated[bool, typer.Option("--active", help="The budget counts active parameters.")]
 Bits = Annotated[
     float | None,
-    typer.Option(help="Bits per weight, for --memory; default: 16, or those of quantised weights."),
+    typer.Option(help="Bits per weight, for --memory; default: 16, or those of quantized weights."),
 ]
 Context = Annotated[int, typer.Option(help="Tokens of KV cache, for --memory.")]
 Name = Annotated[str, typer.Option(help="Name of the new width; default: its cost.")]
@@ -142,7 +142,7 @@ def make_elastic(
     probabilities: Annotated[
         str | None, typer.Option(help="Of the budgets in the last stage; default: equal.")
     ] = None,
-    optimiser: Annotated[str, typer.Option(help="adamw, or muon on one process.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon on one process.")] = "adamw",
     lr: Annotated[float, typer.Option(help="AdamW's learning rate of the weights.")] = 1e-4,
     muon_lr: Annotated[float, typer.Option(help="Muon's learning rate.")] = 0.02,
     router_lr: Annotated[float, typer.Option(help="Learning rate of the router.")] = 1e-2,
@@ -183,7 +183,7 @@ def make_elastic(
         choices=None if choices is None else read_json(choices),
         per_layer=per_layer,
         accumulate=accumulate,
-        optimiser=optimiser,
+        optimizer=optimizer,
         lr=lr,
         muon_lr=muon_lr,
         router_lr=router_lr,
@@ -226,7 +226,7 @@ def show_result(folder: Path) -> None:
 
 
 def checkpoint_bits(checkpoint: Checkpoint) -> float:
-    """Mean bits per parameter of a quantised checkpoint in memory; 16 for any other."""
+    """Mean bits per parameter of a quantized checkpoint in memory; 16 for any other."""
     import torch
 
     from ..checkpoint.widths import full_width
@@ -258,7 +258,7 @@ def answer_budget(
         budget: parameters, as text; not together with `memory`.
         memory: bytes, as text; not together with `budget`.
         active: the budget counts the parameters of one token.
-        bits: bits per weight in the memory; None: the mean bits of a quantised checkpoint's
+        bits: bits per weight in the memory; None: the mean bits of a quantized checkpoint's
             weights, else 16.
         context: tokens of KV cache in the memory.
         name: of the new width.

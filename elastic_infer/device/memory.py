@@ -16,7 +16,7 @@ ALIGNMENT = 64
 
 
 class WeightMemory:
-    """Hands out uninitialised memory from large blocks.
+    """Hands out uninitialized memory from large blocks.
 
     Weights are read from first to last byte for every token; with small pages, address translation
     takes a fifth of that time. Blocks start at a large page's address, and tensors lie side by side

@@ -13,7 +13,7 @@ from .plot import plot_metrics
 from .router import Router, default_choices
 from .settings import Settings, Stage
 from .sorting import importance_order, random_order, sort_checkpoint, sort_model
-from .torch_model import ElasticNemotronH, initialise
+from .torch_model import ElasticNemotronH, initialize
 
 __all__ = [
     "Answer",
@@ -33,7 +33,7 @@ __all__ = [
     "elastify",
     "export_elastic",
     "importance_order",
-    "initialise",
+    "initialize",
     "layer_order",
     "measure_importance",
     "plot_metrics",

@@ -30,7 +30,7 @@ from ..files.writing import append_line, make_folder, write_whole
 from .corpus import Batch, as_data
 from .distributed import Group
 from .losses import divergence, switch_places
-from .optimiser import MuonAdam
+from .optimizer import MuonAdam
 from .router import DEAD_ZONE, Router, budget_loss, logit_scale, temperature
 from .settings import Settings
 from .torch_model import ElasticNemotronH
@@ -187,12 +187,12 @@ class Distiller:
         self.teacher.requires_grad_(False).eval()
         self.group.shard(self.teacher)
         self.group.shard(self.model, stay_whole=settings.switch_probability > 0)
-        self.optimiser = self._make_optimiser()
-        self.router_optimiser = None
+        self.optimizer = self._make_optimizer()
+        self.router_optimizer = None
         if router is not None:
             router.to(device)
             group = {"params": router.parameters(), "base_lr": settings.router_lr}
-            self.router_optimiser = torch.optim.AdamW(
+            self.router_optimizer = torch.optim.AdamW(
                 [group], lr=settings.router_lr, weight_decay=0.0
             )
         self.step, self.tokens = 0, 0
@@ -203,12 +203,12 @@ class Distiller:
         self.group.barrier()
         self._resume()
 
-    def _make_optimiser(self) -> torch.optim.Optimizer:
+    def _make_optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
-        if settings.optimiser == "muon":
+        if settings.optimizer == "muon":
             if self.group.size > 1:
                 raise InvalidRequest(
-                    f"distill: optimiser must be adamw with {self.group.size} processes, got muon, "
+                    f"distill: optimizer must be adamw with {self.group.size} processes, got muon, "
                     "which needs whole matrices"
                 )
             return MuonAdam(
@@ -240,10 +240,10 @@ class Distiller:
                 f"distill: {self.out} must hold a run with the same settings, got another one; "
                 "name another folder, or delete its state.pt to begin again"
             )
-        self.group.load_state(self.model, state["model"], self.optimiser, state["optimiser"])
+        self.group.load_state(self.model, state["model"], self.optimizer, state["optimizer"])
         if self.router is not None:
             self.router.load_state_dict(state["router"])
-            self.router_optimiser.load_state_dict(state["router_optimiser"])
+            self.router_optimizer.load_state_dict(state["router_optimizer"])
         self.step, self.tokens, self.saved = state["step"], state["tokens"], state["step"]
         self.recent.update(state["recent"])
         if self.group.first:
@@ -252,13 +252,13 @@ class Distiller:
 
     def save(self) -> None:
         """Writes state.pt in one piece; a run that is killed meanwhile keeps the old one."""
-        weights, moments = self.group.whole_state(self.model, self.optimiser)
+        weights, moments = self.group.whole_state(self.model, self.optimizer)
         if self.group.first:
             state = {"identity": self._identity(), "step": self.step, "tokens": self.tokens}
-            state |= {"model": weights, "optimiser": moments, "recent": dict(self.recent)}
+            state |= {"model": weights, "optimizer": moments, "recent": dict(self.recent)}
             if self.router is not None:
                 state["router"] = self.router.state_dict()
-                state["router_optimiser"] = self.router_optimiser.state_dict()
+                state["router_optimizer"] = self.router_optimizer.state_dict()
             write_whole(self.out / STATE, lambda stream: torch.save(state, stream), "distill")
         self.saved = self.step
         self.group.barrier()
@@ -348,23 +348,23 @@ class Distiller:
         )
 
     def _update(self) -> float:
-        """One step of both optimisers; returns the norm of the weights' gradient."""
+        """One step of both optimizers; returns the norm of the weights' gradient."""
         settings, rate = self.settings, self.settings.rate(self.step)
-        for optimiser in (self.optimiser, self.router_optimiser):
-            if optimiser is not None:
-                for group in optimiser.param_groups:
+        for optimizer in (self.optimizer, self.router_optimizer):
+            if optimizer is not None:
+                for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * rate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(norm):
             self._refuse_step(f"a gradient of norm {norm}")
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         if self.learning_sizes:
             self.group.average_gradients(self.router.parameters())
             torch.nn.utils.clip_grad_norm_(self.router.parameters(), settings.clip)
-            self.router_optimiser.step()
-            self.router_optimiser.zero_grad()
+            self.router_optimizer.step()
+            self.router_optimizer.zero_grad()
         return norm
 
     def _batches(self) -> Iterator[Batch]:

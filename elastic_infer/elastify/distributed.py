@@ -141,38 +141,38 @@ class Group:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.size
 
-    def whole_state(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> Any:
-        """(model state, optimiser state) with whole tensors on the CPU; empty beyond rank 0.
+    def whole_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """(model state, optimizer state) with whole tensors on the CPU; empty beyond rank 0.
 
         Every process must call it.
         """
         if self.size == 1:
-            return model.state_dict(), None if optimiser is None else optimiser.state_dict()
+            return model.state_dict(), None if optimizer is None else optimizer.state_dict()
         from torch.distributed.checkpoint import state_dict as states
 
         options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = states.get_model_state_dict(model, options=options)
-        if optimiser is None:
+        if optimizer is None:
             return weights, None
-        return weights, states.get_optimizer_state_dict(model, optimiser, options=options)
+        return weights, states.get_optimizer_state_dict(model, optimizer, options=options)
 
     def load_state(
         self,
         model: nn.Module,
         weights: Mapping[str, Any],
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         moments: Mapping[str, Any],
     ) -> None:
         """Puts what `whole_state` gave back, on every rank."""
         if self.size == 1:
             model.load_state_dict(weights)
-            optimiser.load_state_dict(moments)
+            optimizer.load_state_dict(moments)
             return
         from torch.distributed.checkpoint import state_dict as states
 
         options = states.StateDictOptions(full_state_dict=True)
         states.set_model_state_dict(model, weights, options=options)
-        states.set_optimizer_state_dict(model, optimiser, moments, options=options)
+        states.set_optimizer_state_dict(model, optimizer, moments, options=options)
 
     def autocast(self, dtype: torch.dtype) -> contextlib.AbstractContextManager:
         """torch.autocast to `dtype` on this device; nothing for float32."""

@@ -59,7 +59,7 @@ class Importance:
         scores: {"hidden_size": [D], "<width key>.<layer>": one score per unit, float64 on the CPU}.
             Expert neurons are [E, F], every expert's own; "mamba_head_dim.<layer>" [P] scores the
             channels of a Mamba head, which no width removes.
-        layer_errors: [layers] float64, normalised logit error without each layer; None if not
+        layer_errors: [layers] float64, normalized logit error without each layer; None if not
             measured.
         tokens: how many tokens were seen.
     """
@@ -235,7 +235,7 @@ def measure_importance(
     Args:
         model: the trained parent, at full width; its device is used.
         batches: token ids [B, T] int64, or (ids, weights [B, T]); read once, one at a time.
-        layers: also measure the normalised logit error without each layer (one more forward
+        layers: also measure the normalized logit error without each layer (one more forward
             pass per layer and batch).
         progress: called with the number of sequences of a batch after it.
 
@@ -301,7 +301,7 @@ def layer_errors(
 ) -> Tensor:
     """Layer j: sum (logits - logits without j and `removed`)^2 / sum logits^2, over all tokens.
 
-    Source: Nemotron Elastic, normalised error of the logits.
+    Source: Nemotron Elastic, normalized error of the logits.
 
     Args:
         model: at full width.

@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int, Mapping[str, Any]], None]
 
 
 def open_data(data: Any, checkpoint: Checkpoint, longest: int, run: Path, group: Group) -> Any:
-    """Training data as `Distiller` takes it; a path is tokenised with the parent's tokenizer.
+    """Training data as `Distiller` takes it; a path is tokenized with the parent's tokenizer.
 
     Args:
         data: batches, a Corpus, or the path of a folder or file of text or JSON lines.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.config import CHANNEL_STEP, LAYER_KEYS, ModelConfig
+from ..checkpoint.config import CHANNEL_GRAIN, LAYER_KEYS, ModelConfig
 from ..checkpoint.width_table import parse_widths
 from ..checkpoint.widths import Width, full_width
 from ..errors import InvalidRequest, WidthError, shown
@@ -61,7 +61,7 @@ def _grid(config: ModelConfig, axis: str) -> tuple[int, int]:
         return config.num_key_value_heads, config.num_key_value_heads
     if axis == "n_routed_experts":
         return 1, config.num_experts_per_tok
-    return CHANNEL_STEP, CHANNEL_STEP
+    return CHANNEL_GRAIN, CHANNEL_GRAIN
 
 
 def _present(config: ModelConfig) -> list[str]:

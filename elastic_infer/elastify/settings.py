@@ -61,7 +61,7 @@ class Settings:
         stages: one after another (8K tokens with equal probabilities, then 49K with 0.5, 0.3, 0.2
             in the publication).
         accumulate: micro-steps per update; each has a budget of its own.
-        optimiser: "adamw", or "muon" for the matrices inside mixers with AdamW for all else (one
+        optimizer: "adamw", or "muon" for the matrices inside mixers with AdamW for all else (one
             process).
         lr: AdamW's learning rate of the weights.
         router_lr: AdamW's learning rate of the router.
@@ -91,7 +91,7 @@ class Settings:
     choices: Mapping[str, Sequence[int]] | None = None
     per_layer: bool = False
     accumulate: int = 1
-    optimiser: str = "adamw"
+    optimizer: str = "adamw"
     lr: float = 1e-4
     muon_lr: float = 0.02
     router_lr: float = 1e-2
@@ -136,9 +136,9 @@ class Settings:
                 "settings: precision must be auto, float32 or bfloat16, got "
                 f"{shown(self.precision)}"
             )
-        if not is_one_of(self.optimiser, ("adamw", "muon")):
+        if not is_one_of(self.optimizer, ("adamw", "muon")):
             raise InvalidRequest(
-                f"settings: optimiser must be adamw or muon, got {shown(self.optimiser)}"
+                f"settings: optimizer must be adamw or muon, got {shown(self.optimizer)}"
             )
         self._check_numbers()
         if self.switch_probability and len(self.budgets) < 2:

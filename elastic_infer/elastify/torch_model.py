@@ -321,7 +321,7 @@ class ElasticNemotronH(nn.Module):
         skip: Collection[int] = (),
         carried: Carried | None = None,
     ) -> Tensor:
-        """Token ids [B, T] -> final normalised hidden states [B, T, wD]; see `forward`."""
+        """Token ids [B, T] -> final normalized hidden states [B, T, wD]; see `forward`."""
         width = self.full if width is None else width
         if not width.fits_in(self.full):
             raise InvalidRequest(
@@ -438,7 +438,7 @@ class ElasticNemotronH(nn.Module):
         """Reads a checkpoint folder into a model whose parameters all have `dtype`.
 
         Raises:
-            CheckpointError: one that `Checkpoint.open` refuses, or that is quantised.
+            CheckpointError: one that `Checkpoint.open` refuses, or that is quantized.
         """
         from ..checkpoint.checkpoint import Checkpoint
 
@@ -453,7 +453,7 @@ class ElasticNemotronH(nn.Module):
         return model
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> ElasticNemotronH:
+    def initialize(self, seed: int) -> ElasticNemotronH:
         """Draws weights to train from; returns self.
 
         Matrices normal with deviation 1/sqrt(fan_in), those that write into the residual
@@ -480,9 +480,9 @@ class ElasticNemotronH(nn.Module):
         return self
 
 
-def initialise(config: ModelConfig, seed: int) -> ElasticNemotronH:
+def initialize(config: ModelConfig, seed: int) -> ElasticNemotronH:
     """A float32 model with weights to train from."""
-    return ElasticNemotronH(config).initialise(seed)
+    return ElasticNemotronH(config).initialize(seed)
 
 
 def encode_floats(value):

@@ -136,7 +136,7 @@ class Intake:
                 f"{name} must be a token of the model's vocabulary of {size}, got id {shown(token)}"
             )
 
-    def lone_branch(self, token_ids: list[int], params: SamplingParams, width: str) -> Branch:
+    def detached_branch(self, token_ids: list[int], params: SamplingParams, width: str) -> Branch:
         """A branch outside the scheduler, to sample one token with."""
         params, plan = _as_params(params), Plan.fixed(width)
         request = Request(None, [], params, plan, _seed(params), False)
@@ -159,7 +159,7 @@ class Intake:
         return list(prompt)
 
     def encode(self, name: str, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, which is refused before it is tokenised where it cannot fit.
+        """Token ids of a text, which is refused before it is tokenized where it cannot fit.
 
         Raises:
             InvalidRequest: too long a text, or no tokenizer.

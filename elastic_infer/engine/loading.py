@@ -134,8 +134,8 @@ def _load(
             list(kept.values()),
             cache,
             pool,
-            max_tokens=capacity.max_num_batched_tokens,
-            max_segments=capacity.max_num_seqs,
+            max_num_batched_tokens=capacity.max_num_batched_tokens,
+            max_num_seqs=capacity.max_num_seqs,
             max_length=capacity.max_model_len,
             device=device,
             graphs=not options.enforce_eager,
@@ -173,22 +173,22 @@ def _tell_missing_factors(checkpoint: Checkpoint, dtypes: CacheDtypes) -> None:
         )
 
 
-def check_activations(wish: object, device: Device, formats: Mapping[str, str]) -> None:
+def check_activations(requested: object, device: Device, formats: Mapping[str, str]) -> None:
     """Refuses activations in a form that the device or the weights do not allow.
 
     Args:
-        wish: "none", "int8" (the CPU) or "nvfp4" (GPUs of compute capability 12.x).
-        formats: of the checkpoint's quantised matrices, by name.
+        requested: "none", "int8" (the CPU) or "nvfp4" (GPUs of compute capability 12.x).
+        formats: of the checkpoint's quantized matrices, by name.
 
     Raises:
         InvalidRequest: a form that is not allowed.
     """
     name = "engine: activation_quantization"
-    if not is_one_of(wish, ("none", "int8", "nvfp4")):
-        raise InvalidRequest(f"{name} must be none, int8 or nvfp4, got {shown(wish)}")
-    if wish == "none":
+    if not is_one_of(requested, ("none", "int8", "nvfp4")):
+        raise InvalidRequest(f"{name} must be none, int8 or nvfp4, got {shown(requested)}")
+    if requested == "none":
         return
-    if wish == "int8":
+    if requested == "int8":
         why = "" if device.is_cpu else "int8 is for the CPU, the device is a GPU"
     else:
         why = "a GPU of compute capability 12.x is needed, the device is the CPU"
@@ -196,8 +196,8 @@ def check_activations(wish: object, device: Device, formats: Mapping[str, str]) 
     if not why and "nvfp4" not in formats.values():
         why = "the checkpoint has no NVFP4 matrix"
     if why:
-        raise InvalidRequest(f"{name} must be none: {why}, got {shown(wish)}")
-    if wish == "nvfp4":
+        raise InvalidRequest(f"{name} must be none: {why}, got {shown(requested)}")
+    if requested == "nvfp4":
         logger.warning(
             "activation_quantization: NVFP4 weights multiply activations in 4 bits, with kernels "
             "that have never run on a GPU"

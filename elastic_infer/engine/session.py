@@ -197,7 +197,7 @@ class EngineSequence:
         params = SamplingParams(temperature=0.0) if params is None else params
 
         row, tokens = self._read_all(), self.token_ids
-        branch = self._core.intake.lone_branch(tokens, params, self._width)
+        branch = self._core.intake.detached_branch(tokens, params, self._width)
         branch.token_ids = tokens  # positions and penalties count all tokens
         sampler = self._core.scheduler.sampler  # its tables are the worker's alone
         drawn = self._core.call(lambda: sampler.draw(row[None], [0], [branch])[0])

@@ -185,7 +185,7 @@ class Worker:
         beyond the free places."""
         blocked, places = len(self._scheduler.waiting), 0
         if not blocked:
-            places = self._scheduler.max_running - len(self._scheduler.running)
+            places = self._scheduler.max_num_seqs - len(self._scheduler.running)
         arriving = [len(r.branches) for r in (*self._arrivals.copy(), *requests)]
         while arriving and arriving[0] <= places:
             places -= arriving.pop(0)

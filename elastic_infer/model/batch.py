@@ -72,8 +72,8 @@ class Batch:
 
     Args:
         modes: number of modes.
-        max_tokens: rows of the largest pass.
-        max_segments: sequences of the largest pass.
+        max_num_batched_tokens: rows of the largest pass.
+        max_num_seqs: sequences of the largest pass.
         max_length: tokens of the longest sequence.
 
     The tables themselves are `tables`, on both sides of a device.
@@ -83,13 +83,14 @@ class Batch:
         self,
         device: Device,
         modes: WidthTables,
-        max_tokens: int,
-        max_segments: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
         max_length: int,
     ):
         self._modes, self._is_cpu = modes, device.is_cpu
-        self._logit_rows = logit_rows(max_segments)
-        self.tables = Shared(device, batch_tables(max_tokens, max_segments, max_length), sides=2)
+        self._logit_rows = logit_rows(max_num_seqs)
+        tables = batch_tables(max_num_batched_tokens, max_num_seqs, max_length)
+        self.tables = Shared(device, tables, sides=2)
         self._pages: list[tuple[int, ...]] = []  # what the device's page table holds, by row
         # Rows in which a side of the host has an older page table than the device.
         self._stale: list[set[int]] = [set() for _ in range(self.tables.sides)]

@@ -94,8 +94,8 @@ def quantization(p: Pass, weight: TiledWeight | ExpertWeights) -> str:
 
 def product(p: Pass, x: torch.Tensor, weight: TiledWeight, out: torch.Tensor, **sizes) -> None:
     """out = x weight^T, each row at the sizes of its mode."""
-    wish = quantization(p, weight)
-    matmul(x, weight, out, activation_quantization=wish, run=p.run, **sizes)
+    quantized = quantization(p, weight)
+    matmul(x, weight, out, activation_quantization=quantized, run=p.run, **sizes)
 
 
 def norm(p: Pass, weight: torch.Tensor, delta: torch.Tensor | None) -> None:

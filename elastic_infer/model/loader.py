@@ -37,7 +37,7 @@ class WeightLoader:
         checkpoint: an open one.
         served: sizes to keep.
         dtype: float32 or bfloat16, of activations, norms and the matmul weights that are not
-            quantised.
+            quantized.
         run: a Pool for packing.
         progress: called with (what, bytes).
         device: where they go, slice by slice; tiles are filled there.
@@ -61,7 +61,7 @@ class WeightLoader:
         """Reads and packs everything.
 
         Raises:
-            CheckpointError: a quantised tensor that cannot be used.
+            CheckpointError: a quantized tensor that cannot be used.
         """
         c = self.config
         check_fused(c, self.checkpoint.formats)
@@ -96,7 +96,7 @@ class WeightLoader:
         return tiled
 
     def _packed(self, name: str, rows, cols) -> Packed:
-        """Rows and columns of a quantised matrix."""
+        """Rows and columns of a quantized matrix."""
         packed = self.checkpoint.packed(name, rows, cols)
         if self.progress:
             blocks = packed.block_scales
@@ -106,7 +106,7 @@ class WeightLoader:
         return Packed(packed.codes.to(place), blocks, packed.scale)
 
     def _tiled_codes(self, parts: list[tuple[str, object]], cols) -> TiledWeight:
-        """The same of quantised matrices of one format; every segment has its tensor's scale."""
+        """The same of quantized matrices of one format; every segment has its tensor's scale."""
         first = self._packed(*parts[0], cols)
         counts = [_count(rows) for _, rows in parts]
         tiled = TiledWeight.empty(counts, first.shape[1], _CODES[first.format], self._memory)

@@ -33,8 +33,8 @@ class Model:
 
     Args:
         widths: served widths in index order.
-        max_tokens: rows of the largest pass.
-        max_segments: sequences of the largest pass.
+        max_num_batched_tokens: rows of the largest pass.
+        max_num_seqs: sequences of the largest pass.
         max_length: tokens of the longest sequence.
         device: where weights and cache are.
         graphs: True if passes of steps are captured on the device.
@@ -53,8 +53,8 @@ class Model:
         cache: Cache,
         pool: _C.Pool,
         *,
-        max_tokens: int,
-        max_segments: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
         max_length: int,
         device: Device = CPU,
         graphs: bool = True,
@@ -66,12 +66,13 @@ class Model:
         self.device, self.graphs, self.dependent_launch = device, graphs, dependent_launch
         self.activation_quantization = activation_quantization
         self.modes = WidthTables(config, widths, weights.served, device.place)
-        self.max_tokens, self.max_segments, self.max_length = max_tokens, max_segments, max_length
-        self.logit_rows = logit_rows(max_segments)
+        self.max_num_batched_tokens, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
+        self.max_length = max_length
+        self.logit_rows = logit_rows(max_num_seqs)
         self.buffers = Buffers(
-            config, weights.served, weights.dtype, max_tokens, max_segments, device
+            config, weights.served, weights.dtype, max_num_batched_tokens, max_num_seqs, device
         )
-        self.batch = Batch(device, self.modes, max_tokens, max_segments, max_length)
+        self.batch = Batch(device, self.modes, max_num_batched_tokens, max_num_seqs, max_length)
         self.last: Result | None = None  # of the last pass
         self._recorded: dict[int, _C.Step] = {}
 
@@ -137,7 +138,7 @@ class Model:
         if self.device.is_cpu or steps <= 16:
             return steps
         grain = 4 if steps <= 64 else 16 if steps <= 256 else 32
-        return min(round_up(steps, grain), max(steps, self.max_segments))
+        return min(round_up(steps, grain), max(steps, self.max_num_seqs))
 
     def _replay(self, steps: int) -> None:
         """Runs a pass of `steps` one-token segments, recording it the first time."""

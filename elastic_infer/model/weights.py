@@ -2,8 +2,8 @@
 
 Rank-major: Mamba head ``i * G + g`` here is the i-th head of group g in the checkpoint, and query
 head ``i * Hkv + h`` the i-th of KV head h, so that the heads of every width are a flat prefix.
-Only the served width's part is read from the checkpoint. Quantised matrices are kept as codes:
-no dequantised copy is made. A permutation of heads moves whole blocks of 16 columns.
+Only the served width's part is read from the checkpoint. Quantized matrices are kept as codes:
+no dequantized copy is made. A permutation of heads moves whole blocks of 16 columns.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Weights:
     """All weights of the served width.
 
     Attributes:
-        formats: {checkpoint name: "nvfp4" or "fp8"} of the matrices that are quantised.
+        formats: {checkpoint name: "nvfp4" or "fp8"} of the matrices that are quantized.
     """
 
     embedding: torch.Tensor  # [V, D] row-major

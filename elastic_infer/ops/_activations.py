@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..codes import BLOCK
-from ._quantised import dequantise
+from ._quantized import dequantize
 from .nvfp4_quantize import nvfp4_scale, reference as nvfp4
 
 LEAST = 2.0**-100  # a block of int8 whose values are all smaller counts as zero
@@ -31,7 +31,7 @@ def int8(x: torch.Tensor) -> torch.Tensor:
     return (codes.to(x.dtype) * half.to(x.dtype) * 2).flatten(-2)
 
 
-def quantised(form: str, x: torch.Tensor) -> torch.Tensor:
+def quantized(form: str, x: torch.Tensor) -> torch.Tensor:
     """Rows as they are multiplied.
 
     Args:
@@ -49,5 +49,5 @@ def quantised(form: str, x: torch.Tensor) -> torch.Tensor:
     for row in x:
         scale = nvfp4_scale(row[None])
         made = nvfp4({"weight": row[None], "scale": scale})
-        rows.append(dequantise(made["codes"], made["block_scales"], scale, x.dtype))
+        rows.append(dequantize(made["codes"], made["block_scales"], scale, x.dtype))
     return torch.cat(rows) if rows else x

@@ -6,12 +6,12 @@ import torch
 
 from .. import _C
 from ..codes import BLOCK
-from ._activations import quantised
-from ._quantised import dequantise, draw_codes
+from ._activations import quantized
+from ._quantized import dequantize, draw_codes
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows
 from .tiles import NAN_SCALE, TiledWeight
 
-WISHES = ("activation_quantization", "kernel")  # arguments that a case may have
+OPTIONS = ("activation_quantization", "kernel")  # arguments that a case may have
 INT8 = {"weights": "nvfp4", "activation_quantization": "int8"}  # for the CPU alone
 
 
@@ -72,7 +72,7 @@ def plain_weight(a: Arguments, dtype: torch.dtype) -> torch.Tensor:
     if "weight" in a:
         return a["weight"]
     scale = a["scale"].repeat_interleave(torch.tensor(a["segments"]))[:, None]
-    return dequantise(a["codes"], a["block_scales"], scale, dtype)
+    return dequantize(a["codes"], a["block_scales"], scale, dtype)
 
 
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     w = plain_weight(a, wide)
     for r, k in enumerate(width_rows(a, "k_sizes")):
-        own = quantised(form, x[r : r + 1, :k])[0]
+        own = quantized(form, x[r : r + 1, :k])[0]
         y = torch.nn.functional.linear(own.to(wide), w[:, :k].to(wide))
         if a["activation"] == "relu2":
             y = torch.relu(y.to(x.dtype).to(wide)).square()
@@ -139,7 +139,7 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
         "row_width": draw_widths(generator, R, len(case["k"])),
         "k_sizes": torch.tensor(case["k"], dtype=torch.int32),
         "n_sizes": torch.tensor(case["n"], dtype=torch.int32),
-    } | {name: case[name] for name in WISHES if name in case}
+    } | {name: case[name] for name in OPTIONS if name in case}
     for r, k in enumerate(width_rows(a, "k_sizes")):
         a["x"][r, k:] = 0
     return a
@@ -215,7 +215,7 @@ def _sliced(a: Arguments):
             "out": torch.empty(len(rows), sum(n), dtype=a["out"].dtype),
             "activation": a["activation"],
             "row_width": None, "k_sizes": None, "n_sizes": None,
-            **{name: a[name] for name in WISHES if name in a},
+            **{name: a[name] for name in OPTIONS if name in a},
         }  # fmt: skip
         yield cut, {"out": ((rows[:, None], columns), ...)}
 

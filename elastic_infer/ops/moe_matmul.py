@@ -6,10 +6,10 @@ import torch
 
 from .. import _C
 from ..codes import BLOCK
-from ._activations import quantised
-from ._quantised import dequantise, draw_codes
+from ._activations import quantized
+from ._quantized import dequantize, draw_codes
 from ._spec import Arguments, Case, OpSpec, draw_widths, randn, width_rows
-from .matmul import INT8, WISHES, weight_bytes
+from .matmul import INT8, OPTIONS, weight_bytes
 from .tiles import (
     NAN_SCALE,
     ExpertWeights,
@@ -82,7 +82,7 @@ def plain_weights(a: Arguments, name: str, dtype: torch.dtype) -> torch.Tensor:
     if name in a:
         return a[name]
     scale = a[f"{name}_scale"][:, None, None]
-    return dequantise(a[f"{name}_codes"], a[f"{name}_block_scales"], scale, dtype)
+    return dequantize(a[f"{name}_codes"], a[f"{name}_block_scales"], scale, dtype)
 
 
 def _reference(a: Arguments) -> dict[str, torch.Tensor]:
@@ -92,11 +92,11 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     linear, form = torch.nn.functional.linear, a.get("activation_quantization", "none")
     for r, (k, f) in enumerate(zip(width_rows(a, "k_sizes"), width_rows(a, "f_sizes"))):
         total = torch.zeros(k, dtype=wide)
-        own = quantised(form, x[r : r + 1, :k])[0].to(wide)
+        own = quantized(form, x[r : r + 1, :k])[0].to(wide)
         for j in torch.argsort(a["ids"][r], stable=True).tolist():
             e = int(a["ids"][r, j])
             middle = linear(own, up[e, :f, :k].to(wide)).to(x.dtype)
-            middle = quantised(form, torch.relu(middle).square()[None])[0]
+            middle = quantized(form, torch.relu(middle).square()[None])[0]
             y = linear(middle.to(wide), down[e, :k, :f].to(wide)).to(x.dtype)
             total += y.to(wide) * a["weights"][r, j].to(wide)
         if a["shared"] is not None:
@@ -147,7 +147,7 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
         "row_width": draw_widths(generator, R, len(case["k"])),
         "k_sizes": torch.tensor(case["k"], dtype=torch.int32),
         "f_sizes": torch.tensor(case["f"], dtype=torch.int32),
-    } | {name: case[name] for name in WISHES if name in case}
+    } | {name: case[name] for name in OPTIONS if name in case}
 
 
 def _call(a: Arguments, run) -> None:
@@ -220,7 +220,7 @@ def _sliced(a: Arguments):
             "out": torch.empty(len(rows), k, dtype=a["out"].dtype),
             "shared": None if a["shared"] is None else a["shared"][rows, :k].contiguous(),
             "row_width": None, "k_sizes": None, "f_sizes": None,
-            **{name: a[name] for name in WISHES if name in a},
+            **{name: a[name] for name in OPTIONS if name in a},
         }  # fmt: skip
         yield cut, {"out": ((rows[:, None], torch.arange(k)), ...)}
 

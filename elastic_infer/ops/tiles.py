@@ -38,7 +38,7 @@ def image_dtype(image: torch.Tensor) -> torch.dtype:
 
 
 def check_codes(op: str, codes: torch.Tensor, block_scales: torch.Tensor | None) -> None:
-    """Refuses what no quantiser writes: NaN codes of FP8, negative or NaN block scales of NVFP4.
+    """Refuses what no quantizer writes: NaN codes of FP8, negative or NaN block scales of NVFP4.
 
     Raises:
         ValueError: names the op, the argument and the first offender.
@@ -174,7 +174,7 @@ class TiledWeight:
         *,
         check: bool = True,
     ) -> TiledWeight:
-        """Tiles of a quantised matrix, as `nvfp4_quantize` or `fp8_quantize` gives it.
+        """Tiles of a quantized matrix, as `nvfp4_quantize` or `fp8_quantize` gives it.
 
         Args:
             codes: [N, K/2] uint8 (NVFP4) or [N, K] uint8 (FP8).
@@ -376,7 +376,7 @@ class ExpertWeights:
         *,
         check: bool = True,
     ) -> ExpertWeights:
-        """Tiles of quantised matrices.
+        """Tiles of quantized matrices.
 
         Args:
             codes: [E, rows, K/2] uint8 (NVFP4) or [E, rows, K] uint8 (FP8).

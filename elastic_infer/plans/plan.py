@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "as_plan"]
 
-_LONGEST_CLOSING = 1 << 16  # characters; they are tokenised with every request
+_LONGEST_CLOSING = 1 << 16  # characters; they are tokenized with every request
 
 
 def _integer(name: str, value: Any, least: int) -> int:

@@ -1,1 +1,1 @@
-"""Quantised weights: the formats, reading published checkpoints, and making new ones."""
+"""Quantized weights: the formats, reading published checkpoints, and making new ones."""

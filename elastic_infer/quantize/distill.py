@@ -1,4 +1,4 @@
-"""Nested quantisation-aware distillation: weights learn to stand on the grid that they will have.
+"""Nested quantization-aware distillation: weights learn to stand on the grid that they will have.
 
 Scales are those of the search and stay fixed. In every step the weights are rounded to their codes,
 gradients pass the rounding unchanged, and every width is taught by the frozen parent at the same
@@ -92,7 +92,7 @@ class _Rounded(nn.Module):
 
 
 def _attach(model: ElasticNemotronH, packed: Mapping[str, Packed]) -> list[tuple[nn.Module, str]]:
-    """Lets the model see its quantised matrices rounded; gives (module, parameter) of each."""
+    """Lets the model see its quantized matrices rounded; gives (module, parameter) of each."""
     stacked: dict[tuple[str, str], list[Packed]] = {}
     for name, found in packed.items():
         module, expert, rest = name.removesuffix(".weight").partition(".mixer.experts.")
@@ -138,7 +138,7 @@ def distill_quantized(
 
     Args:
         checkpoint: the parent; its weights are where training begins and what it is taught by.
-        packed: {name: codes} of the matrices to quantise, whose scales are kept.
+        packed: {name: codes} of the matrices to quantize, whose scales are kept.
         data: a Corpus, or batches of token ids [B, T] or (ids, weights), as `corpus` describes.
         settings: of the run.
         progress: called with (step, steps, {width: loss}) after every update.
@@ -156,7 +156,7 @@ def distill_quantized(
     settings = settings or DistillSettings()
     if checkpoint.config.tie_word_embeddings and "lm_head.weight" in packed:
         raise InvalidRequest(
-            "distill: a tied head must stay as it is, got lm_head among the matrices to quantise"
+            "distill: a tied head must stay as it is, got lm_head among the matrices to quantize"
         )
     teacher = ElasticNemotronH.load(checkpoint.folder).requires_grad_(False).eval()
     model = ElasticNemotronH.load(checkpoint.folder)
@@ -184,7 +184,7 @@ def _train(
     settings: DistillSettings,
     progress: Callable[[int, int, Mapping[str, float]], None] | None,
 ) -> None:
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0
     )
     for step in range(settings.steps):
@@ -199,9 +199,9 @@ def _train(
                 )
             (loss / len(widths)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = settings.rate(step)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         if progress is not None:
             progress(step + 1, settings.steps, losses)

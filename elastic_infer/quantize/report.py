@@ -1,4 +1,4 @@
-"""Errors of quantised weights, by layer and width."""
+"""Errors of quantized weights, by layer and width."""
 
 from __future__ import annotations
 

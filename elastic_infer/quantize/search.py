@@ -27,7 +27,7 @@ _PIECE = 1 << 14  # blocks worked on at a time, so that temporaries stay in the 
 
 
 class Quantized(NamedTuple):
-    """A quantised matrix and how far it is from the one that was given.
+    """A quantized matrix and how far it is from the one that was given.
 
     Attributes:
         packed: codes and scales.

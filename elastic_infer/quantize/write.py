@@ -1,4 +1,4 @@
-"""Post-training quantisation: an elastic checkpoint with NVFP4 or FP8 matrices, as ModelOpt's.
+"""Post-training quantization: an elastic checkpoint with NVFP4 or FP8 matrices, as ModelOpt's.
 
 The result is again one checkpoint of all widths: blocks lie inside every width, so codes and block
 scales are cut like weights and the scale of a matrix is that of its every prefix.
@@ -48,7 +48,7 @@ _MIXERS = {"in_proj": "mamba", "out_proj": "mamba", "q_proj": "attention", "k_pr
 
 
 def group_of(config: ModelConfig, name: str) -> str | None:
-    """The group of a matrix by its checkpoint name; None for what is never quantised."""
+    """The group of a matrix by its checkpoint name; None for what is never quantized."""
     if name == _HEAD:
         return "head"
     if not name.endswith(".weight") or name.endswith(PLAIN_NAMES) or ".mixer." not in name:
@@ -66,7 +66,7 @@ def group_of(config: ModelConfig, name: str) -> str | None:
 def choose_formats(
     config: ModelConfig, names: Iterable[str], groups: Mapping[str, str], keep: Sequence[str] = ()
 ) -> dict[str, str]:
-    """{name: format} of the matrices to quantise.
+    """{name: format} of the matrices to quantize.
 
     Args:
         config: of the checkpoint.
@@ -102,13 +102,13 @@ def choose_formats(
             f"quantize: keep must match a matrix of {', '.join(groups)}, got {shown(unused[0])}"
         )
     if not out:
-        raise InvalidRequest("quantize: at least one matrix must be left to quantise, got none")
+        raise InvalidRequest("quantize: at least one matrix must be left to quantize, got none")
     check_fused(config, out)
     return out
 
 
 class Quantizer:
-    """Quantises the matrices of a checkpoint, one at a time, and keeps account of the errors.
+    """Quantizes the matrices of a checkpoint, one at a time, and keeps account of the errors.
 
     Args:
         checkpoint: the open one.
@@ -211,7 +211,7 @@ def _part_specs(module: str, shape: tuple[int, ...], kind: str) -> dict[str, tup
 
 
 def check_source(checkpoint: Checkpoint, out: Path) -> None:
-    """Refuses a checkpoint that is quantised already, and a folder that holds something."""
+    """Refuses a checkpoint that is quantized already, and a folder that holds something."""
     checkpoint.require_plain("quantize")
     require_new(out, "quantize")
 
@@ -230,20 +230,20 @@ def quantize_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> ErrorReport:
-    """Writes a checkpoint whose matrices are quantised, and the errors per width beside it.
+    """Writes a checkpoint whose matrices are quantized, and the errors per width beside it.
 
     The folder appears whole (`writing.new_folder`). Without `packed` no more than `threads` + 2
     matrices are in memory.
 
     Args:
-        checkpoint: what to quantise.
+        checkpoint: what to quantize.
         out: new or empty folder.
         formats: of `choose_formats`.
         weights: {width: how much its error counts}, None: all the same.
         packed: {name: codes} to write in place of searching them.
-        state: {name: tensor} in place of the checkpoint's, for what is not quantised.
+        state: {name: tensor} in place of the checkpoint's, for what is not quantized.
         report: to write where `packed` is given.
-        threads: matrices that are quantised at once.
+        threads: matrices that are quantized at once.
         progress: called with (bytes written, bytes in all).
         shard_bytes: size at which the next safetensors file is begun.
 
@@ -251,7 +251,7 @@ def quantize_checkpoint(
         The report, also written to out/quantization.json.
 
     Raises:
-        CheckpointError: quantised already, weights that are not finite, or a folder that is in use
+        CheckpointError: quantized already, weights that are not finite, or a folder that is in use
             or cannot be written.
         InvalidRequest: `weights` that do not fit.
     """
@@ -313,7 +313,7 @@ def _write_configs(
     raw: dict[str, Any] = {**config.raw, "quantization_config": inline}
     if _HEAD in formats and config.tie_word_embeddings:
         raw["tie_word_embeddings"] = False
-        logger.info("quantize: the tied head is written out, quantised, as lm_head.weight")
+        logger.info("quantize: the tied head is written out, quantized, as lm_head.weight")
     if len(checkpoint.widths) > 1:
         table = {name: width_to_dict(config, width) for name, width in checkpoint.widths.items()}
         raw["elastic"] = {"version": 1, "default_width": checkpoint.default_width, "widths": table}

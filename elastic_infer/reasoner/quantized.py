@@ -1,6 +1,6 @@
-"""Accuracy of each width with quantised weights, with and without distillation.
+"""Accuracy of each width with quantized weights, with and without distillation.
 
-``python -m elastic_infer.reasoner.quantized MODEL --out FILE`` quantises MODEL in a
+``python -m elastic_infer.reasoner.quantized MODEL --out FILE`` quantizes MODEL in a
 temporary folder in several ways, runs every width of each on the same held-out problems, and
 writes accuracy, bytes and the errors of the weights after each.
 """
@@ -52,7 +52,7 @@ def training_data(steps: int) -> IteratorData:
 def quantized_folder(
     checkpoint: Checkpoint, out: Path, kind: str, groups: tuple[str, ...], settings: Any
 ) -> dict[str, Any]:
-    """Writes one quantised checkpoint; settings: of the distillation, None without.
+    """Writes one quantized checkpoint; settings: of the distillation, None without.
 
     Returns:
         Its report.

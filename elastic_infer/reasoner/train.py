@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..checkpoint.width_table import parse_widths
 from ..checkpoint.widths import Width
-from ..elastify.torch_model import ElasticNemotronH, Moe, initialise
+from ..elastify.torch_model import ElasticNemotronH, Moe, initialize
 from ..errors import ElasticError
 from ..files.reading import read_json
 from ..files.writing import append_line, make_folder, write_whole
@@ -70,14 +70,14 @@ class Trainer:
     """One run in one folder."""
 
     def __init__(self, out: Path, settings: Settings, seed: int = 0) -> None:
-        from ..elastify.optimiser import MuonAdam
+        from ..elastify.optimizer import MuonAdam
 
         make_folder(out, "train")
         self.out, self.settings = out, settings
         config = reasoner_config()
         self.widths: dict[str, Width] = parse_widths(config, config.elastic)
-        self.model: ElasticNemotronH = initialise(config, seed)
-        self.optimiser = MuonAdam(self.model, settings.muon_lr, settings.adam_lr)
+        self.model: ElasticNemotronH = initialize(config, seed)
+        self.optimizer = MuonAdam(self.model, settings.muon_lr, settings.adam_lr)
         self.step, self.spent, self.pool, self.level = 0, 0.0, 0, 1
         self.tokens_seen, self.learnt = 0, 0.0
         self.random = random.Random(seed)
@@ -93,7 +93,7 @@ class Trainer:
             return
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         for name in ("step", "spent", "pool", "level", "tokens_seen", "learnt"):
             setattr(self, name, state[name])
         self.random.seed(self.step)
@@ -103,7 +103,7 @@ class Trainer:
         """Writes state.pt in one piece."""
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
         }
         for name in ("step", "spent", "pool", "level", "tokens_seen", "learnt"):
             state[name] = getattr(self, name)
@@ -116,7 +116,7 @@ class Trainer:
             told = read_json(path, kind=dict)
             self.settings = dataclasses.replace(self.settings, **told)
         rates = {"muon": self.settings.muon_lr, "adam": self.settings.adam_lr}
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["base_lr"] = rates[group["kind"]]
 
     def report(self, **values: Any) -> None:
@@ -163,9 +163,9 @@ class Trainer:
             loss = self.carry_loss(batch)
             loss.backward()
             losses["carry"] = loss.item()
-        self.optimiser.set_scale(self.scale())
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.set_scale(self.scale())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         if not all(value == value for value in losses.values()):
             raise ElasticError(f"train: losses must be finite, got {losses} at step {self.step}")
         return losses

@@ -67,12 +67,12 @@ class RowProcessors:
         self._stops = sorted(stops) if params.min_tokens > 0 else []
         self._bad = _bad_sequences(params.bad_words, tokenizer, vocab_size)
         self._check_choice()
-        self._penalised = (
+        self._penalized = (
             params.repetition_penalty != 1.0
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
         )
-        self._prompt = [i for i in prompt_ids if i < vocab_size] if self._penalised else []
+        self._prompt = [i for i in prompt_ids if i < vocab_size] if self._penalized else []
         self._cache: dict[str, torch.Tensor] = {}
         self._counted = 0
         self.active = bool(
@@ -80,7 +80,7 @@ class RowProcessors:
             or params.logit_bias
             or self._stops
             or self._bad
-            or self._penalised
+            or self._penalized
             or params.logits_processors
         )
 
@@ -144,8 +144,8 @@ class RowProcessors:
                     list(params.logit_bias.values()), dtype=torch.float32, device="cpu"
                 ),
             )  # fmt: skip
-        if self._penalised:
-            self._penalise(row, token_ids)
+        if self._penalized:
+            self._penalize(row, token_ids)
         if params.logits_processors:
             self._call_functions(row, token_ids, phase)
 
@@ -215,7 +215,7 @@ class RowProcessors:
             mask[self._prompt] = True
         return mask
 
-    def _penalise(self, row: torch.Tensor, token_ids: Sequence[int]) -> None:
+    def _penalize(self, row: torch.Tensor, token_ids: Sequence[int]) -> None:
         counts = self._cache.get("counts")
         if counts is None or counts.device != row.device or len(token_ids) < self._counted:
             counts = torch.zeros(self.vocab_size, dtype=torch.float32, device=row.device)

@@ -1,7 +1,7 @@
 """One pass ahead: on a device, a pass of steps is launched before the tokens of the one before it
 are read out, where these can change nothing about it. The device reads them where it drew them.
 
-`following` says what every branch reads after a pass in flight whatever its tokens are, or that
+`next_parts` says what every branch reads after a pass in flight whatever its tokens are, or that
 this depends on them. When they are known, a branch may have ended with its token (an end token, a
 stop string): what was read ahead for it is discarded. Its place in the cache is free at once,
 since the device does everything in one order: the next owner writes after that pass.
@@ -19,7 +19,7 @@ from .request import Branch
 UNKNOWN = 0  # any id, in the place of one that only the device knows
 
 
-def following(flight: Flight, running: Iterable[Branch], max_length: int) -> list[Part] | None:
+def next_parts(flight: Flight, running: Iterable[Branch], max_length: int) -> list[Part] | None:
     """Reads of the branches after `flight`, in order of arrival; those that end with the token in
     flight, whatever it is, are left out. None where it depends on the tokens in flight, or where
     the host must see the logits that they were drawn from.
@@ -29,7 +29,7 @@ def following(flight: Flight, running: Iterable[Branch], max_length: int) -> lis
         max_length: tokens of the longest sequence.
     """
     drawn = {p.row: i for i, p in enumerate(flight.parts) if p.samples}
-    if flight.ids is None or not all(isinstance(r, Branch) and r.plain for r in drawn):
+    if flight.ids is None or not all(isinstance(r, Branch) and r.needs_no_logits for r in drawn):
         return None
     parts = []
     for branch in running:

@@ -39,11 +39,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Limits:
-    """max_tokens: rows of a pass. max_rows: sequences of a pass. max_wait: passes that a ready row
-    may be left out of."""
+    """Limits of one pass.
 
-    max_tokens: int
-    max_rows: int
+    Attributes:
+        max_num_batched_tokens: its rows.
+        max_num_seqs: its sequences.
+        max_wait: passes that a ready row may be left out of.
+    """
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
     max_wait: int = 4
 
 
@@ -87,15 +92,16 @@ def form_batch(
         candidates = [c for c in candidates if c.width == first.width]
     steps = [c for c in candidates if c.kind == "step"]
     late = any(c.kind == "prefill" and c.waited >= limits.max_wait for c in candidates)
-    most = min(limits.max_rows, limits.max_tokens) - late  # a prompt that waits gets its row
+    # A prompt that waits gets its row.
+    most = min(limits.max_num_seqs, limits.max_num_batched_tokens) - late
     chosen = _steps(steps, limits, cost, mixing)[:most]
     batch = [(c.key, 1) for c in chosen]
-    room = limits.max_tokens - len(chosen)
+    room = limits.max_num_batched_tokens - len(chosen)
     for c in candidates:
         if c.kind != "prefill":
             continue
         n = chunk_length(c.position, c.tokens, room)
-        if n == 0 or len(batch) >= limits.max_rows:
+        if n == 0 or len(batch) >= limits.max_num_seqs:
             break  # a later, shorter prompt must not overtake for ever
         batch.append((c.key, n))
         room -= n

@@ -68,12 +68,12 @@ class Passes:
 
     Args:
         costs: takes the measured times.
-        max_rows: sequences of the largest pass.
+        max_num_seqs: sequences of the largest pass.
     """
 
-    def __init__(self, model: Model, sampler: Sampler, costs: StepCosts, max_rows: int):
+    def __init__(self, model: Model, sampler: Sampler, costs: StepCosts, max_num_seqs: int):
         self._model, self._sampler, self._costs = model, sampler, costs
-        self._read_back = ReadBack(model.device, max_rows)
+        self._read_back = ReadBack(model.device, max_num_seqs)
         self._width_index = {name: i for i, name in enumerate(model.widths)}
         self._ended = 0.0  # when a pass was known to have ended, the last time
 

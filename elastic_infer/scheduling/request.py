@@ -72,7 +72,7 @@ class Branch:
         return bool(self.pending) and self.sequence is not None and self.sequence.slot >= 0
 
     @property
-    def plain(self) -> bool:
+    def needs_no_logits(self) -> bool:
         """True if its tokens are drawn from the logits as they are, and no logits are needed."""
         return not (
             self.processors.active

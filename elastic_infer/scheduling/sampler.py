@@ -83,7 +83,7 @@ class Sampler:
             drawn: what the pass drew from its rows as `parameters` says; it is taken where no row
                 is processed before.
         """
-        if drawn is not None and all(branch.plain for branch in branches):
+        if drawn is not None and all(branch.needs_no_logits for branch in branches):
             return [Drawn(drawn[r], None, None) for r in rows]
         untouched = list(rows) == list(range(len(rows)))
         source = self._device.to(logits[: len(rows)] if untouched else logits[list(rows)])
@@ -115,7 +115,7 @@ class Sampler:
 
     def _on_host(self, source: torch.Tensor, branches: Seq[Branch]) -> dict[int, torch.Tensor]:
         """The rows that the host must see, by branch: not to be changed."""
-        needed = [i for i, branch in enumerate(branches) if not branch.plain]
+        needed = [i for i, branch in enumerate(branches) if not branch.needs_no_logits]
         if not needed:
             return {}
         if self._device.is_cpu:

@@ -17,7 +17,7 @@ from ..model.model import Model
 from ..outputs import Token
 from ..plans.decision import Decision
 from ..user_calls import as_failure, text_of
-from .ahead import following
+from .ahead import next_parts
 from .batching import Candidate, Limits, StepCosts, form_batch
 from .passes import Flight, Part, Passes
 from .reader import Reader
@@ -40,7 +40,7 @@ class Scheduler:
         eos_ids: tokens that end a sequence.
         limits: of one pass.
         mixing: True if rows of different widths share passes.
-        max_running: branches in the cache.
+        max_num_seqs: branches in the cache.
         async_scheduling: True if passes may be launched before the tokens of the last are known
             (`ahead.py`); never on a CPU, which has computed them by then.
     """
@@ -52,19 +52,19 @@ class Scheduler:
         limits: Limits,
         costs: StepCosts,
         mixing: str = "auto",
-        max_running: int = 64,
+        max_num_seqs: int = 64,
         async_scheduling: bool = True,
     ):
         self.model, self.cache = model, model.cache
         self.eos_ids, self.limits, self.costs = frozenset(eos_ids), limits, costs
-        self.mixing, self.max_running = mixing, max_running
+        self.mixing, self.max_num_seqs = mixing, max_num_seqs
         self.sampler = Sampler(model.pool, model.device)
         self.waiting: deque[Request] = deque()
         self.running: list[Branch] = []  # in order of arrival
         self.readers: list[Reader] = []
         self._reader_waits = False
         self._ahead = async_scheduling and not model.device.is_cpu
-        self._passes = Passes(model, self.sampler, costs, limits.max_rows)
+        self._passes = Passes(model, self.sampler, costs, limits.max_num_seqs)
         self._flight: Flight | None = None  # launched in the last step, its tokens not read out
         self.stats = Stats()
         self._width_index = {name: i for i, name in enumerate(model.widths)}
@@ -159,7 +159,7 @@ class Scheduler:
     def _fits_now(self, request: Request) -> bool:
         pages = pages_for(len(request.prompt_ids) + 1) if self.cache.k else 0
         return (
-            len(self.running) + len(request.branches) <= self.max_running
+            len(self.running) + len(request.branches) <= self.max_num_seqs
             and self.spare_slots >= self.slots_for(request)
             and self.cache.pages.free >= pages
         )
@@ -216,7 +216,7 @@ class Scheduler:
         has room."""
         if not self._ahead or self.readers or self.model.last is not flight.result:
             return None
-        ready = following(flight, self.running, self.model.max_length) or []
+        ready = next_parts(flight, self.running, self.model.max_length) or []
         parts = self._choose(ready)
         if any(part.read.kind != "step" for part in parts) or not self._has_room(parts):
             return None

@@ -15,7 +15,7 @@ from ..checkpoint.widths import Width
 from ..errors import OutOfCapacity
 from ..value_checks import check_int
 
-MAX_ROWS = 1024  # sequences of one pass
+MAX_NUM_SEQS = 1024  # sequences of one pass
 DEFAULT_ROWS = 64  # where no max_num_seqs is given
 
 
@@ -145,7 +145,7 @@ def check_limits(
     if max_model_len is not None:
         check_int("engine: max_model_len", max_model_len, 2, context)
     if max_num_seqs is not None:
-        check_int("engine: max_num_seqs", max_num_seqs, 1, MAX_ROWS)
+        check_int("engine: max_num_seqs", max_num_seqs, 1, MAX_NUM_SEQS)
     least = (DEFAULT_ROWS if max_num_seqs is None else max_num_seqs) + PAGE
     check_int("engine: max_num_batched_tokens", max_num_batched_tokens, least, 1 << 20)
     if kv_cache_memory_bytes is not None:

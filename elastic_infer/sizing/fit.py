@@ -40,7 +40,7 @@ def cache_budget(
     Args:
         widths: those of the checkpoint, by active parameters.
         served: the widest to be kept.
-        formats: of quantised matrices (`Checkpoint.formats`).
+        formats: of quantized matrices (`Checkpoint.formats`).
         dtypes: of the cache; None = the model's defaults.
 
     Raises:
@@ -108,7 +108,7 @@ def fit(
     Args:
         length: tokens of a sequence, prompt and output.
         max_num_batched_tokens: rows of the largest pass, which the activation buffers are for.
-        formats: of quantised matrices, as for `weight_bytes`.
+        formats: of quantized matrices, as for `weight_bytes`.
         dtypes: of the cache; None = the model's defaults.
     """
     weights = weight_bytes(config, width, dtype, formats)

@@ -44,7 +44,7 @@ def weight_bytes(
     tiles of their format, else of `dtype`, the router and the small per-head tensors in float32.
 
     Args:
-        formats: {checkpoint name: "nvfp4" or "fp8"} of quantised matrices (`Checkpoint.formats`).
+        formats: {checkpoint name: "nvfp4" or "fp8"} of quantized matrices (`Checkpoint.formats`).
     """
     size, D, store = item_size(dtype), width.hidden_size, _Store(dtype, formats)
     total = (config.vocab_size + 1) * D * size
@@ -88,7 +88,7 @@ def bytes_per_token(
         dtype: of the matrices.
         tracked: for a sequence that tracks, the served width, the state of whose Mamba heads is
             updated too.
-        formats: {checkpoint name: "nvfp4" or "fp8"} of quantised matrices.
+        formats: {checkpoint name: "nvfp4" or "fp8"} of quantized matrices.
     """
     size, D, store = item_size(dtype), width.hidden_size, _Store(dtype, formats)
     total = D * size * 2 + store.weights(head_name(config), config.vocab_size * D)  # norm, a row

@@ -36,7 +36,7 @@ __all__ = ["Tokenizer", "eos_ids_from_folder"]
 # The named special tokens, which chat templates can refer to.
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _NAMED += ("mask_token",)
-_SHORT = 2048  # characters that are tokenised in less time than a thread waits for its turn
+_SHORT = 2048  # characters that are tokenized in less time than a thread waits for its turn
 _TOKENIZER_BYTES = 1 << 30
 _TEMPLATE_BYTES = 4 << 20
 

@@ -155,7 +155,7 @@ def point(think, answer, accuracy, latency, **more):
 
 
 def test_front_and_gains_by_hand():
-    from bench.elastify.front import best_gains, near_gain, pareto
+    from bench.elastify.pareto import best_gains, near_gain, pareto
 
     points = [
         point("L", "L", 0.5, 2.0), point("L", "L", 0.9, 4.0), point("S", "L", 0.8, 2.0),
@@ -176,7 +176,7 @@ def test_front_and_gains_by_hand():
 
 
 def test_prices_count_every_pass(tmp_path):
-    from bench.elastify.front import price_again
+    from bench.elastify.pareto import price_again
     from bench.elastify.price import calculated, from_file, pass_bytes
 
     file = tmp_path / "steps.json"

@@ -70,7 +70,7 @@ def test_factors_that_cannot_be_used(tmp_path, factors, message):
 @pytest.mark.parametrize("factors", [MODELOPT, COMPRESSED])
 @pytest.mark.parametrize("export", ["slice", "quantize", "sort", "elastify"])
 def test_every_export_has_the_factors_of_its_source(tmp_path, factors, export):
-    """Every writer of checkpoints, while attention itself is not quantised."""
+    """Every writer of checkpoints, while attention itself is not quantized."""
     checkpoint = Checkpoint.open(write(tmp_path / "m", factors))
     out = tmp_path / "out"
     if export == "slice":

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: published layouts read, cut and sliced; what cannot be read is named."""
+"""Quantized checkpoints: published layouts read, cut and sliced; what cannot be read is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from elastic_infer.checkpoint.tensor_files import take
 from elastic_infer.codes import encode_e2m1, round_e2m1, unpack_e2m1
 from elastic_infer.errors import CheckpointError
 from support import tiny
-from support.quantized import dequantise, write_quantised
+from support.quantized import dequantize, write_quantized
 
 MIXED = {"experts": "nvfp4", "lm_head": "nvfp4", "q_proj": "nvfp4", "k_proj": "nvfp4",
          "v_proj": "nvfp4", "o_proj": "fp8", "in_proj": "fp8", "out_proj": "nvfp4"}  # fmt: skip
@@ -32,7 +32,7 @@ def make(tmp_path, layout="modelopt", formats=MIXED, seed=3):
     config = tiny.tiny_config(seed)
     widths = tiny.tiny_widths(config, seed, count=3, per_layer=False)
     folder = tmp_path / "full"
-    true = write_quantised(folder, config, widths, formats, layout=layout, seed=seed)
+    true = write_quantized(folder, config, widths, formats, layout=layout, seed=seed)
     return folder, true
 
 
@@ -157,9 +157,9 @@ BAD_TENSORS = {
     ),
     "a plain weight beside scales": (
         _set("lm_head.weight", lambda t: torch.zeros(t.shape[0], t.shape[1] * 2)),
-        r"lm_head\.weight must be quantised where there is lm_head\.weight_scale",
+        r"lm_head\.weight must be quantized where there is lm_head\.weight_scale",
     ),
-    "a quantised embedding": (
+    "a quantized embedding": (
         _set("backbone.embeddings.weight", lambda t: t.to(torch.float8_e4m3fn)),
         r"embeddings\.weight must be float32, bfloat16 or float16 \(embedding",
     ),
@@ -217,14 +217,14 @@ BAD_CONFIGS = {
         lambda c: c["quantized_layers"]["lm_head"].update(group_size=32), "group_size.*must be 16",
     ),
     "mixed without layers": (lambda c: c.pop("quantized_layers"), "quantized_layers"),
-    "a layer that is not said to be quantised": (
-        _pop_layer, r"lm_head\.weight must be not quantised as config.json states, got nvfp4",
+    "a layer that is not said to be quantized": (
+        _pop_layer, r"lm_head\.weight must be not quantized as config.json states, got nvfp4",
     ),
     "a layer of another format": (
         lambda c: c["quantized_layers"].update(lm_head={"quant_algo": "FP8"}),
         r"lm_head\.weight must be fp8 as config.json states, got nvfp4",
     ),
-    "an ignored layer": (lambda c: c["ignore"].append("lm_*"), "must be not quantised"),
+    "an ignored layer": (lambda c: c["ignore"].append("lm_*"), "must be not quantized"),
     "a layer that is not there": (
         lambda c: c["quantized_layers"].update(
             {"backbone.layers.0.mixer.gate": {"quant_algo": "FP8"},
@@ -312,7 +312,7 @@ def test_what_is_written_is_what_is_read(tmp_path, kinds):
 def test_the_independent_reader_reads_e4m3_as_torch_does():
     bits = torch.arange(256, dtype=torch.uint8)
     want = bits.view(torch.float8_e4m3fn).double()
-    got = torch.from_numpy(dequantise(bits.numpy()[None], None, 1.0))[0]
+    got = torch.from_numpy(dequantize(bits.numpy()[None], None, 1.0))[0]
     assert torch.equal(got[want.isfinite()], want[want.isfinite()])
     assert bool(got[~want.isfinite()].isnan().all())
 

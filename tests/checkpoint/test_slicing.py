@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from elastic_infer.checkpoint.checkpoint import Checkpoint
 from elastic_infer.checkpoint.derive import derive_widths
-from elastic_infer.checkpoint.layout import hull, is_uniform, tensor_selections
+from elastic_infer.checkpoint.layout import is_uniform, smallest_uniform_width, tensor_selections
 from elastic_infer.checkpoint.slicing import slice_checkpoint, slice_state_dict
 from elastic_infer.checkpoint.tensor_files import take
 from elastic_infer.errors import CheckpointError, WidthError
@@ -171,7 +171,7 @@ def test_per_layer_slice_is_an_elastic_folder_with_one_width(tmp_path):
     assert set(kept) == set(want)
     for name, value in want.items():
         assert torch.equal(exported.tensor(name, *kept[name]), value), name
-    cut = hull(checkpoint.config, width)
+    cut = smallest_uniform_width(checkpoint.config, width)
     assert load_all(out).keys() == tensor_selections(checkpoint.config, cut).keys()
     table = derive_widths(checkpoint, {"S": out})
     assert (

@@ -14,7 +14,13 @@ from rich.console import Console
 import elastic_infer
 from elastic_infer import Checkpoint, InvalidRequest, Plan
 from elastic_infer.checkpoint.counts import count_parameters, kv_bytes_per_token, state_bytes
-from elastic_infer.cli import chatting, common, generation, inspection, slices
+from elastic_infer.cli import (
+    chat,
+    common,
+    generate,
+    info,
+    slice as slices,
+)
 from elastic_infer.sizing.fit import fit
 from elastic_infer.sizing.footprint import bytes_per_token, weight_bytes
 from support import engines, tiny
@@ -202,7 +208,7 @@ def test_tokens_have_the_colour_of_their_width_on_a_terminal(engine, monkeypatch
     monkeypatch.setattr(common, "errors", lambda: screen)
     plan = Plan.schedule([(0, "S"), (2, "L")])
     params = common.sampling_params(engine, temperature=0.0, max_tokens=4)
-    generation.stream(engine.submit("hello", params, plan), ["S", "L"])
+    generate.stream(engine.submit("hello", params, plan), ["S", "L"])
     cyan, magenta = "\x1b[36m", "\x1b[35m"
     text = seen.getvalue()
     assert 0 <= text.index(cyan) < text.index(magenta)
@@ -216,7 +222,7 @@ def test_chat_answers_every_line_of_a_pipe(folder, engine):
     given = "hello\n/width S\n\nhello\n/exit\nnever\n"
     said = run("chat", folder, "--temperature", 0, "--max-tokens", 3, stdin=given)
     params = common.sampling_params(engine, temperature=0.0, max_tokens=3)
-    talk = chatting.Conversation(engine, params)
+    talk = chat.Conversation(engine, params)
     shown = []
     talk.answer("hello", lambda token: shown.append(token.text))
     talk.set_width("S")
@@ -228,7 +234,7 @@ def test_chat_answers_every_line_of_a_pipe(folder, engine):
 
 def test_chat_remembers_what_was_said(engine):
     params = common.sampling_params(engine, temperature=0.0, max_tokens=3)
-    talk = chatting.Conversation(engine, params, system="be brief")
+    talk = chat.Conversation(engine, params, system="be brief")
     talk.template["enable_thinking"] = False
     first = talk.answer("one", lambda token: None)
     asked = engine.chat_prompt(
@@ -265,8 +271,8 @@ def test_a_mistake_in_a_terminal_is_told_and_the_conversation_goes_on(engine, mo
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     told = []
     monkeypatch.setattr(common, "tell", told.append)
-    talk = chatting.Conversation(engine, common.sampling_params(engine))
-    chatting.converse(talk, interactive=True)
+    talk = chat.Conversation(engine, common.sampling_params(engine))
+    chat.converse(talk, interactive=True)
     assert len(told) == 1 and "got 'XL'" in told[0] and repr(talk.plan) == "Plan.fixed('S')"
     assert next(lines, None) is None
 
@@ -337,13 +343,13 @@ def test_info_shows_ranges_of_per_layer_sizes(tmp_path):
     [("16GB", 16e9), ("24 GiB", 24 * 2**30), ("512m", 512e6), ("7", 7), ("1.5T", 1.5e12)],
 )
 def test_memory_sizes(text, size):
-    assert inspection.parse_memory(text) == size
+    assert info.parse_memory(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "16XB", "1e9", "16 GB and more"])
 def test_memory_that_is_no_size_is_refused(text):
     with pytest.raises(InvalidRequest, match="--memory: must be a size"):
-        inspection.parse_memory(text)
+        info.parse_memory(text)
 
 
 # footprint ---------------------------------------------------------------------------------------

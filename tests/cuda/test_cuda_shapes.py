@@ -68,8 +68,8 @@ def test_output_dtype_is_the_callers(rows, out):
 
 @pytest.mark.parametrize("weights", ["nvfp4", "fp8"])
 @pytest.mark.parametrize("rows", [1, 5, 20])
-def test_quantised_weights_cost_no_accuracy(rows, weights):
-    """Against float64 on the dequantised weights, the rounding of the output is all the error."""
+def test_quantized_weights_cost_no_accuracy(rows, weights):
+    """Against float64 on the dequantized weights, the rounding of the output is all the error."""
     spec = registry()["matmul"]
     sizes = {"R": rows, "K": 1120, "segments": (80, 16), "k": (1120,), "n": ((80, 16),),
              "act": "none", "weights": weights}  # fmt: skip

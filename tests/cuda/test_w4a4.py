@@ -1,5 +1,5 @@
 """NVFP4 activations with NVFP4 weights, on the emulated GPU: the matrix instruction against its
-manual's tables, the quantised rows against numpy, products against float64, and who is refused."""
+manual's tables, the quantized rows against numpy, products against float64, and who is refused."""
 
 
 import numpy as np
@@ -20,7 +20,7 @@ from support.emulated import (
     installed,
     load,
 )
-from support.quantized import dequantise, e4m3, identity, numpy_nvfp4
+from support.quantized import dequantize, e4m3, identity, numpy_nvfp4
 from support.w4a4 import (
     CASES,
     EXPERTS,
@@ -114,8 +114,8 @@ def edges():
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("name", edges())
-def test_rows_are_quantised_as_numpy_does(name, dtype):
-    """Weights that are the identity give the quantised values back, to the last bit."""
+def test_rows_are_quantized_as_numpy_does(name, dtype):
+    """Weights that are the identity give the quantized values back, to the last bit."""
     x = edges()[name].to(dtype)
     K = x.shape[1]
     weight = TiledWeight.pack_codes(*identity(K), torch.ones(1))
@@ -125,7 +125,7 @@ def test_rows_are_quantised_as_numpy_does(name, dtype):
         if g == 0:
             assert not got[r].any()
             continue
-        exact = dequantise(*numpy_nvfp4(values[None], g), 1.0)[0].astype(np.float32)
+        exact = dequantize(*numpy_nvfp4(values[None], g), 1.0)[0].astype(np.float32)
         assert np.array_equal(got[r], exact * g), f"row {r}"
 
 
@@ -154,27 +154,27 @@ def test_rows_of_experts_that_are_not_finite_give_nan(bad):
     assert _laws.same_bits(got[rest], want[rest])
 
 
-def test_the_accuracy_benchmark_quantises_alike(monkeypatch):
+def test_the_accuracy_benchmark_quantizes_alike(monkeypatch):
     """`bench/cpu/activations.py` does in torch what the kernel does."""
-    from bench.cpu.activations import quantise
+    from bench.cpu.activations import quantize
 
     for x in edges().values():
-        got = quantise(x).numpy()
+        got = quantize(x).numpy()
         for r, values in enumerate(x.numpy()):
             g = np.float32(np.abs(values).max() / np.float32(6 * 448)) or np.float32(1)
-            exact = dequantise(*numpy_nvfp4(values[None], g), 1.0)[0].astype(np.float32)
+            exact = dequantize(*numpy_nvfp4(values[None], g), 1.0)[0].astype(np.float32)
             assert np.array_equal(got[r], exact * g)
 
 
 def test_the_accuracy_benchmark_multiplies_experts_alike(monkeypatch):
-    from bench.cpu.activations import quantising_experts
+    from bench.cpu.activations import quantizing_experts
 
     a = make(EXPERTS[5], torch.float32)
     want, given = reference(a), _laws.copy(a)
     for name in ("up", "down"):
         parts = [given.pop(f"{name}_{p}") for p in ("codes", "block_scales", "scale")]
         given[name] = ExpertWeights.pack_codes(*parts)
-    got = quantising_experts(run=None, **given).double()
+    got = quantizing_experts(run=None, **given).double()
     for r, width in enumerate(a["row_width"].tolist()):
         k = int(a["k_sizes"][width])
         assert (got[r, :k] - want[r, :k]).norm() <= 1e-5 * want[r].norm()
@@ -185,8 +185,8 @@ def test_the_accuracy_benchmark_multiplies_experts_alike(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("case", CASES + EXPERTS, ids=str)
-def test_products_are_those_of_quantised_rows(case, dtype):
-    """Against float64 on dequantised weights and rows, in three orders of threads and blocks."""
+def test_products_are_those_of_quantized_rows(case, dtype):
+    """Against float64 on dequantized weights and rows, in three orders of threads and blocks."""
     check_products(emu, make(case, dtype))
 
 
@@ -272,7 +272,7 @@ def tiled_experts(form):
 
 
 REFUSALS = pytest.mark.parametrize(
-    "form, capability, wish, message",
+    "form, capability, requested, message",
     [
         ("nvfp4", 90, "nvfp4", "be none: the device has compute capability 9.0, 12.x needed, got"),
         ("nvfp4", 100, "nvfp4", "be none: the device has compute capability 10.0, 12.x needed"),
@@ -284,16 +284,16 @@ REFUSALS = pytest.mark.parametrize(
 
 
 @REFUSALS
-def test_other_cards_and_weights_are_refused(form, capability, wish, message):
+def test_other_cards_and_weights_are_refused(form, capability, requested, message):
     emu.device(compute_capability=capability)
     weight = tiled(form)
     x, out = torch.zeros(1, weight.columns, dtype=BF16), torch.zeros(1, weight.rows, dtype=BF16)
     with pytest.raises(ValueError, match=f"^matmul: activation_quantization must {message}"):
-        matmul(x, weight, out, activation_quantization=wish)
+        matmul(x, weight, out, activation_quantization=requested)
 
 
 @REFUSALS
-def test_other_cards_and_experts_are_refused(form, capability, wish, message):
+def test_other_cards_and_experts_are_refused(form, capability, requested, message):
     emu.device(compute_capability=capability)
     up, down = tiled_experts(form)
     x = torch.zeros(2, up.columns, dtype=BF16)
@@ -301,7 +301,7 @@ def test_other_cards_and_experts_are_refused(form, capability, wish, message):
     room = moe_workspace_bytes(2, 3, up.experts, up.columns, up.rows, BF16)
     with pytest.raises(ValueError, match=f"^moe_matmul: activation_quantization must {message}"):
         moe_matmul(
-            x, up, down, ids, weights, torch.empty_like(x), activation_quantization=wish,
+            x, up, down, ids, weights, torch.empty_like(x), activation_quantization=requested,
             workspace=torch.zeros(room, dtype=torch.uint8),
         )  # fmt: skip
 

@@ -140,8 +140,8 @@ def test_gradient_accumulation_is_the_mean_of_its_micro_steps(tmp_path):
                           widths=widths)
         with torch.no_grad():  # a student that differs from its teacher
             owner.model.lm_head.weight.mul_(1.1)
-        update = owner.optimiser.step
-        owner.optimiser.step = lambda: (
+        update = owner.optimizer.step
+        owner.optimizer.step = lambda: (
             seen.append([p.grad.clone() for p in owner.model.parameters()]), update()
         )
         owner.run()
@@ -196,8 +196,8 @@ def test_switch_training_is_the_divergence_behind_the_switch(tmp_path, monkeypat
     with torch.no_grad():  # a student that differs from its teacher
         owner.model.lm_head.weight.mul_(1.1)
     student, seen = copy.deepcopy(owner.model), []
-    update = owner.optimiser.step
-    owner.optimiser.step = lambda: (
+    update = owner.optimizer.step
+    owner.optimizer.step = lambda: (
         seen.extend(p.grad.clone() for p in owner.model.parameters()), update()
     )
     owner.run()
@@ -298,7 +298,7 @@ def test_muon_learns_faster_than_adamw_and_continues_to_the_same_weights(tmp_pat
     run = {"stages": (Stage(30, 24, 4),), "accumulate": 1, "lr": 3e-3, "save_every": 7}
     losses = {
         kind: Distiller(
-            random_model(3), corpus(), tmp_path / kind, settings(**run, optimiser=kind)
+            random_model(3), corpus(), tmp_path / kind, settings(**run, optimizer=kind)
         ).run().losses["S"]
         for kind in ("adamw", "muon")
     }
@@ -311,7 +311,7 @@ def test_muon_learns_faster_than_adamw_and_continues_to_the_same_weights(tmp_pat
         if step == 10:
             raise Stop
 
-    given = settings(**run, optimiser="muon")
+    given = settings(**run, optimizer="muon")
     with pytest.raises(Stop):
         Distiller(random_model(3), corpus(), tmp_path / "again", given).run(stop)
     again = Distiller(random_model(3), corpus(), tmp_path / "again", given)
@@ -439,7 +439,7 @@ def test_bad_settings_and_data_are_refused(tmp_path):
         ({"names": ("a", "a", "b")}, "3 different ones"),
         ({"precision": "fp8"}, "precision must be"),
         ({"lr": 0}, "lr must be positive"),
-        ({"optimiser": "sgd"}, "optimiser must be adamw or muon, got 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer must be adamw or muon, got 'sgd'"),
         ({"switch_probability": 1.5}, r"must be in .0, 1. and finite, got 1.5"),
         ({"budgets": (1.0,), "switch_probability": 0.5, "stages": (Stage(1, 8),)},
          "must be 0 with one budget"),

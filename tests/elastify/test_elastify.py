@@ -192,16 +192,16 @@ def test_numbers_and_stages_of_the_command():
 def learned(per_layer: bool = True) -> LearnedSizes:
     config = random_model(3).config
     router = Router(config, [1.0, 0.7, 0.4], CHOICES, per_layer=per_layer, inner=16, seed=4)
-    optimiser = torch.optim.Adam(router.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
     cost = Cost("total")
     from elastic_infer.elastify.router import budget_loss
 
     for step in range(240):  # the budget loss alone
         budget = router.budgets[step % 3]
         loss, _ = budget_loss(router, router.probabilities(budget, 0.5, 2.0), budget, cost)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     names = {"L": 1.0, "M": 0.7, "S": 0.4}
     widths = {name: router.width(budget, name) for name, budget in names.items()}
     return LearnedSizes(router, cost, widths, {"L": 0.0, "M": 0.2, "S": 0.6})

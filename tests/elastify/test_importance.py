@@ -24,7 +24,7 @@ def one_thread():
 
 
 def inputs_of(model, ids):
-    """The input of every mixer and the final normalised state, by a loop of its own."""
+    """The input of every mixer and the final normalized state, by a loop of its own."""
     x = F.embedding(ids, model.backbone.embeddings.weight)
     found = []
     for block in model.backbone.layers:

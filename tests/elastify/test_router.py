@@ -69,7 +69,7 @@ def test_hard_masks_give_the_logits_of_the_slice(name):
 def test_hard_masks_of_per_layer_choices():
     config = {**tiny_config(0), "hybrid_override_pattern": "M*ME-E", "num_hidden_layers": 6}
     config.update(n_groups=2, mamba_num_heads=6, n_routed_experts=6, num_experts_per_tok=2)
-    model = ElasticNemotronH(ModelConfig.from_dict(config)).initialise(1)
+    model = ElasticNemotronH(ModelConfig.from_dict(config)).initialize(1)
     table = {"mamba_num_heads": [2, 6], "n_routed_experts": [6, 3]}
     owner = Router(
         model.config,
@@ -231,7 +231,7 @@ def test_budget_loss_has_a_dead_zone_and_a_term_for_the_full_budget():
 def test_the_budget_loss_alone_learns_the_budget(kind):
     owner = router(seed=2)
     cost = Cost(kind, bits_per_weight=8, context=10)
-    optimiser = torch.optim.AdamW(owner.parameters(), lr=1e-2, weight_decay=0)
+    optimizer = torch.optim.AdamW(owner.parameters(), lr=1e-2, weight_decay=0)
     generator = torch.Generator().manual_seed(0)
     for step in range(600):
         budget = owner.budgets[step % 3]
@@ -239,9 +239,9 @@ def test_the_budget_loss_alone_learns_the_budget(kind):
             budget, temperature(step / 600), logit_scale(step / 600), generator
         )
         loss, _ = budget_loss(owner, pi, budget, cost)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     whole = cost.of(owner.config, full_width(owner.config))
     for budget in (0.7, 0.4):
         share = cost.of(owner.config, owner.width(budget)) / whole

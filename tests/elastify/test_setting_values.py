@@ -1,4 +1,4 @@
-"""Settings of training, quantisation and budgets: any value is taken or refused by name.
+"""Settings of training, quantization and budgets: any value is taken or refused by name.
 
 Family: values of every type, ints beyond floats and beyond what Python prints, NaN, infinities,
 empty and nested containers, lone surrogates, in every field of every settings object.
@@ -88,7 +88,7 @@ def test_sizes_as_text_of_any_value(value):
 
 
 @given(value=any_value)
-def test_quantisation_of_any_groups_patterns_and_weights(checkpoint, value):
+def test_quantization_of_any_groups_patterns_and_weights(checkpoint, value):
     config, names = checkpoint.config, checkpoint.names
     tries = [
         lambda: choose_formats(config, names, {"mamba": value}),

@@ -30,8 +30,8 @@ from support.engines import (
     sized_engine,
     text_engine,
 )
-from support.late import Late, late_device
 from support.plans import plans
+from tests.support.late_device import Late, late_device
 
 emu = load(built())
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)

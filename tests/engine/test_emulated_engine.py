@@ -24,7 +24,7 @@ from support.engines import (
     run_read,
     sized_engine,
 )
-from support.quantized import write_quantised
+from support.quantized import write_quantized
 
 emu = load(built())
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -131,11 +131,11 @@ def test_steady_steps_draw_in_the_pass_and_copy_once(engine, expected, monkeypat
 def test_sizes_of_recorded_passes(engine):
     sizes = [engine.core.model.recorded_size(n) for n in range(1, 17)]
     assert sizes == list(range(1, 17))  # the engine's max_num_seqs is 16
-    engine.core.model.max_segments, kept = 100, engine.core.model.max_segments
+    engine.core.model.max_num_seqs, kept = 100, engine.core.model.max_num_seqs
     try:
         found = {n: engine.core.model.recorded_size(n) for n in range(1, 101)}
     finally:
-        engine.core.model.max_segments = kept
+        engine.core.model.max_num_seqs = kept
     assert all(n <= size <= max(n * 5 / 4, 16) for n, size in found.items())
     assert found[17] == 20 and found[65] == 80 and found[100] == 100
     assert len(set(found.values())) == 16 + 12 + 3
@@ -235,9 +235,9 @@ def test_one_bad_row_ends_alone(engine, expected):
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
-def test_quantised_weights_give_the_logits_of_the_cpu(tmp_path, kind):
+def test_quantized_weights_give_the_logits_of_the_cpu(tmp_path, kind):
     """Codes go to the device and into its own order of tiles; every width reads its prefix."""
-    write_quantised(tmp_path, base_config(), base_widths(), {"": kind}, seed=1)
+    write_quantized(tmp_path, base_config(), base_widths(), {"": kind}, seed=1)
     with open_engine(tmp_path, device="cpu") as cpu:
         wanted = {width: cpu.score(PROMPT, width=width).clone() for width in WIDTHS}
     with installed(emu), open_engine(tmp_path, device="emulated") as engine:

@@ -1,4 +1,4 @@
-"""The engine on quantised checkpoints: every width against float64-exact weights in transformers,
+"""The engine on quantized checkpoints: every width against float64-exact weights in transformers,
 a slice against the prefix bit for bit, and the memory that is told."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from elastic_infer.model.loader import WeightLoader
 from elastic_infer.sampling.params import SamplingParams
 from elastic_infer.sizing.footprint import bytes_per_token, mean_bits, weight_bytes
 from support import engines, tiny
-from support.quantized import plain_folder, write_quantised
+from support.quantized import plain_folder, write_quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17, 33, 55, 101, 9, 6, 70]
 
 def make(tmp_path, formats, layout="modelopt", dtype=torch.float32):
     config, widths = engines.base_config(), engines.base_widths()
-    true = write_quantised(
+    true = write_quantized(
         tmp_path / "q", config, widths, formats, layout=layout, dtype=dtype, seed=1
     )
     return config, widths, true, tmp_path / "q"
@@ -42,7 +42,7 @@ def scores(folder, width=None, **options):
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 @pytest.mark.parametrize("formats", FORMATS)
-def test_every_width_is_transformers_on_the_dequantised_weights(tmp_path, formats, layout):
+def test_every_width_is_transformers_on_the_dequantized_weights(tmp_path, formats, layout):
     """float32 activations: logits within 1e-4 of the largest one, as for plain weights."""
     config, widths, true, folder = make(tmp_path, FORMATS[formats], layout)
     plain = plain_folder(tmp_path / "plain", config, widths, true)

@@ -139,9 +139,9 @@ def test_modes_that_a_processor_leaves_behind_change_nothing(folder, tmp_path, e
 
 def written(folder, tmp_path):
     """What the tools make of a checkpoint: its fingerprint, a slice's bytes, a table derived from
-    it, the bytes of quantised weights."""
+    it, the bytes of quantized weights."""
     source = Checkpoint.open(folder)
-    cut, codes = tmp_path / "slice", tmp_path / "quantised"
+    cut, codes = tmp_path / "slice", tmp_path / "quantized"
     slice_checkpoint(source, "S", cut)
     formats = choose_formats(source.config, source.names, {"head": "fp8", "mlp": "nvfp4"})
     quantize_checkpoint(source, codes, formats)

@@ -10,7 +10,7 @@ from elastic_infer.errors import InvalidRequest
 from elastic_infer.ops.moe_matmul import moe_matmul
 from support.emulated import built, installed, load
 from support.engines import base_config, base_widths, open_engine
-from support.quantized import write_quantised
+from support.quantized import write_quantized
 
 emu = load(built())
 TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17]
@@ -26,12 +26,12 @@ def card(capability):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_quantised(tmp_path, base_config(), base_widths(), {"": "nvfp4"}, seed=1)
+    write_quantized(tmp_path, base_config(), base_widths(), {"": "nvfp4"}, seed=1)
     return tmp_path
 
 
-def test_engine_multiplies_quantised_rows(folder, monkeypatch):
-    """Beside the CPU's engine with every row quantised in torch ahead of such a product, as
+def test_engine_multiplies_quantized_rows(folder, monkeypatch):
+    """Beside the CPU's engine with every row quantized in torch ahead of such a product, as
     `bench/cpu/activations.py` has it; without experts it would not be the same."""
     from bench.cpu import activations
 

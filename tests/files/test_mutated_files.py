@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from elastic_infer import ElasticError, Engine, SamplingParams
 from elastic_infer.checkpoint import config
-from elastic_infer.cli import inspection
+from elastic_infer.cli import info
 from support import engines, mutation, quantized, tiny
 
 SECONDS, MEGABYTES = 30, 1500  # of one file; what is right takes a hundredth
@@ -43,9 +43,9 @@ def write_shards(folder):
     tiny.write_tiny(folder, engines.base_config(), engines.base_widths(), seed=7, shards=2)
 
 
-def write_quantised(folder, layout):
+def write_quantized(folder, layout):
     formats = {"experts": "nvfp4", "in_proj": "fp8"}
-    quantized.write_quantised(
+    quantized.write_quantized(
         folder, engines.base_config(), engines.base_widths(), formats, layout=layout, seed=2
     )
     if layout == "modelopt":  # what config.json states lies beside it
@@ -68,8 +68,8 @@ KINDS = {
     "tokenizer.json": write_text,
     "model.safetensors": write_text,
     "model.safetensors.index.json": write_shards,
-    "hf_quant_config.json": lambda folder: write_quantised(folder, "modelopt"),
-    "config.json of groups": lambda folder: write_quantised(folder, "compressed-tensors"),
+    "hf_quant_config.json": lambda folder: write_quantized(folder, "modelopt"),
+    "config.json of groups": lambda folder: write_quantized(folder, "compressed-tensors"),
     "config.json of MLP layers": write_mlp,
 }
 
@@ -146,8 +146,8 @@ def test_a_size_of_any_kind_of_layer_takes_no_memory(tmp_path, pattern):
     raw["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*"]}
 
     def describe_bare():
-        opened = inspection.open_sizes(str(bare), None, None)
-        inspection.describe(opened, 2**36, 4096, "auto", "auto")
+        opened = info.open_sizes(str(bare), None, None)
+        info.describe(opened, 2**36, 4096, "auto", "auto")
 
     for key in SIZES:
         for value in (10**9, 2**31 - 1, 2**31, 2**62, 10**40, -1):

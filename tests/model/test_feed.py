@@ -10,7 +10,7 @@ from elastic_infer.ops.embed import embed
 from elastic_infer.scheduling.reads import Read
 from support.emulated import built, load
 from support.engines import base_engine, draw, run_read
-from support.late import Late, late_device
+from tests.support.late_device import Late, late_device
 
 emu = load(built())
 WIDTHS = ("L", "S", "M")  # a pass has its rows in another order

@@ -1,4 +1,4 @@
-"""Activations as int8 with NVFP4 weights, on the CPU: rows as numpy quantises them, products
+"""Activations as int8 with NVFP4 weights, on the CPU: rows as numpy quantizes them, products
 against float64, the laws of every op, what the engine does with them, and who is refused."""
 
 import numpy as np
@@ -17,7 +17,7 @@ from elastic_infer.ops.tiles import TiledWeight
 from support.commands import refused, run
 from support.emulated import built, installed, load
 from support.engines import base_config, base_widths, open_engine
-from support.quantized import identity, write_quantised
+from support.quantized import identity, write_quantized
 
 BF16 = torch.bfloat16
 SPECS = registry()
@@ -87,8 +87,8 @@ def edges():
 @pytest.mark.parametrize("isa", _C.usable_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("name", edges())
-def test_rows_are_quantised_as_numpy_does(name, dtype, isa):
-    """Weights that are the identity give every quantised value back: codes exactly, steps within
+def test_rows_are_quantized_as_numpy_does(name, dtype, isa):
+    """Weights that are the identity give every quantized value back: codes exactly, steps within
     their rounding to float32."""
     x = edges()[name].to(dtype)
     K = x.shape[1]
@@ -200,7 +200,7 @@ TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    write_quantised(path, base_config(), base_widths(), {"": "nvfp4"}, seed=1)
+    write_quantized(path, base_config(), base_widths(), {"": "nvfp4"}, seed=1)
     return path
 
 

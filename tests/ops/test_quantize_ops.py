@@ -1,4 +1,4 @@
-"""Quantised weights in the ops: the quantisers against numpy, products against float64, and what is
+"""Quantized weights in the ops: the quantizers against numpy, products against float64, and what is
 refused by name."""
 
 import numpy as np
@@ -7,7 +7,7 @@ import torch
 
 from elastic_infer import _C
 from elastic_infer.ops import Pool
-from elastic_infer.ops._quantised import dequantise, draw_codes
+from elastic_infer.ops._quantized import dequantize, draw_codes
 from elastic_infer.ops.fp8_quantize import fp8_quantize
 from elastic_infer.ops.matmul import matmul
 from elastic_infer.ops.nvfp4_quantize import nvfp4_quantize
@@ -105,7 +105,7 @@ def test_every_code_is_exact(form, rows, isa):
     else:
         blocks[:, 0] = torch.arange(128).clamp(max=126).to(torch.uint8)
     weight = TiledWeight.pack_codes(codes, blocks, torch.ones(1))
-    want = dequantise(codes, blocks, 1.0, torch.float32)
+    want = dequantize(codes, blocks, 1.0, torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
         for first in range(0, 64, rows):
             x = torch.zeros(rows, 64, dtype=dtype)
@@ -119,7 +119,7 @@ def test_every_code_is_exact(form, rows, isa):
 @pytest.mark.parametrize("isa", _C.usable_isas())
 @pytest.mark.parametrize("rows", [1, 30])
 def test_weight_only_accuracy(rows, isa):
-    """bfloat16 activations within 4e-3 of float64 on the dequantised weights, norm-wise."""
+    """bfloat16 activations within 4e-3 of float64 on the dequantized weights, norm-wise."""
     g = torch.Generator().manual_seed(1)
     weight = torch.randn(192, 1920, generator=g) * 0.02
     codes = torch.empty(192, 960, dtype=torch.uint8)
@@ -129,7 +129,7 @@ def test_weight_only_accuracy(rows, isa):
     tiled = TiledWeight.pack_codes(codes, blocks, torch.tensor([scale]))
     out = torch.empty(rows, 192, dtype=torch.bfloat16)
     matmul(x, tiled, out, run=Pool(1, isa))
-    exact = x.double() @ dequantise(codes, blocks, scale, torch.float64).T
+    exact = x.double() @ dequantize(codes, blocks, scale, torch.float64).T
     assert (out.double() - exact).norm() <= 4e-3 * exact.norm()
 
 

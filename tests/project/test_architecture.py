@@ -238,7 +238,7 @@ NATIVE = tracked("*.cpp", "*.h", "*.cu", "*.cuh")
 FORBIDDEN = {
     r"#\s*include\s*[<\"](torch|ATen|c10)/": "torch headers: the binding is DLPack",
     r"\bcuda(Malloc|Free)\w*\s*\(": "ops never allocate",
-    r"\bcudaDeviceSynchronize\s*\(": "ops never synchronise",
+    r"\bcudaDeviceSynchronize\s*\(": "ops never synchronize",
     r"\b(secure_)?getenv\s*\(": "nothing is read from the environment",
     r"\b(f?printf|puts)\s*\(|std::cout|std::cerr": "a library does not print",
     r"(?<![\w.])(exit|abort|_Exit)\s*\(": "errors are exceptions",

@@ -156,7 +156,7 @@ def test_embed_reads_no_body_beyond_its_bound(reasoner):
     assert sum(map(len, read)) <= embed.MOST_BYTES + 4096
 
 
-def test_embed_tokenises_beside_the_event_loop(reasoner, monkeypatch):
+def test_embed_tokenizes_beside_the_event_loop(reasoner, monkeypatch):
     """What takes time in a question is no work of the thread that serves all clients."""
     threads = []
     encode = reasoner.tokenizer.encode

@@ -1,4 +1,4 @@
-"""Making quantised checkpoints: scales, what is written, distillation, the command."""
+"""Making quantized checkpoints: scales, what is written, distillation, the command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from elastic_infer.quantize.search import (
 )
 from elastic_infer.quantize.write import GROUPS, Quantizer, choose_formats, quantize_checkpoint
 from support import engines, tiny
-from support.quantized import dequantise
+from support.quantized import dequantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +54,7 @@ def test_told_errors_are_those_of_the_codes(kind):
     weight = random_matrix()
     found = (quantize_nvfp4 if kind == "nvfp4" else quantize_fp8)(weight)
     codes, blocks, scale = found.packed
-    values = dequantise(codes.numpy(), None if blocks is None else blocks.numpy(), scale)
+    values = dequantize(codes.numpy(), None if blocks is None else blocks.numpy(), scale)
     got = (torch.from_numpy(values) - weight.double()).square().view(40, -1, BLOCK).sum(-1)
     torch.testing.assert_close(found.error.double(), got, rtol=1e-4, atol=1e-12)
     energy = weight.double().square().view(40, -1, BLOCK).sum(-1)
@@ -77,7 +77,7 @@ def test_block_scales_are_nearly_the_best_there_are():
 
 @pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
 def test_codes_at_given_scales_are_the_kernels(kind):
-    """At the scales of the quantising op, the same bytes as the op writes."""
+    """At the scales of the quantizing op, the same bytes as the op writes."""
     weight = random_matrix(2)
     codes = torch.empty(40, 80 if kind == "nvfp4" else 160, dtype=torch.uint8)
     if kind == "nvfp4":
@@ -202,15 +202,15 @@ def test_what_cannot_be_chosen_is_refused(tmp_path):
         Quantizer(checkpoint, kept, {"S": 1.0})
 
 
-def test_a_quantised_checkpoint_and_a_used_folder_are_refused(tmp_path):
+def test_a_quantized_checkpoint_and_a_used_folder_are_refused(tmp_path):
     checkpoint = base(tmp_path)
     found, _ = made(tmp_path, checkpoint, {"head": "fp8"})
-    with pytest.raises(CheckpointError, match=r"must not be quantised, got lm_head\.weight in fp8"):
+    with pytest.raises(CheckpointError, match=r"must not be quantized, got lm_head\.weight in fp8"):
         made(tmp_path, found, {"head": "nvfp4"}, "other")
     data = tmp_path / "none"
-    with pytest.raises(CheckpointError, match="elastify: the checkpoint must not be quantised"):
+    with pytest.raises(CheckpointError, match="elastify: the checkpoint must not be quantized"):
         elastify(found, data, tmp_path / "e", Settings((Stage(1, 8),)))
-    with pytest.raises(CheckpointError, match="sort: the checkpoint must not be quantised"):
+    with pytest.raises(CheckpointError, match="sort: the checkpoint must not be quantized"):
         sort_checkpoint(found, random_order(found.config, 0), tmp_path / "s")
     with pytest.raises(CheckpointError, match="out must be a new or empty folder"):
         made(tmp_path, checkpoint, {"head": "fp8"})
@@ -294,7 +294,7 @@ def test_the_command(tmp_path):
     folder = base(tmp_path).folder
     done = run("quantize", folder, "--format", "nvfp4", "--fp8-layers", "mamba",
                "--keep", "*shared_experts*", "--out", tmp_path / "q", "--threads", 1)  # fmt: skip
-    assert "matrices quantised" in done.stdout and "in_proj" in done.stdout
+    assert "matrices quantized" in done.stdout and "in_proj" in done.stdout
     kinds = Checkpoint.open(tmp_path / "q").formats
     assert not any("shared" in name for name in kinds)
     assert {kinds[n] for n in kinds if "in_proj" in n} == {"fp8"}
@@ -322,7 +322,7 @@ def test_the_command_distils(tmp_path):
     done = run("quantize", folder, "--out", tmp_path / "q", "--distill", "--data",
                tmp_path / "data.jsonl", "--steps", 2, "--batch-size", 2, "--sequence-length", 32,
                "--threads", 1)  # fmt: skip
-    assert "KL from the unquantised weights" in done.output
+    assert "KL from the unquantized weights" in done.output
     assert set(load_file(tmp_path / "q" / "model.safetensors")) >= {"lm_head.weight_scale_2"}
 
 

@@ -124,7 +124,7 @@ def test_values_that_belong_together() -> None:
     assert SamplingParams(n=2, temperature=0.5).n == 2
 
 
-def test_values_are_normalised_and_fixed() -> None:
+def test_values_are_normalized_and_fixed() -> None:
     params = SamplingParams(stop="END", seed=-1, stop_token_ids=[3, 3, 1], bad_words="x", top_k=-1)
     assert params.stop == ("END",) and params.bad_words == ("x",)
     assert params.seed is None and params.stop_token_ids == (3, 1)

@@ -38,11 +38,11 @@ MIXINGS = st.sampled_from(["auto", "always", "never"])
 
 @given(candidates, st.integers(1, 20), st.integers(0, 200), MIXINGS)
 def test_laws(cs, rows, extra, mixing):
-    limits = Limits(max_tokens=rows + 64 + extra, max_rows=rows, max_wait=4)
+    limits = Limits(max_num_batched_tokens=rows + 64 + extra, max_num_seqs=rows, max_wait=4)
     batch = form_batch(cs, limits, flat_cost, mixing)
     chosen = {key: n for key, n in batch}
     assert len(chosen) == len(batch) <= rows, "each sequence once, no more rows than allowed"
-    assert sum(chosen.values()) <= limits.max_tokens
+    assert sum(chosen.values()) <= limits.max_num_batched_tokens
     assert bool(batch) == bool(cs), "with something waiting the pass is never empty"
     for key, n in batch:
         c = cs[key]

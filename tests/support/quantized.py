@@ -1,4 +1,4 @@
-"""Quantised checkpoints for tests, written and read back without the library: numpy and struct."""
+"""Quantized checkpoints for tests, written and read back without the library: numpy and struct."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def e4m3(bits: np.ndarray) -> np.ndarray:
     return np.where(bits & 128, -value, value)
 
 
-def dequantise(codes: np.ndarray, blocks: np.ndarray | None, scale: float) -> np.ndarray:
+def dequantize(codes: np.ndarray, blocks: np.ndarray | None, scale: float) -> np.ndarray:
     """float64 values of a stored matrix: NVFP4 with block scales, FP8 without."""
     if blocks is None:
         return e4m3(codes) * scale
@@ -97,7 +97,7 @@ def random_parts(
     return codes, blocks, float(np.float32(1 / 22 / np.sqrt(columns)))
 
 
-def write_quantised(
+def write_quantized(
     folder: Path,
     config: dict[str, Any],
     widths: dict[str, Any] | None,
@@ -107,7 +107,7 @@ def write_quantised(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Writes a tiny checkpoint whose matrices are quantised as `formats` says.
+    """Writes a tiny checkpoint whose matrices are quantized as `formats` says.
 
     Args:
         folder: to write. config, widths: of `tiny`. formats: {part of a tensor name: "nvfp4" or
@@ -115,7 +115,7 @@ def write_quantised(
         dtype: of the other tensors. seed: of everything that is drawn.
 
     Returns:
-        {plain name: float64 tensor} of all weights, dequantised.
+        {plain name: float64 tensor} of all weights, dequantized.
     """
     generator = np.random.default_rng(seed)
     compressed = layout == "compressed-tensors"
@@ -141,7 +141,7 @@ def write_quantised(
             stored[f"{module}.weight_scale"] = torch.tensor([scale] if compressed else scale)
         if not compressed:
             stored[f"{module}.input_scale"] = torch.tensor(0.25)
-        true[name] = torch.from_numpy(dequantise(codes, blocks, scale))
+        true[name] = torch.from_numpy(dequantize(codes, blocks, scale))
     raw = tiny._json_config(config, widths, dtype, False)
     raw["quantization_config"] = _config(named, compressed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def plain_folder(
     folder: Path, config: dict[str, Any], widths: dict[str, Any] | None,
     true: dict[str, torch.Tensor],
 ) -> Path:  # fmt: skip
-    """The same model with its dequantised weights in float32, for transformers."""
+    """The same model with its dequantized weights in float32, for transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(tiny._json_config(config, widths, torch.float32, False))
     (folder / "config.json").write_text(text)

@@ -52,7 +52,7 @@ TABLE = {
 
 def random_model(seed: int) -> ElasticNemotronH:
     """A model whose every part matters: no parameter is at a neutral value."""
-    model = ElasticNemotronH(ModelConfig.from_dict(BASE)).initialise(seed)
+    model = ElasticNemotronH(ModelConfig.from_dict(BASE)).initialize(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

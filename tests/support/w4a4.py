@@ -12,7 +12,7 @@ from elastic_infer.ops import matmul as module, registry
 from elastic_infer.ops.moe_matmul import plain_weights
 from elastic_infer.ops.testing import laws as _laws
 from support.emulated import ORDERS, check_overlap
-from support.quantized import dequantise, numpy_nvfp4
+from support.quantized import dequantize, numpy_nvfp4
 
 # One K tile, several, and more than the ring holds; every block shape; cut tiles; segments.
 CASES = [
@@ -74,31 +74,31 @@ def run(arguments):
     return _laws.run(spec_of(arguments), arguments)["out"]
 
 
-def quantised(values):
-    """float64 of a row of float32, quantised as numpy does it."""
+def quantized(values):
+    """float64 of a row of float32, quantized as numpy does it."""
     g = np.float32(np.abs(values).max(initial=0) / np.float32(6 * 448))
     if g == 0:
         return np.zeros(values.shape)
-    return dequantise(*numpy_nvfp4(values[None], g), float(g))[0]
+    return dequantize(*numpy_nvfp4(values[None], g), float(g))[0]
 
 
-def quantised_rows(a):
-    """float64 [R, K]: each row's own prefix, quantised."""
+def quantized_rows(a):
+    """float64 [R, K]: each row's own prefix, quantized."""
     found = np.zeros(a["x"].shape)
     for r, values in enumerate(a["x"].float().numpy()):
         k = int(a["k_sizes"][a["row_width"][r]])
-        found[r, :k] = quantised(values[:k])
+        found[r, :k] = quantized(values[:k])
     return found
 
 
 def reference(a):
-    """float64 of the op's output: quantised rows times dequantised weights."""
+    """float64 of the op's output: quantized rows times dequantized weights."""
     if "ids" in a:
         return expert_reference(a)
     N = a["codes"].shape[0]
     scale = np.repeat(a["scale"].double().numpy(), a["segments"])[:, None]
-    weight = dequantise(a["codes"].numpy(), a["block_scales"].numpy(), 1.0) * scale
-    y = torch.from_numpy(quantised_rows(a) @ weight.T)
+    weight = dequantize(a["codes"].numpy(), a["block_scales"].numpy(), 1.0) * scale
+    y = torch.from_numpy(quantized_rows(a) @ weight.T)
     if a["activation"] == "relu2":
         y = torch.relu(y.to(a["x"].dtype).double()).square()
     wanted, column = torch.zeros(len(y), N, dtype=torch.bool), 0
@@ -110,16 +110,16 @@ def reference(a):
 
 
 def expert_reference(a):
-    """float64 [R, D]: what every expert of a row gives it from its quantised prefix is rounded,
-    activated, rounded and quantised over the row's own expert channels."""
+    """float64 [R, D]: what every expert of a row gives it from its quantized prefix is rounded,
+    activated, rounded and quantized over the row's own expert channels."""
     up, down = (plain_weights(a, name, torch.float64).numpy() for name in ("up", "down"))
-    dtype, x, out = a["x"].dtype, quantised_rows(a), torch.zeros(a["out"].shape).double()
+    dtype, x, out = a["x"].dtype, quantized_rows(a), torch.zeros(a["out"].shape).double()
     for r, width in enumerate(a["row_width"].tolist()):
         k, f = int(a["k_sizes"][width]), int(a["f_sizes"][width])
         for e, weight in zip(a["ids"][r].tolist(), a["weights"][r].tolist()):
             middle = torch.from_numpy(up[e, :f, :k] @ x[r, :k]).to(dtype).float()
             middle = torch.relu(middle).square().to(dtype).float()
-            y = torch.from_numpy(down[e, :k, :f] @ quantised(middle.numpy())).to(dtype)
+            y = torch.from_numpy(down[e, :k, :f] @ quantized(middle.numpy())).to(dtype)
             out[r, :k] += weight * y.double()
         if a["shared"] is not None:
             out[r, :k] += a["shared"][r, :k].double()

@@ -437,7 +437,7 @@ def test_templates_know_the_date_and_change_no_message() -> None:
 
 
 @pytest.mark.parametrize("length", [2047, 2048, 2049, 9000])
-def test_long_texts_are_tokenised_as_short_ones_are(length: int) -> None:
+def test_long_texts_are_tokenized_as_short_ones_are(length: int) -> None:
     """Beside other threads or not, the ids are the same: special tokens, bytes, a beginning."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token=None))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

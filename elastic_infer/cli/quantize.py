@@ -19,10 +19,10 @@ from . import common as c
 
 HELP = (
     "Write a checkpoint with NVFP4 or FP8 weights in ModelOpt's layout: one file for all widths. "
-    "Scales minimise the squared error over all widths. Experts, shared experts, plain MLPs and "
-    "the head are quantised unless --layers says otherwise; norms, embedding, router, convolution "
+    "Scales minimize the squared error over all widths. Experts, shared experts, plain MLPs and "
+    "the head are quantized unless --layers says otherwise; norms, embedding, router, convolution "
     "and tensors that --keep names stay as they are. With --distill the weights are then trained a "
-    "little for their codes, every width taught by the unquantised checkpoint."
+    "little for their codes, every width taught by the unquantized checkpoint."
 )
 EXAMPLES = c.examples(
     "elastic-infer quantize MODEL --format nvfp4 --out MODEL-nvfp4",
@@ -88,7 +88,7 @@ def quantize(
     screen = c.console()
     screen.print(error_table(report))
     screen.print(
-        f"{escape(str(out))}: {written.bytes / 1e6:.1f} MB, {len(formats)} matrices quantised; "
+        f"{escape(str(out))}: {written.bytes / 1e6:.1f} MB, {len(formats)} matrices quantized; "
         "errors in quantization.json", soft_wrap=True,
     )  # fmt: skip
 
@@ -131,7 +131,7 @@ def distilled(
     for name in checkpoint.widths:
         losses = facts["loss_before"][name], facts["loss_after"][name]
         c.errors().print(
-            f"{escape(name)}: KL from the unquantised weights {losses[0]:.5f} before, "
+            f"{escape(name)}: KL from the unquantized weights {losses[0]:.5f} before, "
             f"{losses[1]:.5f} after {facts['steps']} steps", soft_wrap=True,
         )  # fmt: skip
     quantizer.report.distilled = facts

@@ -48,7 +48,7 @@ _AXES = {
 
 @dataclass
 class Opened:
-    """Sizes of a checkpoint. stored: dtype name of its plain weights. formats: of the quantised
+    """Sizes of a checkpoint. stored: dtype name of its plain weights. formats: of the quantized
     ones by name. checked: whether its tensors were looked at, too."""
 
     config: ModelConfig
@@ -266,7 +266,7 @@ def show(model: str, opened: Opened, facts: dict[str, Any]) -> None:
 
 
 def stored_text(facts: dict[str, Any]) -> str:
-    """The stored dtype, and how many matrices are quantised."""
+    """The stored dtype, and how many matrices are quantized."""
     counts = facts["quantized_tensors"]
     parts = [f"{number} matrices in {name.upper()}" for name, number in counts.items()]
     return " and ".join([facts["stored_dtype"], *parts])

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..errors import ElasticError, InvalidRequest, shown
 from . import common as c
-from .generation import figures
+from .generate import figures
 
 HELP = (
     "Chat with a model; every token has the colour of its width. Standard input may be a pipe: "

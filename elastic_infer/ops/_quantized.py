@@ -1,4 +1,4 @@
-"""Quantised images: bytes of a tile, values of codes in plain torch, and what tests draw."""
+"""Quantized images: bytes of a tile, values of codes in plain torch, and what tests draw."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from ..codes import BLOCK, decode_e4m3, unpack_e2m1
 
 
-def dequantise(
+def dequantize(
     codes: torch.Tensor, block_scales: torch.Tensor | None, scale, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Values of quantised weights, computed in `dtype`.
+    """Values of quantized weights, computed in `dtype`.
 
     Args:
         codes: [..., N, K/2] (NVFP4) or [..., N, K] (FP8) uint8.
@@ -31,7 +31,7 @@ def dequantise(
 def draw_codes(
     generator: torch.Generator, *shape: int, form: str, small: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Random quantised weights: every code, block scales from 1/64 to 4; `small`: the 15 smallest
+    """Random quantized weights: every code, block scales from 1/64 to 4; `small`: the 15 smallest
     block scales, most of them subnormal, alone, so that no larger one hides them.
 
     Args:

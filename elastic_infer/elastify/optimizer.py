@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for everything else, in one small optimiser."""
+"""Muon for the matrices, AdamW for everything else, in one small optimizer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class MuonAdam(torch.optim.Optimizer):
     def step(self, closure=None):
         """One update from the gradients; parameters without one are left alone."""
         if closure is not None:
-            raise ValueError("optimiser: closure must be None, got one")
+            raise ValueError("optimizer: closure must be None, got one")
         for group in self.param_groups:
             group["steps"] += 1
             (self._muon if group["kind"] == "muon" else self._adam)(group)

@@ -1,8 +1,8 @@
 """NVFP4 on the CPU: full-size shapes, and the 620M model beside llama.cpp.
 
-    python -m bench.cpu.quantised full --out bench/results/fullsize-cpu.json
-    python -m bench.cpu.quantised full --isa avx2 --out bench/results/fullsize-avx2.json
-    python -m bench.cpu.quantised peer --types q4_0 iq4_nl --out bench/results/nvfp4-620m.json
+    python -m bench.cpu.quantized full --out bench/results/fullsize-cpu.json
+    python -m bench.cpu.quantized full --isa avx2 --out bench/results/fullsize-avx2.json
+    python -m bench.cpu.quantized peer --types q4_0 iq4_nl --out bench/results/nvfp4-620m.json
 
 Weights are random, made layer by layer in the form in which the kernels read them, so that memory
 never holds more than the model: speed depends on shapes and on which experts a token picks alone.
@@ -167,7 +167,7 @@ def build(data: dict[str, Any], width: str, threads: int, isa: str = "auto") -> 
     pool = _C.Pool(threads, isa)
     model = Model(
         config, weights, [served], cache, pool,
-        max_tokens=length, max_segments=1, max_length=capacity.max_model_len,
+        max_num_batched_tokens=length, max_num_seqs=1, max_length=capacity.max_model_len,
     )  # fmt: skip
     return Built(config, {width: served}, model)
 
@@ -178,7 +178,7 @@ def as_int8(built: Built) -> Built:
     c, served, length = built.config, list(built.widths.values()), PREFILL + 128
     cache = Cache(c, served[0], torch.bfloat16, m.cache.pages.size, m.cache.slots.size)
     model = Model(
-        c, m.weights, served, cache, m.pool, max_tokens=length, max_segments=1,
+        c, m.weights, served, cache, m.pool, max_num_batched_tokens=length, max_num_seqs=1,
         max_length=m.max_length, activation_quantization="int8",
     )  # fmt: skip
     return Built(c, built.widths, model)
