@@ -65,10 +65,12 @@ ptxas: env ## registers and spills of every CUDA kernel, for all architectures (
 lint: env ## style of Python and C++, without changing anything
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PY) -m pip install -q $(FORMATTERS)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check -q .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(dir $(PY))clang-format --dry-run --Werror
 
 format: env ## format Python and C++
 	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format -q .
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(dir $(PY))clang-format -i
 
 docs: env ## the pages that come from code and data, and the site in site/ (strict)

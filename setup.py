@@ -40,13 +40,19 @@ class CMakeBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         configure = [
-            tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+            tool("cmake"),
+            "-S",
+            str(ROOT),
+            "-B",
+            str(folder),
+            "-G",
+            "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
-        ]  # fmt: skip
+        ]
         subprocess.run(configure, check=True, stdout=None if self.verbose else subprocess.DEVNULL)
         subprocess.run([tool("cmake"), "--build", str(folder)], check=True)
         built = folder / target.name

@@ -1,10 +1,10 @@
 """Inference of elastic hybrid models: many widths, one set of weights, one cache.
 
-    from elastic_infer import Engine, Plan, SamplingParams, demo_model
+from elastic_infer import Engine, Plan, SamplingParams, demo_model
 
-    engine = Engine.from_pretrained(demo_model())
-    plan = Plan.think_answer(think="S", answer="L")
-    print(engine.generate("(48+17)*3-29=", plan=plan).text)
+engine = Engine.from_pretrained(demo_model())
+plan = Plan.think_answer(think="S", answer="L")
+print(engine.generate("(48+17)*3-29=", plan=plan).text)
 """
 
 from importlib import import_module

@@ -105,7 +105,7 @@ class Packed(NamedTuple):
 
     @property
     def format(self) -> str:
-        """"nvfp4" or "fp8"."""
+        """Name of the format, "nvfp4" or "fp8"."""
         return "fp8" if self.block_scales is None else "nvfp4"
 
     @property

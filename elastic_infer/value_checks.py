@@ -12,9 +12,15 @@ from .errors import InvalidRequest, shown
 MOST_IDS = 1 << 20  # more than any vocabulary has
 
 __all__ = [
-    "check_count", "check_int", "check_real", "check_timeout", "elements", "is_int", "is_one_of",
+    "check_count",
+    "check_int",
+    "check_real",
+    "check_timeout",
+    "elements",
+    "is_int",
+    "is_one_of",
     "is_real",
-]  # fmt: skip
+]
 
 MOST = 1 << 40  # of anything that is counted
 

@@ -19,9 +19,7 @@ from elastic_infer import Engine, EngineSequence, SamplingParams, demo_model
 THINKING = SamplingParams(temperature=0.8, top_p=0.95, logprobs=0)
 
 
-def think(
-    engine: Engine, twin: EngineSequence, seed: int, limit: int = 120
-) -> tuple[str, float]:
+def think(engine: Engine, twin: EngineSequence, seed: int, limit: int = 120) -> tuple[str, float]:
     """Lets a twin think to its end tag: what it thought, and the mean log-probability."""
     params, start, total, count = replace(THINKING, seed=seed), len(twin.token_ids), 0.0, 0
     end = engine.tokenizer.token_id("</think>")

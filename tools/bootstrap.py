@@ -63,8 +63,11 @@ def check_python() -> None:
         )
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
-        stop(f"Python.h must be installed, got none at {header}",
-             f"python{version[0]}.{version[1]}-dev", "python3-devel")  # fmt: skip
+        stop(
+            f"Python.h must be installed, got none at {header}",
+            f"python{version[0]}.{version[1]}-dev",
+            "python3-devel",
+        )
 
 
 def check_compiler() -> None:
@@ -78,8 +81,11 @@ def check_compiler() -> None:
     asked = subprocess.run([path, "-dumpfullversion"], capture_output=True, text=True)
     found = re.match(r"(\d+)", asked.stdout.strip())
     if found and int(found.group(1)) < OLDEST_GCC:
-        stop(f"g++ must be {OLDEST_GCC} or newer, got {asked.stdout.strip()} at {path}",
-             "g++-12 && export CXX=g++-12", "gcc-toolset-12-gcc-c++")  # fmt: skip
+        stop(
+            f"g++ must be {OLDEST_GCC} or newer, got {asked.stdout.strip()} at {path}",
+            "g++-12 && export CXX=g++-12",
+            "gcc-toolset-12-gcc-c++",
+        )
 
 
 # The environment ---------------------------------------------------------------------------------
@@ -125,15 +131,19 @@ def choose_environment() -> Path:
         say(f"bootstrap: using .venv: torch must be >= {oldest}, the active one has {found}")
     if not own.exists():
         say("bootstrap: making .venv")
-        made = subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv")],
-                              capture_output=True, text=True)  # fmt: skip
+        made = subprocess.run(
+            [sys.executable, "-m", "venv", str(ROOT / ".venv")], capture_output=True, text=True
+        )
         if made.returncode != 0:
             shutil.rmtree(ROOT / ".venv", ignore_errors=True)
             detail = (made.stdout + made.stderr).strip()
             if "ensurepip" in detail or "No module named venv" in detail:
                 version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-                stop("the venv module must be installed, got a Python without it",
-                     f"python{version}-venv", "python3")  # fmt: skip
+                stop(
+                    "the venv module must be installed, got a Python without it",
+                    f"python{version}-venv",
+                    "python3",
+                )
             stop(f"making .venv must succeed, got: {detail}")
     return own
 
@@ -166,8 +176,16 @@ def prepare(python: Path, extras: str) -> None:
     build_module(python)  # before pip does it, which shows no progress
     if not installed:
         say("bootstrap: installing the packages that pyproject.toml lists")
-        pip(python, "install", "-q", "-c", str(constraint), "--no-build-isolation",
-            "-e", f"{ROOT}[{extras}]")  # fmt: skip
+        pip(
+            python,
+            "install",
+            "-q",
+            "-c",
+            str(constraint),
+            "--no-build-isolation",
+            "-e",
+            f"{ROOT}[{extras}]",
+        )
         stamp.write_text(wanted)
 
 

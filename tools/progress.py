@@ -1,6 +1,6 @@
 """Runs a build and shows its progress in a few lines; its output when it fails or warns.
 
-    python tools/progress.py "the emulated kernels" cmake --build build/emu
+python tools/progress.py "the emulated kernels" cmake --build build/emu
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ def run(title: str, command: list[str], cwd: Path | None = None, show=None) -> i
     show = show or (lambda text: print(text, flush=True))
     printed, told, began = [], 0.0, time.monotonic()
     with subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         errors="replace",
-    ) as build:  # fmt: skip
+    ) as build:
         for line in build.stdout:
             printed.append(line)
             done = share(line)

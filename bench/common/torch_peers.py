@@ -327,9 +327,22 @@ def softmax_stats(a: Arguments) -> Peer:
 PEERS: dict[str, Callable[[Arguments], Peer]] = {
     f.__name__: f
     for f in (
-        embed, rms_norm, matmul, causal_conv, ssm_step, ssm_scan, gated_norm, mamba_step,
-        kv_append, attention_decode, attention_prefill, moe_route, moe_matmul, sample,
+        embed,
+        rms_norm,
+        matmul,
+        causal_conv,
+        ssm_step,
+        ssm_scan,
+        gated_norm,
+        mamba_step,
+        kv_append,
+        attention_decode,
+        attention_prefill,
+        moe_route,
+        moe_matmul,
+        sample,
         softmax_stats,
-        nvfp4_quantize, fp8_quantize,
+        nvfp4_quantize,
+        fp8_quantize,
     )
-}  # fmt: skip
+}

@@ -68,26 +68,52 @@ def quantizing(x: torch.Tensor, weight, out: torch.Tensor, **given: Any) -> torc
 
 
 def quantizing_experts(
-    x: torch.Tensor, up: ExpertWeights, down: ExpertWeights, ids: torch.Tensor,
-    weights: torch.Tensor, out: torch.Tensor, *, shared: torch.Tensor, row_width: torch.Tensor,
-    k_sizes: torch.Tensor, f_sizes: torch.Tensor, run: Any, **given: Any,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    shared: torch.Tensor,
+    row_width: torch.Tensor,
+    k_sizes: torch.Tensor,
+    f_sizes: torch.Tensor,
+    run: Any,
+    **given: Any,
+) -> torch.Tensor:
     """`moe_matmul` on the CPU; where its rows would be quantized on a GPU, expert by expert with x
     and the rows between the two products quantized."""
     if up.dtype != NVFP4:
         return moe_matmul(
-            x, up, down, ids, weights, out, shared=shared, row_width=row_width, k_sizes=k_sizes,
-            f_sizes=f_sizes, run=run, **given,
-        )  # fmt: skip
+            x,
+            up,
+            down,
+            ids,
+            weights,
+            out,
+            shared=shared,
+            row_width=row_width,
+            k_sizes=k_sizes,
+            f_sizes=f_sizes,
+            run=run,
+            **given,
+        )
 
     def product(rows, modes, expert, e, k, n):
-        matrix = TiledWeight(expert.image[e], expert.columns, (Segment(0, 0, expert.rows),),
-                             expert.scale[e : e + 1])  # fmt: skip
+        matrix = TiledWeight(
+            expert.image[e], expert.columns, (Segment(0, 0, expert.rows),), expert.scale[e : e + 1]
+        )
         y = torch.empty(len(rows), expert.rows, dtype=x.dtype)
         return matmul(
-            quantized_rows(rows, modes, k), matrix, y, row_width=modes, k_sizes=k,
-            n_sizes=n[:, None].contiguous(), run=run,
-        )  # fmt: skip
+            quantized_rows(rows, modes, k),
+            matrix,
+            y,
+            row_width=modes,
+            k_sizes=k,
+            n_sizes=n[:, None].contiguous(),
+            run=run,
+        )
 
     total = shared.float()
     for e in ids.unique().tolist():

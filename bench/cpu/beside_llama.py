@@ -161,11 +161,16 @@ def by_width(ours: Ours, tokens: int, count: int, threads: int) -> list[dict[str
         moved = weights + state_bytes(engine, name)
         shares = [tokens * moved / s / roof for s, roof in zip(seconds, roofs)]
         rows.append(
-            {"width": name, "tokens_s": tokens / statistics.median(seconds),
-             "best_tokens_s": tokens / min(seconds), "bytes": moved, "weight_bytes": weights,
-             "share_of_roof": statistics.median(shares),
-             "read_bytes_s": statistics.median(roofs)}
-        )  # fmt: skip
+            {
+                "width": name,
+                "tokens_s": tokens / statistics.median(seconds),
+                "best_tokens_s": tokens / min(seconds),
+                "bytes": moved,
+                "weight_bytes": weights,
+                "share_of_roof": statistics.median(shares),
+                "read_bytes_s": statistics.median(roofs),
+            }
+        )
     return rows
 
 
@@ -183,9 +188,12 @@ def mixed(ours: Ours, tokens: int, count: int) -> dict[str, Any]:
         count,
     )
     ratios = [m / w for m, w in zip(taken["mixed"], taken["widest"])]
-    return {"rows": len(prompts), "ratio": statistics.median(ratios),
-            "best_ratio": min(taken["mixed"]) / min(taken["widest"]),
-            "ms": {n: 1e3 * statistics.median(t) / tokens for n, t in taken.items()}}  # fmt: skip
+    return {
+        "rows": len(prompts),
+        "ratio": statistics.median(ratios),
+        "best_ratio": min(taken["mixed"]) / min(taken["widest"]),
+        "ms": {n: 1e3 * statistics.median(t) / tokens for n, t in taken.items()},
+    }
 
 
 def switches(ours: Ours, tokens: int) -> dict[str, Any]:
@@ -202,8 +210,11 @@ def switches(ours: Ours, tokens: int) -> dict[str, Any]:
         steps = [i for i in range(3, len(order)) if order[i] == name]
         after = statistics.median(seconds[i] for i in steps if i % 3 == 0)
         steady = statistics.median(seconds[i] for i in steps if i % 3 == 2)
-        found[f"to {name}"] = {"ms_after": 1e3 * after, "ms_steady": 1e3 * steady,
-                               "ratio": after / steady}  # fmt: skip
+        found[f"to {name}"] = {
+            "ms_after": 1e3 * after,
+            "ms_steady": 1e3 * steady,
+            "ratio": after / steady,
+        }
     return found
 
 
@@ -216,20 +227,33 @@ def batches(ours: Ours, tokens: int, count: int) -> list[dict[str, Any]]:
         case = {"batch": lambda p=prompts: ours.decode(p, [widest] * len(p), steps)}
         seconds = turns(case, count)["batch"]
         found.append(
-            {"sequences": size, "tokens_s": size * tokens / statistics.median(seconds),
-             "best_tokens_s": size * tokens / min(seconds)}
-        )  # fmt: skip
+            {
+                "sequences": size,
+                "tokens_s": size * tokens / statistics.median(seconds),
+                "best_tokens_s": size * tokens / min(seconds),
+            }
+        )
     return found
 
 
 def run(folder: Path, threads: int, tokens: int, pairs: int) -> dict[str, Any]:
     """Everything that the file holds."""
-    about = {"model": folder.name, "date": today(), "commit": commit(), "machine": machine(),
-             "threads": threads, "peer": "llama.cpp bf16", "load": os.getloadavg()[0]}  # fmt: skip
+    about = {
+        "model": folder.name,
+        "date": today(),
+        "commit": commit(),
+        "machine": machine(),
+        "threads": threads,
+        "peer": "llama.cpp bf16",
+        "load": os.getloadavg()[0],
+    }
     with Engine.from_pretrained(
-        folder, threads=threads, max_model_len=2048, max_num_seqs=max(BATCHES),
+        folder,
+        threads=threads,
+        max_model_len=2048,
+        max_num_seqs=max(BATCHES),
         kv_cache_memory_bytes=1 << 30,
-    ) as engine:  # fmt: skip
+    ) as engine:
         ours = Ours(engine)
         with Peer(convert(folder, "bf16"), threads, max(PREFILL)) as peer:
             beside = with_peer(ours, peer, tokens, pairs)

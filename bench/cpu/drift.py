@@ -88,8 +88,20 @@ class Heads:
         for t in range(len(self.x)):
             context[0] = t
             one = slice(t, t + 1)
-            ssm_step(self.x[one], self.B[one], self.C[one], self.dt[one], self.A_log, self.D,
-                     self.dt_bias, pool, y, slots=slots, context=context, seed=1)  # fmt: skip
+            ssm_step(
+                self.x[one],
+                self.B[one],
+                self.C[one],
+                self.dt[one],
+                self.A_log,
+                self.D,
+                self.dt_bias,
+                pool,
+                y,
+                slots=slots,
+                context=context,
+                seed=1,
+            )
             yield y.view(H, P).double()
 
 
@@ -97,8 +109,10 @@ def head_drift(tokens: int = TOKENS, size: int = 32, state: int = 64, seed: int 
     """By kind of state: {"over_time": relative error of y (2-norm) over every `EVERY` tokens, root
     mean square of the heads, "by_fade": of each head over the last `EVERY`}."""
     layer = Heads(tokens, size, state, seed)
-    runs = {"float32": layer.stepped(torch.float32),
-            "float16, stochastic": layer.stepped(torch.float16)}  # fmt: skip
+    runs = {
+        "float32": layer.stepped(torch.float32),
+        "float16, stochastic": layer.stepped(torch.float16),
+    }
     runs |= {name: layer.exact(kept) for name, kept in NEAREST.items()}
     wrong = {name: torch.zeros(len(FADES)).double() for name in runs}
     found: Figures = {name: {"over_time": []} for name in runs}
@@ -138,8 +152,13 @@ def _task_tokens(engine: Engine, count: int) -> list[int]:
     return ids[:count]
 
 
-def _logits(folder: Path, ids: list[int], width: str, options: dict[str, str],
-            kept: torch.dtype | None = None) -> torch.Tensor:  # fmt: skip
+def _logits(
+    folder: Path,
+    ids: list[int],
+    width: str,
+    options: dict[str, str],
+    kept: torch.dtype | None = None,
+) -> torch.Tensor:
     """float32 [tokens, V]: logits after every token, read one by one; with `kept` the state is
     rounded to nearest in between."""
     rows = []
@@ -224,10 +243,17 @@ def measure(problems: int, say: Say) -> Figures:
     reasoner = reasoner_drift(width)
     say("reasoner: " + ", ".join(f"{n} {r['error'][-1]:.2e}" for n, r in reasoner.items()))
     return {
-        "date": today(), "machine": where, "tokens": TOKENS, "every": EVERY, "width": width,
-        "fades": FADES, "problems": problems * MAX_OPERATIONS, "heads": heads, "reasoner": reasoner,
+        "date": today(),
+        "machine": where,
+        "tokens": TOKENS,
+        "every": EVERY,
+        "width": width,
+        "fades": FADES,
+        "problems": problems * MAX_OPERATIONS,
+        "heads": heads,
+        "reasoner": reasoner,
         "accuracy": accuracy(problems, say),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

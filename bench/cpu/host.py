@@ -82,13 +82,15 @@ def switching() -> Plan:
 CASES: dict[str, tuple[SamplingParams, Plan | None, bool]] = {
     "greedy": (params(), None, False),
     "sampled, log-probabilities": (
-        params(temperature=1.0, top_p=0.9, top_k=20, logprobs=5), None, False,
+        params(temperature=1.0, top_p=0.9, top_k=20, logprobs=5),
+        None,
+        False,
     ),
     "stop strings": (params(stop=["\n\nUser:", "###", "<|end|>"]), None, False),
     "budget": (params(), Plan.think_answer(THINK, ANSWER, think_tokens=TOKENS // 2), False),
     "switches": (params(), switching(), False),
     "streams": (params(), None, True),
-}  # fmt: skip
+}
 SHORT = {name.split(",")[0].replace(" ", "-"): name for name in CASES}
 
 
@@ -106,8 +108,10 @@ def no_kernels(engine: Engine) -> Iterator[None]:
         rows, spans = wanted_rows(segments)
         return logits[: len(rows)], spans
 
-    with mock.patch.object(Model, "_replay", lambda model, steps: None), \
-            mock.patch.object(Model, "_run", run):  # fmt: skip
+    with (
+        mock.patch.object(Model, "_replay", lambda model, steps: None),
+        mock.patch.object(Model, "_run", run),
+    ):
         model.buffers.logits.copy_(logits[: len(model.buffers.logits)])
         yield
 
@@ -190,26 +194,39 @@ def measure(engine: Engine, rows: int, case: str, runs: int) -> dict[str, Any]:
     seconds = [timed(engine, rows, case)[0] for _ in range(runs)]
     us = [1e6 * s / (rows * TOKENS) for s in seconds]
     return {
-        "case": case, "rows": rows, "us_per_row": round(statistics.median(us), 2),
-        "us_least": round(min(us), 2), "us_most": round(max(us), 2),
+        "case": case,
+        "rows": rows,
+        "us_per_row": round(statistics.median(us), 2),
+        "us_least": round(min(us), 2),
+        "us_most": round(max(us), 2),
         "split": split(engine, rows, case),
-    }  # fmt: skip
+    }
 
 
 def run(rows: list[int], cases: list[str], runs: int) -> dict[str, Any]:
     """Everything that the file holds."""
     about = {"commit": commit(), "date": today(), "machine": machine(), "tokens": TOKENS}
     found = []
-    with Engine.from_pretrained(
-        demo_model(), device="cpu", threads=1, max_num_seqs=max(rows),
-        max_model_len=TOKENS + 64, max_num_batched_tokens=16384,
-    ) as engine, no_kernels(engine):  # fmt: skip
+    with (
+        Engine.from_pretrained(
+            demo_model(),
+            device="cpu",
+            threads=1,
+            max_num_seqs=max(rows),
+            max_model_len=TOKENS + 64,
+            max_num_batched_tokens=16384,
+        ) as engine,
+        no_kernels(engine),
+    ):
         for case in cases:
             for count in rows:
                 row = measure(engine, count, case, runs)
                 found.append(row)
-                print(f"{case:28} {count:5} rows: {row['us_per_row']:7.2f} us a row and pass",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                print(
+                    f"{case:28} {count:5} rows: {row['us_per_row']:7.2f} us a row and pass",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return {**about, "rows": found}
 
 

@@ -159,16 +159,27 @@ def build(data: dict[str, Any], width: str, threads: int, isa: str = "auto") -> 
     served = parse_widths(config)[width]
     length = PREFILL + 128
     capacity = plan_capacity(
-        config, served, torch.bfloat16, max_model_len=length, max_num_seqs=1,
-        max_num_batched_tokens=length, kv_cache_memory_bytes=1 << 30,
-    )  # fmt: skip
+        config,
+        served,
+        torch.bfloat16,
+        max_model_len=length,
+        max_num_seqs=1,
+        max_num_batched_tokens=length,
+        kv_cache_memory_bytes=1 << 30,
+    )
     weights = Random(config, served, torch.Generator().manual_seed(0)).all()
     cache = Cache(config, served, torch.bfloat16, capacity.num_pages, capacity.num_slots)
     pool = _C.Pool(threads, isa)
     model = Model(
-        config, weights, [served], cache, pool,
-        max_num_batched_tokens=length, max_num_seqs=1, max_length=capacity.max_model_len,
-    )  # fmt: skip
+        config,
+        weights,
+        [served],
+        cache,
+        pool,
+        max_num_batched_tokens=length,
+        max_num_seqs=1,
+        max_length=capacity.max_model_len,
+    )
     return Built(config, {width: served}, model)
 
 
@@ -178,9 +189,16 @@ def as_int8(built: Built) -> Built:
     c, served, length = built.config, list(built.widths.values()), PREFILL + 128
     cache = Cache(c, served[0], torch.bfloat16, m.cache.pages.size, m.cache.slots.size)
     model = Model(
-        c, m.weights, served, cache, m.pool, max_num_batched_tokens=length, max_num_seqs=1,
-        max_length=m.max_length, activation_quantization="int8",
-    )  # fmt: skip
+        c,
+        m.weights,
+        served,
+        cache,
+        m.pool,
+        max_num_batched_tokens=length,
+        max_num_seqs=1,
+        max_length=m.max_length,
+        activation_quantization="int8",
+    )
     return Built(c, built.widths, model)
 
 
@@ -263,11 +281,17 @@ def beside_peer(folder: Path, types: list[str], threads: int, tokens: int, pairs
             prompt, steps = random_tokens(PROMPT, peer.vocab, 0), random_tokens(tokens, peer.vocab)
             long = random_tokens(PREFILL, peer.vocab, 3)
             cases = {
-                "decode": (lambda o, p=prompt, s=steps: o.decode([p], ["L"], s),
-                           partial(peer.decode, prompt, steps), tokens),
-                f"prefill {PREFILL}": (lambda o, p=long: o.prefill(p, "L"),
-                                       partial(peer.prefill, long), PREFILL),
-            }  # fmt: skip
+                "decode": (
+                    lambda o, p=prompt, s=steps: o.decode([p], ["L"], s),
+                    partial(peer.decode, prompt, steps),
+                    tokens,
+                ),
+                f"prefill {PREFILL}": (
+                    lambda o, p=long: o.prefill(p, "L"),
+                    partial(peer.prefill, long),
+                    PREFILL,
+                ),
+            }
             found[kind] = {
                 case + way: paired(interleave(partial(run, ours), theirs, pairs), count)
                 for case, (run, theirs, count) in cases.items()
@@ -290,8 +314,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="`full` adds its row to the others there")
     given = parser.parse_args()
-    about = {"date": today(), "commit": commit(), "machine": machine(),
-             "threads": given.threads, "weights": "NVFP4, random"}  # fmt: skip
+    about = {
+        "date": today(),
+        "commit": commit(),
+        "machine": machine(),
+        "threads": given.threads,
+        "weights": "NVFP4, random",
+    }
     if given.what == "peer":
         figures = about | beside_peer(
             given.folder, given.types, given.threads, given.tokens, given.rounds

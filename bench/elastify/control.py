@@ -80,8 +80,13 @@ def measure(
             chosen += [p for p in pareto(points, latency) if p not in chosen]
         again = [ask(engine, point, more, prices) for point in chosen]
     gains = {latency: best_gains(again, latency) for latency in LATENCIES}
-    return {"points": points, "again": again, "prices": prices.title,
-            "measured_prices": prices.measured, "gains": gains}  # fmt: skip
+    return {
+        "points": points,
+        "again": again,
+        "prices": prices.title,
+        "measured_prices": prices.measured,
+        "gains": gains,
+    }
 
 
 def solved_by_width(model: Path, problems: Sequence[Problem]) -> dict[str, Any]:

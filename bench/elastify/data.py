@@ -188,8 +188,12 @@ class PlainTraining:
         while self.at["step"] < self.steps:
             found = self.update(next(stream))
             if self.at["step"] % self.REPORT_EVERY == 0:
-                line = {"step": self.at["step"], "level": self.at["level"], **found,
-                        "time": round(time.time())}  # fmt: skip
+                line = {
+                    "step": self.at["step"],
+                    "level": self.at["level"],
+                    **found,
+                    "time": round(time.time()),
+                }
                 with open(self.metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             if self.at["step"] % self.SAVE_EVERY == 0 or self.at["step"] == self.steps:

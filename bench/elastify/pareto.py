@@ -38,10 +38,18 @@ def best_gains(points: Sequence[Point], latency: str) -> dict[str, Any]:
     plain = [p for p in known if is_plain(p) and p["accuracy"] > 0]
     if not plain:
         return {}
-    gains = [(p["accuracy"] - b["accuracy"], i, j) for i, b in enumerate(plain)
-             for j, p in enumerate(known) if p[latency] <= b[latency]]  # fmt: skip
-    ratios = [(b[latency] / p[latency], i, j) for i, b in enumerate(plain)
-              for j, p in enumerate(known) if p["accuracy"] >= b["accuracy"]]  # fmt: skip
+    gains = [
+        (p["accuracy"] - b["accuracy"], i, j)
+        for i, b in enumerate(plain)
+        for j, p in enumerate(known)
+        if p[latency] <= b[latency]
+    ]
+    ratios = [
+        (b[latency] / p[latency], i, j)
+        for i, b in enumerate(plain)
+        for j, p in enumerate(known)
+        if p["accuracy"] >= b["accuracy"]
+    ]
     out: dict[str, Any] = {}
     for name, pairs in (("accuracy", gains), ("latency", ratios)):
         value, base, other = max(pairs)

@@ -33,14 +33,25 @@ def draw_control(out: Path, control: Figures) -> None:
             if point[latency] is not None:
                 pairs.setdefault(f"{point['think']} → {point['answer']}", []).append(point)
         for pair, group in pairs.items():
-            axes.scatter([1000 * p[latency] for p in group], [p["accuracy"] for p in group],
-                         s=14, label=pair)  # fmt: skip
+            axes.scatter(
+                [1000 * p[latency] for p in group], [p["accuracy"] for p in group], s=14, label=pair
+            )
         front = pareto(control["points"], latency)
-        axes.plot([1000 * p[latency] for p in front], [p["accuracy"] for p in front],
-                  color="0.6", zorder=0)  # fmt: skip
+        axes.plot(
+            [1000 * p[latency] for p in front],
+            [p["accuracy"] for p in front],
+            color="0.6",
+            zorder=0,
+        )
         plain = pareto([p for p in control["points"] if p["think"] == p["answer"] == "L"], latency)
-        axes.plot([1000 * p[latency] for p in plain], [p["accuracy"] for p in plain],
-                  color="0.2", linestyle="--", zorder=0, label="L, plain budget")  # fmt: skip
+        axes.plot(
+            [1000 * p[latency] for p in plain],
+            [p["accuracy"] for p in plain],
+            color="0.2",
+            linestyle="--",
+            zorder=0,
+            label="L, plain budget",
+        )
         title = {"cpu": "miniature: CPU ms a problem", "priced": "priced: ms a problem"}[latency]
         axes.set(xlabel=title, ylabel="accuracy", ylim=(0, 1.02))
     panels[1].legend(fontsize="small", loc="lower right")

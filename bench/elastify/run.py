@@ -126,8 +126,13 @@ class Bench:
             print(f"{name}, seed {self.seed} …", flush=True)
             start = time.monotonic()
             result = getattr(self, f"run_{name}")()
-            result = {**result, "seconds": round(time.monotonic() - start, 1), "seed": self.seed,
-                      "commit": self.commit, "date": today()}  # fmt: skip
+            result = {
+                **result,
+                "seconds": round(time.monotonic() - start, 1),
+                "seed": self.seed,
+                "commit": self.commit,
+                "date": today(),
+            }
             write_json(path, result)
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -159,8 +164,15 @@ class Bench:
         """Of every distillation: equal rates and data; a nested one has the steps of a family."""
         steps = self.scale.nested_steps if nested else self.scale.steps
         stages = (Stage(steps * 2 // 3, 512), Stage(steps - steps * 2 // 3, 512))
-        values = {"stages": stages, "optimizer": "muon", "lr": 3e-3, "muon_lr": 0.02,
-                  "warmup": 30, "final_lr": 0.02, "save_every": 100}  # fmt: skip
+        values = {
+            "stages": stages,
+            "optimizer": "muon",
+            "lr": 3e-3,
+            "muon_lr": 0.02,
+            "warmup": 30,
+            "final_lr": 0.02,
+            "save_every": 100,
+        }
         return Settings(**{**values, "seed": self.seed, **changes})
 
     def measured(self, model: ElasticNemotronH, widths: dict[str, Width]) -> dict[str, Any]:
@@ -384,8 +396,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the run, default: build/elastify")
     parser.add_argument("--quick", action="store_true", help="smaller everything")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0],
-                        help="of the comparison trainings; the parent is the same")  # fmt: skip
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        help="of the comparison trainings; the parent is the same",
+    )
     parser.add_argument("--prices", type=Path, help="measured step times of the large shapes")
     parser.add_argument("--report", action="store_true", help="tables of the parts that are there")
     parser.add_argument("--results", type=Path, help="folder that gets the tables and plots")
@@ -415,8 +432,13 @@ def main() -> None:
 
 def header(given: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     """Machine, date and scale of the figures; every result names its own commit."""
-    return {"machine": machine(), "date": today(), "threads": given.threads,
-            "quick": given.quick, "scale": asdict(scale)}  # fmt: skip
+    return {
+        "machine": machine(),
+        "date": today(),
+        "threads": given.threads,
+        "quick": given.quick,
+        "scale": asdict(scale),
+    }
 
 
 if __name__ == "__main__":

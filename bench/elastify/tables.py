@@ -16,8 +16,11 @@ WAYS = (
     ("d", "scratch", "alone, from scratch"),
     ("e", "alone", "alone, distilled"),
 )
-NESTED = (("router", "learnt sizes"), ("uniform", "hand-picked sizes"),
-          ("unswitched", "hand-picked sizes, no switches in training"))  # fmt: skip
+NESTED = (
+    ("router", "learnt sizes"),
+    ("uniform", "hand-picked sizes"),
+    ("unswitched", "hand-picked sizes, no switches in training"),
+)
 
 
 def rows(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
@@ -146,12 +149,16 @@ def order_table(figures: Figures) -> str:
     """Importance against random order, before any training."""
     orders = first(figures["results"], "order")["orders"]
     body = [
-        [name, *(
-            f"{widths[w]['divergence']:.2f}; {percent(widths[w]['tokens_right'])}; "
-            f"{percent(widths[w]['solved'])}" for w in NARROW
-        )]
+        [
+            name,
+            *(
+                f"{widths[w]['divergence']:.2f}; {percent(widths[w]['tokens_right'])}; "
+                f"{percent(widths[w]['solved'])}"
+                for w in NARROW
+            ),
+        ]
         for name, widths in orders.items()
-    ]  # fmt: skip
+    ]
     verdict = []
     for name in NARROW:
         own = orders["importance"][name]["divergence"]
@@ -197,10 +204,22 @@ def caches_table(figures: Figures) -> str:
             body.append(
                 [title, pair, *(f"{alike[key]:.2f}" for key in ("K", "V", "state")), *cells]
             )
-    head = ("nested run", "widths", "K", "V", "state", "narrow cache, L goes on: solved, points",
-            "L's cache, narrow goes on: solved, points")  # fmt: skip
-    values = [v for part in found.values() if isinstance(part, dict)
-              for alike in part["cosine"].values() for v in alike.values()]  # fmt: skip
+    head = (
+        "nested run",
+        "widths",
+        "K",
+        "V",
+        "state",
+        "narrow cache, L goes on: solved, points",
+        "L's cache, narrow goes on: solved, points",
+    )
+    values = [
+        v
+        for part in found.values()
+        if isinstance(part, dict)
+        for alike in part["cosine"].values()
+        for v in alike.values()
+    ]
     inside = sum(0.89 <= value <= 0.96 for value in values)
     return (
         f"{rows(head, body)}\n\nPublished: cosine 0.89 to 0.96 and -0.75 points for the narrow "
@@ -223,10 +242,24 @@ def control_table(figures: Figures) -> str:
     for p in sorted(control["again"], key=lambda p: p["priced"] or p["cpu"]):
         priced = "" if p["priced"] is None else f"{1000 * p['priced']:.2f}"
         budget = "none" if p["budget"] is None else str(p["budget"])
-        body.append([f"{p['think']} → {p['answer']}", p["policy"], budget, greedy(p),
-                     f"{1000 * p['cpu']:.2f}", priced])  # fmt: skip
-    head = ("think → answer", "policy", "thinking tokens allowed", "solved", "miniature, CPU ms",
-            "priced, ms")  # fmt: skip
+        body.append(
+            [
+                f"{p['think']} → {p['answer']}",
+                p["policy"],
+                budget,
+                greedy(p),
+                f"{1000 * p['cpu']:.2f}",
+                priced,
+            ]
+        )
+    head = (
+        "think → answer",
+        "policy",
+        "thinking tokens allowed",
+        "solved",
+        "miniature, CPU ms",
+        "priced, ms",
+    )
     count = control["again"][0]["count"]
     chosen = control.get("chosen_by")
     chosen = "" if chosen is None else f" The priced front was chosen by another list: {chosen}."
@@ -249,8 +282,10 @@ def gains_text(gains: Figures, near: Figures, latency: str, title: str) -> str:
 
     def point(p: Figures) -> str:
         budget = "no limit" if p["budget"] is None else f"{p['budget']} tokens"
-        return (f"{p['think']} → {p['answer']} {p['policy']}, {budget}: {percent(p['accuracy'])}, "
-                f"{1000 * p[latency]:.2f} ms")  # fmt: skip
+        return (
+            f"{p['think']} → {p['answer']} {p['policy']}, {budget}: {percent(p['accuracy'])}, "
+            f"{1000 * p[latency]:.2f} ms"
+        )
 
     more, less = gains["accuracy"], gains["latency"]
     beside = ("", "") if latency == "cpu" else (" (published: +16 %)", " (published: 1.9 times)")
@@ -266,10 +301,15 @@ def gains_text(gains: Figures, near: Figures, latency: str, title: str) -> str:
 def shipped_table(figures: Figures) -> str:
     """The nested runs beside the model that is shipped."""
     found = first(figures["results"], "shipped")
-    titles = {"router": "nested, learnt sizes", "uniform": "nested, hand-picked sizes",
-              "shipped": "shipped model"}  # fmt: skip
-    body = [[title, *(greedy(found["same"][key][name]) for name in ("L", *NARROW))]
-            for key, title in titles.items()]  # fmt: skip
+    titles = {
+        "router": "nested, learnt sizes",
+        "uniform": "nested, hand-picked sizes",
+        "shipped": "shipped model",
+    }
+    body = [
+        [title, *(greedy(found["same"][key][name]) for name in ("L", *NARROW))]
+        for key, title in titles.items()
+    ]
     longest = ", ".join(f"{n} {greedy(found['longest'][n])}" for n in ("L", *NARROW))
     return (
         f"{rows(('model', 'L', 'M', 'S'), body)}\n\nGreedy decoding of the same problems of 1 to "

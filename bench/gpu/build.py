@@ -78,10 +78,17 @@ def _configuration(folder: Path, options: list[str]) -> list[str]:
     fresh = not (folder / "CMakeCache.txt").exists()
     chosen = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"] if fresh else []
     return [
-        _tool("cmake"), "-S", str(ROOT), "-B", str(folder), *chosen, "-DCMAKE_BUILD_TYPE=Release",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        _tool("cmake"),
+        "-S",
+        str(ROOT),
+        "-B",
+        str(folder),
+        *chosen,
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         *options,
-    ]  # fmt: skip
+    ]
 
 
 def _run(command: list[str]) -> str:

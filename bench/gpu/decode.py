@@ -87,18 +87,23 @@ class Part(RoofPart):
                 for _ in range(self.rounds)
             ]
             device = self.clock.pairs(loaded.replay(batch), None)["seconds"]
-        moved = step_bytes(
-            loaded.config, loaded.widths[width], batch, self.context, distinct
-        )
+        moved = step_bytes(loaded.config, loaded.widths[width], batch, self.context, distinct)
         seconds = statistics.median(taken)
         floor = moved / self.roof["copy_bytes_s"]
         return {
-            "width": width, "batch": batch, "context": self.context, "ms": 1e3 * seconds,
-            "device_ms": 1e3 * device, "tokens_s": batch / seconds, "bytes": moved,
-            "percent_of_roof": 100 * floor / seconds, "distinct_experts": distinct,
-            "served": list(loaded.widths), "weight_bytes": loaded.weights.nbytes,
+            "width": width,
+            "batch": batch,
+            "context": self.context,
+            "ms": 1e3 * seconds,
+            "device_ms": 1e3 * device,
+            "tokens_s": batch / seconds,
+            "bytes": moved,
+            "percent_of_roof": 100 * floor / seconds,
+            "distinct_experts": distinct,
+            "served": list(loaded.widths),
+            "weight_bytes": loaded.weights.nbytes,
             "captures": loaded.model.captures,
-        }  # fmt: skip
+        }
 
     def _beside(self, width: str, batch: int) -> dict[str, Any]:
         """The same sizes in transformers, in turns with ours, after a short prompt."""
@@ -108,9 +113,7 @@ class Part(RoofPart):
             largest = self.batches[min(2, len(self.batches) - 1)]
             if lack := 2 * fits(self.setting, data, largest, context + self.spare):
                 raise PassedOver(f"lacks {lack / 1e9:.0f} GB of device memory for both")
-            self.loaded = Loaded(
-                self.setting, self.module, data, largest, context + self.spare
-            )
+            self.loaded = Loaded(self.setting, self.module, data, largest, context + self.spare)
             self.peer = Peer(self.setting, data)
         loaded, cache = self.loaded, self.peer.prefill(batch, context)
         with loaded.sequences(batch, context, width) as opened:
@@ -122,8 +125,11 @@ class Part(RoofPart):
                 self.peer.step(batch, cache)
 
             return beside(loaded, ours, theirs, self.rounds, self.steps) | {
-                "width": width, "batch": batch, "context": context, "peer": "transformers",
-            }  # fmt: skip
+                "width": width,
+                "batch": batch,
+                "context": context,
+                "peer": "transformers",
+            }
 
 
 def beside(

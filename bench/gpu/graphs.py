@@ -29,8 +29,12 @@ class Part(PartBase):
         self.loaded: Loaded | None = None
 
     def items(self) -> list[str]:
-        return ["graph against launches B=1", "carry switch every step B=1",
-                f"mixed widths B={self.batch}", "overlapping launches B=1"]  # fmt: skip
+        return [
+            "graph against launches B=1",
+            "carry switch every step B=1",
+            f"mixed widths B={self.batch}",
+            "overlapping launches B=1",
+        ]
 
     def run(self, item: str) -> dict[str, Any]:
         if self.loaded is None:
@@ -41,9 +45,11 @@ class Part(PartBase):
             self.loaded = Loaded(self.setting, self.module, self.data, self.batch, length)
         kind = item.split()[0]
         return {
-            "graph": self._graph, "carry": self._carry, "mixed": self._mixed,
+            "graph": self._graph,
+            "carry": self._carry,
+            "mixed": self._mixed,
             "overlapping": self._overlapping,
-        }[kind]()  # fmt: skip
+        }[kind]()
 
     def _turns(self, sides: list[Callable[[], Any]]) -> list[list[float]]:
         """Seconds per call of every side, in turns."""
@@ -70,10 +76,11 @@ class Part(PartBase):
                 side(), side()
             mine, others = self._turns(sides)
         return {
-            "ms": 1e3 * statistics.median(mine), "other_ms": 1e3 * statistics.median(others),
+            "ms": 1e3 * statistics.median(mine),
+            "other_ms": 1e3 * statistics.median(others),
             "ratio": statistics.median(b / a for a, b in zip(mine, others)),
             "captures": model.captures,
-        }  # fmt: skip
+        }
 
     def _carry(self) -> dict[str, Any]:
         """Steps that alternate between the widths against as many steady ones of each."""
@@ -97,10 +104,12 @@ class Part(PartBase):
                 steady.append(sum(alone) / 2)
             after = loaded.model.captures
         return {
-            "ms": 1e3 * statistics.median(alternating), "other_ms": 1e3 * statistics.median(steady),
+            "ms": 1e3 * statistics.median(alternating),
+            "other_ms": 1e3 * statistics.median(steady),
             "ratio": statistics.median(b / a for a, b in zip(alternating, steady)),
-            "captures": after - before, "extra_bytes": self._held() - held,
-        }  # fmt: skip
+            "captures": after - before,
+            "extra_bytes": self._held() - held,
+        }
 
     def _mixed(self) -> dict[str, Any]:
         """A batch whose rows have all widths against the same batch all at the widest."""
@@ -113,10 +122,12 @@ class Part(PartBase):
             together, widest = self._turns(sides)
             distinct = loaded.distinct_experts(self.batch)
         return {
-            "ms": 1e3 * statistics.median(together), "other_ms": 1e3 * statistics.median(widest),
+            "ms": 1e3 * statistics.median(together),
+            "other_ms": 1e3 * statistics.median(widest),
             "ratio": statistics.median(b / a for a, b in zip(together, widest)),
-            "captures": loaded.model.captures, "distinct_experts": distinct,
-        }  # fmt: skip
+            "captures": loaded.model.captures,
+            "distinct_experts": distinct,
+        }
 
     def _held(self) -> int:
         """Bytes of device memory in use; 0 in a rehearsal."""

@@ -61,9 +61,11 @@ def _of_case(spec: OpSpec, case, dtype, module, device: str, label: str) -> list
     found: list[Check] = [
         (f"reference {label}", lambda: laws.check_reference(spec, arguments, None, device)),
         (f"inputs {label}", lambda: laws.check_inputs_unchanged(spec, arguments, None, device)),
-        (f"repeat {label}", lambda: laws.check_repeat(
-            spec, arguments, module.Step(module.Pool()), None, device)),
-    ]  # fmt: skip
+        (
+            f"repeat {label}",
+            lambda: laws.check_repeat(spec, arguments, module.Step(module.Pool()), None, device),
+        ),
+    ]
     alikes = laws.one_width(arguments)
     for given in (arguments, *alikes) if spec.poison else ():
         found.append((f"poison {label}", partial(laws.check_poison, spec, given, None, device)))

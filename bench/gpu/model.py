@@ -110,10 +110,18 @@ class Loaded:
     def variant(self, graphs: bool = True, dependent_launch: bool = False) -> Model:
         """A model over the same weights and cache."""
         return Model(
-            self.config, self.weights, list(self.widths.values()), self.cache, self.pool,
-            max_num_batched_tokens=self.rows, max_num_seqs=self.batch, max_length=self.length,
-            device=self.device, graphs=graphs, dependent_launch=dependent_launch,
-        )  # fmt: skip
+            self.config,
+            self.weights,
+            list(self.widths.values()),
+            self.cache,
+            self.pool,
+            max_num_batched_tokens=self.rows,
+            max_num_seqs=self.batch,
+            max_length=self.length,
+            device=self.device,
+            graphs=graphs,
+            dependent_launch=dependent_launch,
+        )
 
     @contextmanager
     def sequences(

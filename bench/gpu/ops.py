@@ -48,10 +48,15 @@ class Part(RoofPart):
                     self.cases.setdefault(own.name, own)
 
     def items(self) -> list[str]:
-        further = [] if self.setting.emulate else [
-            f"{name} | compiled" for name, c in self.cases.items()
-            if c.op in COMPILED and c.rows in (1, 32)
-        ]  # fmt: skip
+        further = (
+            []
+            if self.setting.emulate
+            else [
+                f"{name} | compiled"
+                for name, c in self.cases.items()
+                if c.op in COMPILED and c.rows in (1, 32)
+            ]
+        )
         return ["roof", *self.cases, *further]
 
     def row(self, item: str) -> dict[str, Any]:
@@ -126,9 +131,13 @@ class Part(RoofPart):
         dtype = DTYPE if DTYPE in spec.dtypes else torch.float32
         moved, flops = spec.cost(case.cost, dtype.itemsize)
         row: dict[str, Any] = {
-            "op": case.op, "part": case.part, "rows": case.rows, "width": case.width,
-            "case": case_id(case.case), "dtype": dtype_name(dtype),
-        }  # fmt: skip
+            "op": case.op,
+            "part": case.part,
+            "rows": case.rows,
+            "width": case.width,
+            "case": case_id(case.case),
+            "dtype": dtype_name(dtype),
+        }
         if case.op == "moe_matmul":  # the count of experts is known here, not an expectation
             E, J = case.cost["E"], case.cost["J"]
             distinct = sum(len(p["ids"].unique()) for p in problems) / copies
@@ -139,11 +148,16 @@ class Part(RoofPart):
         seconds = times["seconds"] / copies
         limit, least = floor(moved, flops, self.roof)
         row |= {
-            "us": 1e6 * seconds, "spread": times["spread"], "problems": copies,
-            "bytes": int(moved), "flops": flops, "gb_s": moved / seconds / 1e9,
-            "tflop_s": flops / seconds / 1e12, "roof": limit,
+            "us": 1e6 * seconds,
+            "spread": times["spread"],
+            "problems": copies,
+            "bytes": int(moved),
+            "flops": flops,
+            "gb_s": moved / seconds / 1e9,
+            "tflop_s": flops / seconds / 1e12,
+            "roof": limit,
             "percent_of_roof": 100 * least / seconds,
-        }  # fmt: skip
+        }
         row |= {k: v for k, v in peer.items() if k != "work"}
         if "ratio" in times:
             row |= {"peer_us": 1e6 * times["peer_seconds"] / copies, "ratio": times["ratio"]}

@@ -21,8 +21,13 @@ from elastic_infer.ops.matmul import plain_weight
 from elastic_infer.ops.moe_matmul import plain_weights
 
 COMPILED = (  # by torch.compile too
-    "mamba_step", "ssm_step", "gated_norm", "rms_norm", "causal_conv", "moe_route",
-)  # fmt: skip
+    "mamba_step",
+    "ssm_step",
+    "gated_norm",
+    "rms_norm",
+    "causal_conv",
+    "moe_route",
+)
 
 
 def matmul(a: Arguments) -> Peer:
@@ -137,16 +142,26 @@ def triton_step(a: Arguments) -> Peer:
     state = _group_major(a, a["state"]).contiguous()
     slots = a["slots"]
     wide = {
-        "dt": dt[..., None].expand(-1, H, P), "A": A[:, None, None].expand(H, P, N),
-        "D": D[:, None].expand(H, P), "dt_bias": dt_bias[:, None].expand(H, P),
-    }  # fmt: skip
+        "dt": dt[..., None].expand(-1, H, P),
+        "A": A[:, None, None].expand(H, P, N),
+        "D": D[:, None].expand(H, P),
+        "dt_bias": dt_bias[:, None].expand(H, P),
+    }
     kept = {}
 
     def run():
         kept["y"] = selective_state_update(
-            state, x, wide["dt"], wide["A"], B, C, wide["D"], dt_bias=wide["dt_bias"],
-            dt_softplus=True, state_batch_indices=slots,
-        )  # fmt: skip
+            state,
+            x,
+            wide["dt"],
+            wide["A"],
+            B,
+            C,
+            wide["D"],
+            dt_bias=wide["dt_bias"],
+            dt_softplus=True,
+            state_batch_indices=slots,
+        )
 
     run.finish = lambda: _put_back(a, kept["y"], state)
     return run
@@ -166,10 +181,18 @@ def mamba_scan(a: Arguments) -> Peer:
 
     def run():
         kept["y"], kept["end"] = mamba_chunk_scan_combined(
-            batched[0], batched[1], A, batched[2], batched[3], chunk_size=128, D=D,
-            dt_bias=dt_bias, dt_softplus=True, initial_states=state[slots],
+            batched[0],
+            batched[1],
+            A,
+            batched[2],
+            batched[3],
+            chunk_size=128,
+            D=D,
+            dt_bias=dt_bias,
+            dt_softplus=True,
+            initial_states=state[slots],
             return_final_states=True,
-        )  # fmt: skip
+        )
 
     def finish():
         after = state.clone()

@@ -73,11 +73,15 @@ class Part(RoofPart):
         moved = passes * step_bytes(config, sized, min(tokens, self.rows), 0)
         floors = (flops / self.roof["bf16_flops_s"], moved / self.roof["copy_bytes_s"])
         return {
-            "width": width, "tokens": tokens, "ms": 1e3 * seconds, "tokens_s": tokens / seconds,
-            "flops": flops, "tflop_s": flops / seconds / 1e12,
+            "width": width,
+            "tokens": tokens,
+            "ms": 1e3 * seconds,
+            "tokens_s": tokens / seconds,
+            "flops": flops,
+            "tflop_s": flops / seconds / 1e12,
             "percent_of_roof": 100 * max(floors) / seconds,
             "roof": "products" if floors[0] > floors[1] else "memory",
-        }  # fmt: skip
+        }
 
     def _beside(self, width: str, tokens: int) -> dict[str, Any]:
         data = alone(self.data, width)
@@ -89,7 +93,10 @@ class Part(RoofPart):
         self.loaded = loaded
         peer = Peer(self.setting, data)
         row = beside(
-            loaded, lambda: self._once(loaded, width, tokens), lambda: peer.prefill(1, tokens),
-            self.rounds, 1,
-        )  # fmt: skip
+            loaded,
+            lambda: self._once(loaded, width, tokens),
+            lambda: peer.prefill(1, tokens),
+            self.rounds,
+            1,
+        )
         return row | {"width": width, "tokens": tokens, "peer": "transformers"}

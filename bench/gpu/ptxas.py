@@ -22,8 +22,17 @@ sys.path.insert(0, str(ROOT / "tools"))
 import ptxas_report  # noqa: E402
 
 ARCHITECTURES = ("80", "90a", "100f", "120f")
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-Xptxas", "-v", "-Xcompiler", "-Wall",
-         "-cubin"]  # fmt: skip
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-DNDEBUG",
+    "--fmad=false",
+    "-Xptxas",
+    "-v",
+    "-Xcompiler",
+    "-Wall",
+    "-cubin",
+]
 
 
 def sources() -> list[Path]:

@@ -61,10 +61,16 @@ def _model(item: str, row: Figures) -> str:
         return _roof(row)
     parts = [f"{item:42}"]
     for key, unit in (
-        ("ms", "ms"), ("tokens_s", "tokens/s"), ("percent_of_roof", "% of the floor"),
-        ("ratio", "ratio"), ("peer_ms", "ms peer"), ("distinct_experts", "experts"),
-        ("weight_bytes", "B of weights"), ("extra_bytes", "B extra"), ("captures", "captures"),
-    ):  # fmt: skip
+        ("ms", "ms"),
+        ("tokens_s", "tokens/s"),
+        ("percent_of_roof", "% of the floor"),
+        ("ratio", "ratio"),
+        ("peer_ms", "ms peer"),
+        ("distinct_experts", "experts"),
+        ("weight_bytes", "B of weights"),
+        ("extra_bytes", "B extra"),
+        ("captures", "captures"),
+    ):
         if key in row:
             value = row[key]
             parts.append(f"{value:10.3f} {unit}" if isinstance(value, float) else f"{value} {unit}")

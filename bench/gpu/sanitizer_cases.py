@@ -37,8 +37,9 @@ def main() -> None:
                 continue
             spec = registry()[name]
             cases = [(c, d) for c in laws.small_cases(spec) for d in spec.dtypes]
-            cases += [(c, torch.bfloat16) for c in SHAPES.get(name, []) if torch.bfloat16 in
-                      spec.dtypes]  # fmt: skip
+            cases += [
+                (c, torch.bfloat16) for c in SHAPES.get(name, []) if torch.bfloat16 in spec.dtypes
+            ]
             for case, dtype in cases[:AT_MOST]:
                 laws.check_reference(spec, laws.make(spec, case, dtype), None, setting.device)
 

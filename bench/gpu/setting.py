@@ -49,9 +49,10 @@ def missing_gpu(index: int = 0) -> str:
 
     if not torch.cuda.is_available():
         reason = (
-            "this torch was built without CUDA" if torch.version.cuda is None
+            "this torch was built without CUDA"
+            if torch.version.cuda is None
             else "torch finds no CUDA device"
-        )  # fmt: skip
+        )
         return f"gpu-check: a CUDA GPU must be present, but {reason}; --emulate rehearses without"
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < (8, 0):

@@ -101,10 +101,15 @@ class OpCases:
         c, w, f = self.config, self.widths[width], self.full
         key = "moe_intermediate_size"
         case = {
-            "R": rows, "D": f.hidden_size, "E": self._size(f, "n_routed_experts", "E"),
-            "J": c.num_experts_per_tok, "F": self._size(f, key, "E"), "k": (w.hidden_size,),
-            "f": (self._size(w, key, "E"),), "shared": True,
-        }  # fmt: skip
+            "R": rows,
+            "D": f.hidden_size,
+            "E": self._size(f, "n_routed_experts", "E"),
+            "J": c.num_experts_per_tok,
+            "F": self._size(f, key, "E"),
+            "k": (w.hidden_size,),
+            "f": (self._size(w, key, "E"),),
+            "shared": True,
+        }
         case |= {"weights": form} if form else {}
         cost = case | {"D": case["k"][0], "F": case["f"][0]}
         return OpCase("moe_matmul", form, rows, width, case, cost)
@@ -113,9 +118,14 @@ class OpCases:
         w, f = self.widths[width], self.full
         e = self._size(w, "n_routed_experts", "E")
         case = {
-            "R": rows, "D": f.hidden_size, "E": self._size(f, "n_routed_experts", "E"),
-            "J": self.config.num_experts_per_tok, "k": (w.hidden_size,), "e": (e,), "ties": False,
-        }  # fmt: skip
+            "R": rows,
+            "D": f.hidden_size,
+            "E": self._size(f, "n_routed_experts", "E"),
+            "J": self.config.num_experts_per_tok,
+            "k": (w.hidden_size,),
+            "e": (e,),
+            "ties": False,
+        }
         return OpCase("moe_route", "", rows, width, case, case | {"D": w.hidden_size, "E": e})
 
     def _rows(self, op: str, rows: int, width: str) -> OpCase:
@@ -123,14 +133,25 @@ class OpCases:
         c, w, f = self.config, self.widths[width], self.full
         D, heads = f.hidden_size, self._size(w, "mamba_num_heads", "M")
         case, cost = {
-            "embed": ({"R": rows, "V": c.vocab_size, "D": D, "widths": (w.hidden_size,)},
-                      {"D": w.hidden_size}),
-            "rms_norm": ({"R": rows, "D": D, "widths": (w.hidden_size,), "delta": True},
-                         {"D": w.hidden_size}),
-            "gated_norm": ({"R": rows, "H": self._size(f, "mamba_num_heads", "M"),
-                            "P": c.mamba_head_dim, "G": c.n_groups, "widths": (heads,)},
-                           {"H": heads}),
-        }[op]  # fmt: skip
+            "embed": (
+                {"R": rows, "V": c.vocab_size, "D": D, "widths": (w.hidden_size,)},
+                {"D": w.hidden_size},
+            ),
+            "rms_norm": (
+                {"R": rows, "D": D, "widths": (w.hidden_size,), "delta": True},
+                {"D": w.hidden_size},
+            ),
+            "gated_norm": (
+                {
+                    "R": rows,
+                    "H": self._size(f, "mamba_num_heads", "M"),
+                    "P": c.mamba_head_dim,
+                    "G": c.n_groups,
+                    "widths": (heads,),
+                },
+                {"H": heads},
+            ),
+        }[op]
         return OpCase(op, "", rows, width, case, case | cost)
 
     def _mamba(self, op: str, lengths: tuple[int, ...], width: str) -> OpCase:
@@ -141,12 +162,25 @@ class OpCases:
             case = {"lengths": lengths, "x": H * P, "bc": bc, "widths": (n * P,)}
             cost = case | {"x": n * P}
         elif op == "mamba_step":
-            case = {"S": len(lengths), "H": H, "P": c.mamba_head_dim, "N": c.ssm_state_size,
-                    "G": c.n_groups, "widths": (n,)}  # fmt: skip
+            case = {
+                "S": len(lengths),
+                "H": H,
+                "P": c.mamba_head_dim,
+                "N": c.ssm_state_size,
+                "G": c.n_groups,
+                "widths": (n,),
+            }
             cost = case | {"H": n}
         else:
-            case = {"lengths": lengths, "H": H, "P": c.mamba_head_dim, "N": c.ssm_state_size,
-                    "G": c.n_groups, "widths": (n,), "step": op == "ssm_step"}  # fmt: skip
+            case = {
+                "lengths": lengths,
+                "H": H,
+                "P": c.mamba_head_dim,
+                "N": c.ssm_state_size,
+                "G": c.n_groups,
+                "widths": (n,),
+                "step": op == "ssm_step",
+            }
             cost = case | {"H": n}
         several = len(lengths) > 1 and max(lengths) > 1
         part = f"of {len(lengths)} prompts" if several else ""
@@ -154,15 +188,25 @@ class OpCases:
 
     def _attention(self, op: str, given: dict[str, tuple[int, ...]], rows: int) -> OpCase:
         c, (width, w) = self.config, list(self.widths.items())[-1]
-        case = {**given, "Hq": self._size(w, "num_attention_heads", "*"),
-                "Hkv": c.num_key_value_heads, "K": c.head_dim, "widths": None}  # fmt: skip
+        case = {
+            **given,
+            "Hq": self._size(w, "num_attention_heads", "*"),
+            "Hkv": c.num_key_value_heads,
+            "K": c.head_dim,
+            "widths": None,
+        }
         tokens = max(given.get("lengths") or (a + b for a, b in zip(*given.values())))
         return OpCase(op, f"of {tokens}", rows, width, case, case)
 
     def _append(self, rows: int) -> OpCase:
         c = self.config
-        case = {"R": rows, "pages": pages_for(rows) + 64, "Hkv": c.num_key_value_heads,
-                "K": c.head_dim, "skip": 0}  # fmt: skip
+        case = {
+            "R": rows,
+            "pages": pages_for(rows) + 64,
+            "Hkv": c.num_key_value_heads,
+            "K": c.head_dim,
+            "skip": 0,
+        }
         return OpCase("kv_append", "", rows, list(self.widths)[-1], case, case)
 
     def _sample(self, rows: int, cut: bool) -> OpCase:
@@ -200,8 +244,10 @@ class OpCases:
     def prompts(self, tokens: int) -> list[OpCase]:
         """Rows of reading a prompt."""
         full, narrow = list(self.widths)[-1], next(iter(self.widths))
-        attention = ({"tokens": (tokens,), "context": (0,)},
-                     {"tokens": (tokens // 2,), "context": (tokens,)})  # fmt: skip
+        attention = (
+            {"tokens": (tokens,), "context": (0,)},
+            {"tokens": (tokens // 2,), "context": (tokens,)},
+        )
         return [
             self._mamba("ssm_scan", (tokens,), full),
             self._mamba("ssm_scan", (2 * tokens,), full),

@@ -27,9 +27,14 @@ from bench.gpu.setting import ROOT, Setting, native
 GRACE = 5.0  # seconds beyond its limit that a worker gets before it is stopped
 # Shares of the time for all parts, in seconds; here, because importing a part needs the build.
 PARTS = {
-    "build": 130.0, "laws": 55.0, "sanitize": 65.0, "ops": 120.0, "decode": 75.0, "prefill": 45.0,
+    "build": 130.0,
+    "laws": 55.0,
+    "sanitize": 65.0,
+    "ops": 120.0,
+    "decode": 75.0,
+    "prefill": 45.0,
     "graphs": 35.0,
-}  # fmt: skip
+}
 FATAL = ("CUDA error", "CUDA kernel launch", "device-side assert", "illegal memory")
 
 

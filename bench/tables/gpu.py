@@ -59,17 +59,23 @@ def never_ran(root: Path, runs: dict[str, Figures]) -> tuple[dict[str, list[str]
 def _op_row(name: str, row: Figures) -> list[str]:
     peer = f"{row['ratio']:.2f} {row['peer'].split(',')[0].rstrip('.')}" if "ratio" in row else "-"
     return [
-        f"`{name}`", f"{row['us']:.1f}", f"{row['gb_s']:.0f}", f"{row['tflop_s']:.1f}",
-        f"{row['percent_of_roof']:.0f} % of {row['roof']}", peer,
-    ]  # fmt: skip
+        f"`{name}`",
+        f"{row['us']:.1f}",
+        f"{row['gb_s']:.0f}",
+        f"{row['tflop_s']:.1f}",
+        f"{row['percent_of_roof']:.0f} % of {row['roof']}",
+        peer,
+    ]
 
 
 def _model_row(name: str, row: Figures) -> list[str]:
     return [
-        f"`{name}`", f"{row['ms']:.3f}", f"{row['tokens_s']:.0f}" if "tokens_s" in row else "-",
+        f"`{name}`",
+        f"{row['ms']:.3f}",
+        f"{row['tokens_s']:.0f}" if "tokens_s" in row else "-",
         f"{row['percent_of_roof']:.0f} %" if "percent_of_roof" in row else "-",
         f"{row['ratio']:.2f}" if "ratio" in row else "-",
-    ]  # fmt: skip
+    ]
 
 
 def _laws(laws: Figures | None) -> str:

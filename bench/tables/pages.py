@@ -49,19 +49,35 @@ def demo_table(figures: Figures) -> str:
         large = "-" if row["ms_620m"] is None else f"{row['ms_620m']:.1f}"
         if "->" in row["name"] and row["ms_620m"] is not None:
             large = f"~{large}"
-        rows.append([
-            f"`{row['name']}`", share(row), f"{row['tokens_per_second_1']:.0f}",
-            f"{row['tokens_per_second_64']:.0f}", f"{row['weight_bytes_per_token'] / 1e3:.0f} kB",
-            f"{row['rebuilt_tokens_per_problem']:.0f}", large,
-        ])  # fmt: skip
-    head = ("width or plan", "solved, % (95 % interval)", "tokens/s, one sequence",
-            "tokens/s, 64 at once", "weights read per token", "tokens read again",
-            "620M: ms per token")  # fmt: skip
+        rows.append(
+            [
+                f"`{row['name']}`",
+                share(row),
+                f"{row['tokens_per_second_1']:.0f}",
+                f"{row['tokens_per_second_64']:.0f}",
+                f"{row['weight_bytes_per_token'] / 1e3:.0f} kB",
+                f"{row['rebuilt_tokens_per_problem']:.0f}",
+                large,
+            ]
+        )
+    head = (
+        "width or plan",
+        "solved, % (95 % interval)",
+        "tokens/s, one sequence",
+        "tokens/s, 64 at once",
+        "weights read per token",
+        "tokens read again",
+        "620M: ms per token",
+    )
     bench = figures["bench"]
-    large = "The last column was not measured yet." if bench is None else (
-        f"Last column: `{bench['file']}`, {bench['machine']['processor']}, {bench['threads']} "
-        f"threads, {bench['date']}; "
-        "~ is mixed from it by the plan's tokens, rebuilding left out."
+    large = (
+        "The last column was not measured yet."
+        if bench is None
+        else (
+            f"Last column: `{bench['file']}`, {bench['machine']['processor']}, {bench['threads']} "
+            f"threads, {bench['date']}; "
+            "~ is mixed from it by the plan's tokens, rebuilding left out."
+        )
     )
     note = (
         f"{figures['problems']} problems that training never saw, greedy decoding, "
@@ -76,12 +92,22 @@ def accuracy_table(figures: Figures) -> str:
     for name, row in {**figures["widths"], **figures["plans"]}.items():
         by = row["by_operations"]
         five = figures["five_operations"].get(name)
-        rows.append([f"`{name}`", share(row), *(f"{by[n]['accuracy']:.0%}" for n in "12345"),
-                     share(five) if five else "-"])  # fmt: skip
+        rows.append(
+            [
+                f"`{name}`",
+                share(row),
+                *(f"{by[n]['accuracy']:.0%}" for n in "12345"),
+                share(five) if five else "-",
+            ]
+        )
     count = next(iter(figures["widths"].values()))["count"]
     hard = next(iter(figures["five_operations"].values()))["count"]
-    head = ("width or plan", f"all {count} problems, %", *(f"{n} op." for n in "12345"),
-            f"five operations, n = {hard}, %")  # fmt: skip
+    head = (
+        "width or plan",
+        f"all {count} problems, %",
+        *(f"{n} op." for n in "12345"),
+        f"five operations, n = {hard}, %",
+    )
     return f"{grid(head, rows)}\n\n{measured(figures)}."
 
 
@@ -98,10 +124,14 @@ def decode_table(figures: Figures) -> str:
     """The 620 M model by width, one sequence."""
     wide = max(row["ms_per_token"] for row in figures["rows"])
     rows = [
-        [f"`{row['width']}`", f"{row['ms_per_token']:.2f}", f"{1e3 / row['ms_per_token']:.0f}",
-         f"{wide / row['ms_per_token']:.2f}x"]
+        [
+            f"`{row['width']}`",
+            f"{row['ms_per_token']:.2f}",
+            f"{1e3 / row['ms_per_token']:.0f}",
+            f"{wide / row['ms_per_token']:.2f}x",
+        ]
         for row in figures["rows"]
-    ]  # fmt: skip
+    ]
     note = f"{figures['threads']} threads of {measured(figures)}."
     return f"{grid(('width', 'ms per token', 'tokens/s', 'against the widest'), rows)}\n\n{note}"
 
@@ -117,9 +147,7 @@ def peer_table(figures: Figures) -> str:
         for row in figures["widths"]
     )
     switch = max(row["ratio"] for row in figures["switches"].values())
-    batches = ", ".join(
-        f"{row['sequences']}: {row['tokens_s']:.0f}" for row in figures["batches"]
-    )
+    batches = ", ".join(f"{row['sequences']}: {row['tokens_s']:.0f}" for row in figures["batches"])
     note = (
         f"{figures['threads']} threads of {measured(figures)}; medians of interleaved pairs.\n\n"
         "In the same run, decode by width as a share of the streaming-read rate measured in turn "
@@ -135,22 +163,43 @@ def sizes_table(config: Figures) -> str:
     rows = []
     for name, width in config["elastic"]["widths"].items():
         size = {**config, **width}
-        rows.append([
-            f"`{name}`", *(str(size[key]) for key in (
-                "hidden_size", "mamba_num_heads", "num_attention_heads", "n_routed_experts",
-                "moe_intermediate_size", "moe_shared_expert_intermediate_size",
-            )),
-        ])  # fmt: skip
-    head = ("width", "hidden", "Mamba heads", "query heads", "experts", "expert width",
-            "shared expert width")  # fmt: skip
+        rows.append(
+            [
+                f"`{name}`",
+                *(
+                    str(size[key])
+                    for key in (
+                        "hidden_size",
+                        "mamba_num_heads",
+                        "num_attention_heads",
+                        "n_routed_experts",
+                        "moe_intermediate_size",
+                        "moe_shared_expert_intermediate_size",
+                    )
+                ),
+            ]
+        )
+    head = (
+        "width",
+        "hidden",
+        "Mamba heads",
+        "query heads",
+        "experts",
+        "expert width",
+        "shared expert width",
+    )
     return grid(head, rows)
 
 
 def training_table(figures: Figures) -> str:
     """Time and tokens spent on the shipped reasoner."""
     head = ("parameters", "training", "steps", "tokens")
-    row = (f"{figures['parameters']:,}", f"{figures['minutes']:.0f} minutes of one CPU core",
-           f"{figures['steps']:,}", f"{figures['tokens'] / 1e6:.1f} million")  # fmt: skip
+    row = (
+        f"{figures['parameters']:,}",
+        f"{figures['minutes']:.0f} minutes of one CPU core",
+        f"{figures['steps']:,}",
+        f"{figures['tokens'] / 1e6:.1f} million",
+    )
     return grid(head, [row])
 
 
@@ -162,13 +211,23 @@ def quantized_table(figures: Figures) -> str:
         read = way["widths"][widths[-1]]["weight_bytes_per_token"]
         lines = way.get("error", {}).values()  # of the scales' search; none for bf16
         error = ", ".join(f"{line['relative_error'][widths[-1]]:.1%}" for line in lines)
-        rows.append([
-            name, *(share(way["widths"][w]) for w in widths), f"{way['size'] / 1e6:.2f} MB",
-            f"{read / 1e3:.0f} kB", error or "-",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                *(share(way["widths"][w]) for w in widths),
+                f"{way['size'] / 1e6:.2f} MB",
+                f"{read / 1e3:.0f} kB",
+                error or "-",
+            ]
+        )
     count = figures["ways"]["bf16"]["widths"][widths[0]]["count"]
-    head = ("weights", *(f"`{w}` solves, %" for w in widths), "file",
-            f"read per token, `{widths[-1]}`", "error of the weights")  # fmt: skip
+    head = (
+        "weights",
+        *(f"`{w}` solves, %" for w in widths),
+        "file",
+        f"read per token, `{widths[-1]}`",
+        "error of the weights",
+    )
     told = next((way["distilled"] for way in figures["ways"].values() if "distilled" in way), None)
     where = f"{figures['machine']['processor']}, {figures['date']}"
     note = f"{count} problems, greedy, 95 % intervals; {where}."
@@ -200,11 +259,17 @@ def activations_table(figures: Figures) -> str:
 def ops_table(figures: Figures) -> str:
     """Every op beside torch: {"rows": [{"op", "case", "us", ...}]} of `ops.py`."""
     rows = [
-        [f"`{row['op']}`", row["case"], f"{row['us']:.1f}", f"{row['gb_s']:.1f}",
-         f"{row['gflop_s']:.1f}", f"{row['percent_of_roof']:.0f} % of {row['roof']}",
-         f"{row['ratio']:.2f}"]
+        [
+            f"`{row['op']}`",
+            row["case"],
+            f"{row['us']:.1f}",
+            f"{row['gb_s']:.1f}",
+            f"{row['gflop_s']:.1f}",
+            f"{row['percent_of_roof']:.0f} % of {row['roof']}",
+            f"{row['ratio']:.2f}",
+        ]
         for row in figures["rows"]
-    ]  # fmt: skip
+    ]
     roof = figures["roof"]
     note = (
         f"{figures['threads']} threads ({figures['kernels']}) of {measured(figures)}. Roof of the "
@@ -219,15 +284,31 @@ def ops_table(figures: Figures) -> str:
 def fullsize_table(figures: Figures) -> str:
     """`bench/cpu/quantized.py full`."""
     rows = [
-        [row["width"], row["kernels"], form, f"{1e3 * taken['step_seconds']:.1f}",
-         f"{row['step_bytes'] / 1e9:.2f}", f"{taken['share_of_streaming_reads']:.0%}",
-         f"{row['read_bytes_s'] / 1e9:.0f}",
-         f"{1 / taken['prefill_seconds_per_token']:.0f}", f"{row['peak_bytes'] / 1e9:.1f}"]
+        [
+            row["width"],
+            row["kernels"],
+            form,
+            f"{1e3 * taken['step_seconds']:.1f}",
+            f"{row['step_bytes'] / 1e9:.2f}",
+            f"{taken['share_of_streaming_reads']:.0%}",
+            f"{row['read_bytes_s'] / 1e9:.0f}",
+            f"{1 / taken['prefill_seconds_per_token']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        ]
         for row in figures["rows"]
         for form, taken in (("bf16", row), ("int8", row["int8"]))
-    ]  # fmt: skip
-    head = ["shapes", "kernels", "activations", "ms per step", "GB per step", "of streaming reads",
-            "those, GB/s", "prefill, tokens/s", "peak memory, GB"]  # fmt: skip
+    ]
+    head = [
+        "shapes",
+        "kernels",
+        "activations",
+        "ms per step",
+        "GB per step",
+        "of streaming reads",
+        "those, GB/s",
+        "prefill, tokens/s",
+        "peak memory, GB",
+    ]
     return f"{grid(head, rows)}\n\n{measured(figures)}, {figures['threads']} threads."
 
 
@@ -250,16 +331,24 @@ def drift_table(figures: Figures) -> str:
     for name in names:
         heads, read = figures["heads"].get(name), figures["reasoner"].get(name)
         solved = figures["accuracy"].get(name)
-        rows.append([
-            name,
-            f"{heads['over_time'][-1]:.1e}" if heads else "-",
-            f"{max(heads['by_fade']):.1e}" if heads else "-",
-            f"{sorted(read['error'])[len(read['error']) // 2]:.1e}" if read else "-",
-            f"{read['agree']:.2%}" if read else "-",
-            *(f"{solved[w]['accuracy']:.1%}" if solved else "-" for w in widths),
-        ])  # fmt: skip
-    head = ["cache", "heads' output, rms", "worst head", "logits", "same choice",
-            *(f"`{w}` solves" for w in widths)]  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{heads['over_time'][-1]:.1e}" if heads else "-",
+                f"{max(heads['by_fade']):.1e}" if heads else "-",
+                f"{sorted(read['error'])[len(read['error']) // 2]:.1e}" if read else "-",
+                f"{read['agree']:.2%}" if read else "-",
+                *(f"{solved[w]['accuracy']:.1%}" if solved else "-" for w in widths),
+            ]
+        )
+    head = [
+        "cache",
+        "heads' output, rms",
+        "worst head",
+        "logits",
+        "same choice",
+        *(f"`{w}` solves" for w in widths),
+    ]
     about = (
         f"Relative errors (2-norm) after {figures['tokens']:,} tokens: of the output of Mamba "
         f"heads that forget {figures['fades'][0]:.0%} to {figures['fades'][-1]:.3%} of their state "
@@ -345,8 +434,10 @@ def main() -> None:
         old = path.read_text(encoding="utf-8")
         new = fill(old)
         if check and new != old:
-            sys.exit(f"{page}: tables must be those of the committed measurements; run "
-                     "`python -m bench.tables.pages`")  # fmt: skip
+            sys.exit(
+                f"{page}: tables must be those of the committed measurements; run "
+                "`python -m bench.tables.pages`"
+            )
         path.write_text(new, encoding="utf-8")
 
 

@@ -18,8 +18,15 @@ logger = logging.getLogger(__name__)
 
 WIDTHS_NAME = "elastic_widths.json"
 # Whatever is read, the weights beside it, and what exports take along.
-HUB_FILES = ("config.json", SIDECAR, WIDTHS_NAME, INDEX_NAME, *TEXT_FILES, "*.safetensors",
-              *TAKEN_ALONG)  # fmt: skip
+HUB_FILES = (
+    "config.json",
+    SIDECAR,
+    WIDTHS_NAME,
+    INDEX_NAME,
+    *TEXT_FILES,
+    "*.safetensors",
+    *TAKEN_ALONG,
+)
 # A snapshot need not be complete without a network: these are not read, or missed when they are.
 _SPARED = ("*.safetensors", *TAKEN_ALONG)
 

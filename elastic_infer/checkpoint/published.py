@@ -65,7 +65,7 @@ class Published:
         return self.named.get(module) is not None
 
     def format_of(self, module: str) -> str | None:
-        """"nvfp4" or "fp8" that this module's weight is said to have, None = not quantized."""
+        """Stated format of this module's weight, "nvfp4" or "fp8"; None if it is not quantized."""
         if self.is_ignored(module):
             return None
         above = module
@@ -221,7 +221,7 @@ def _compressed_tensors(data: Mapping[str, Any], source: str) -> Published:
 
 
 def _layout(weights: Mapping[str, Any], layout: Any, source: str, key: str) -> str:
-    """"nvfp4" or "fp8" of the weights of one compressed-tensors group."""
+    """Format of the weights of one compressed-tensors group, "nvfp4" or "fp8"."""
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     strategy, size = weights.get("strategy"), weights.get("group_size")
     block = (kind, bits, size) == ("float", 4, BLOCK) and strategy in (None, "tensor_group")
@@ -230,8 +230,13 @@ def _layout(weights: Mapping[str, Any], layout: Any, source: str, key: str) -> s
         return "nvfp4"
     if whole and layout in ("float-quantized", "naive-quantized", None):
         return "fp8"
-    told = {"format": layout, "type": kind, "num_bits": bits, "strategy": strategy,
-            "group_size": size}  # fmt: skip
+    told = {
+        "format": layout,
+        "type": kind,
+        "num_bits": bits,
+        "strategy": strategy,
+        "group_size": size,
+    }
     _refuse(source, key, f"be supported ({SUPPORTED})", told)
 
 
@@ -268,6 +273,9 @@ def modelopt_config(
         inner["quant_algo"] = _MIXED
         inner["quantized_layers"] = {module: each[kind] for module, kind in formats.items()}
     flat = {"quant_method": "modelopt", "producer": producer, "ignore": list(unquantized)}
-    flat |= {key: value for key, value in inner.items()
-             if key != "kv_cache_quant_algo" or value is not None}  # fmt: skip
+    flat |= {
+        key: value
+        for key, value in inner.items()
+        if key != "kv_cache_quant_algo" or value is not None
+    }
     return flat, {"producer": producer, "quantization": {**inner, "exclude_modules": unquantized}}

@@ -147,9 +147,10 @@ def with_kv_factors(
         tensor: gives one of them by its name.
     """
     factors = {name: checkpoint.part_spec(name) for name in checkpoint.kv_factor_names}
-    return {**specs, **factors}, lambda name: (
-        checkpoint.part(name) if name in factors else tensor(name)
-    )
+    return {
+        **specs,
+        **factors,
+    }, lambda name: checkpoint.part(name) if name in factors else tensor(name)
 
 
 def part_sources(

@@ -101,18 +101,20 @@ def find_stored(
         return None
     if len(shape) != 2 or name.endswith(PLAIN_NAMES):
         _refuse(
-            files, codes,
+            files,
+            codes,
             "be float32, bfloat16 or float16 (embedding, router, convolution and vectors are not "
             f"read quantized), got {_TEXT.get(dtype, dtype)}",
-        )  # fmt: skip
+        )
     if dtype not in _TEXT:
         _refuse(files, codes, f"be a float, E4M3 or packed uint8 tensor, got {dtype}")
     if published is None:
         _refuse(
-            files, codes,
+            files,
+            codes,
             "come with a quantization_config in config.json that says what its bytes mean "
             f"({SUPPORTED}), got {_TEXT[dtype]} and no such key",
-        )  # fmt: skip
+        )
     if dtype == torch.float8_e4m3fn:
         stored = _fp8(files, name, module, shape)
     else:
@@ -129,17 +131,25 @@ def _refuse(files: TensorFiles, name: str, rule: str):
     raise CheckpointError(f"checkpoint: {name} must {rule}{where}")
 
 
-def _check_plain(
-    files: TensorFiles, name: str, module: str, published: Published | None
-) -> None:
-    scales = [s for s in ("weight_scale", "weight_scale_2", "weight_global_scale")
-              if f"{module}.{s}" in files]  # fmt: skip
+def _check_plain(files: TensorFiles, name: str, module: str, published: Published | None) -> None:
+    scales = [
+        s
+        for s in ("weight_scale", "weight_scale_2", "weight_global_scale")
+        if f"{module}.{s}" in files
+    ]
     if scales:
-        _refuse(files, name, f"be quantized where there is {module}.{scales[0]}, got "
-                             f"{files.dtype_of(name)}")  # fmt: skip
+        _refuse(
+            files,
+            name,
+            f"be quantized where there is {module}.{scales[0]}, got {files.dtype_of(name)}",
+        )
     if published is not None and published.explicit(module):
-        _refuse(files, name, f"be {published.format_of(module)} as {published.source} states, got "
-                             f"{files.dtype_of(name)}")  # fmt: skip
+        _refuse(
+            files,
+            name,
+            f"be {published.format_of(module)} as {published.source} states, got "
+            f"{files.dtype_of(name)}",
+        )
 
 
 def _extras(files: TensorFiles, module: str) -> tuple[str, ...]:
@@ -153,10 +163,11 @@ def _scalar(files: TensorFiles, name: str, of: str) -> str:
     shape, dtype = files.shape_of(name), files.dtype_of(name)
     if math.prod(shape) != 1:
         _refuse(
-            files, name,
+            files,
+            name,
             "be one number (a scale per channel or per block of FP8 is not supported), got shape "
             f"{list(shape)}",
-        )  # fmt: skip
+        )
     if dtype not in _FLOATS:
         _refuse(files, name, f"be float32, bfloat16 or float16, got {dtype}")
     return name

@@ -169,8 +169,10 @@ class TensorFiles:
         if missing and is_file(single) and SINGLE_NAME not in files:
             logger.warning(
                 "checkpoint: %s names files that are not there (%s): %s is read in their place",
-                index, shown(missing[0]), SINGLE_NAME,
-            )  # fmt: skip
+                index,
+                shown(missing[0]),
+                SINGLE_NAME,
+            )
             return [single]
         if missing:
             raise CheckpointError(

@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
 def show_version(wanted: bool) -> None:
     """Prints the version and ends, when `--version` is given."""
     if wanted:

@@ -63,15 +63,25 @@ def chat(
     c.read_plan(plan, width)  # refused before the model is loaded
     lines = c.standard_input()
     engine = c.open_engine(
-        model, revision=revision, widths=widths, max_width=max_width, threads=threads,
-        max_num_seqs=1, kv_cache_dtype=kv_cache_dtype, mamba_ssm_cache_dtype=state_dtype,
+        model,
+        revision=revision,
+        widths=widths,
+        max_width=max_width,
+        threads=threads,
+        max_num_seqs=1,
+        kv_cache_dtype=kv_cache_dtype,
+        mamba_ssm_cache_dtype=state_dtype,
         activation_quantization=activations,
-    )  # fmt: skip
+    )
     with engine:
         params = c.sampling_params(
-            engine, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+            engine,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
             seed=seed,
-        )  # fmt: skip
+        )
         talk = Conversation(engine, params, system)
         talk.set_width(width) if width is not None else talk.set_plan(plan)
         if thinking is not None:

@@ -137,9 +137,11 @@ def show_lines(engine: Engine, question: str, screen: Console) -> None:
         _gather(requests, tokens, lambda: None)
     else:
         with live:
-            _gather(requests, tokens,
-                    lambda: live.update(Group(*_lines(question, tokens, colours, True)),
-                                        refresh=True))  # fmt: skip
+            _gather(
+                requests,
+                tokens,
+                lambda: live.update(Group(*_lines(question, tokens, colours, True)), refresh=True),
+            )
     if live is None:
         for line in _lines(question, tokens, colours, False):
             screen.print(line, soft_wrap=True)

@@ -72,9 +72,7 @@ def measure_all(engine: Engine, problems: int, screen: Console) -> dict[str, Any
         for name, how in ways.items():
             bar.update(task, description=f"measuring {escape(name)}")
             live.update(_with_bar(table(figures), bar))
-            row = measure(
-                engine, name, how, asked, figures["bench"], lambda: bar.advance(task)
-            )
+            row = measure(engine, name, how, asked, figures["bench"], lambda: bar.advance(task))
             figures["rows"].append(row)
         live.update(table(figures))
     return figures
@@ -190,8 +188,14 @@ def table(figures: dict[str, Any]) -> Table:
     colours = c.colour_of(figures["widths"])
     shown = Table(box=None, pad_edge=False)
     shown.add_column("width or\nplan", no_wrap=True)
-    for title in ("\nsolved", "95 %\ninterval", "tokens/s\nalone", "tokens/s\n64 at once",
-                  "weights\nper token", "620M\nms/token"):  # fmt: skip
+    for title in (
+        "\nsolved",
+        "95 %\ninterval",
+        "tokens/s\nalone",
+        "tokens/s\n64 at once",
+        "weights\nper token",
+        "620M\nms/token",
+    ):
         shown.add_column(title, justify="right", no_wrap=True)
     for row in figures["rows"]:
         shown.add_row(*cells(row), style=colours.get(row["name"], ""))

@@ -58,15 +58,25 @@ def generate(
     given = read_prompt(prompt, prompt_ids)
     chosen = c.read_plan(plan, width)
     engine = c.open_engine(
-        model, revision=revision, widths=widths, max_width=max_width, threads=threads,
-        max_num_seqs=1, kv_cache_dtype=kv_cache_dtype, mamba_ssm_cache_dtype=state_dtype,
+        model,
+        revision=revision,
+        widths=widths,
+        max_width=max_width,
+        threads=threads,
+        max_num_seqs=1,
+        kv_cache_dtype=kv_cache_dtype,
+        mamba_ssm_cache_dtype=state_dtype,
         activation_quantization=activations,
-    )  # fmt: skip
+    )
     with engine:
         params = c.sampling_params(
-            engine, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+            engine,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
             seed=seed,
-        )  # fmt: skip
+        )
         request = engine.submit(given, params, chosen, width=width)
         try:
             if as_json:

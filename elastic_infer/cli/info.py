@@ -138,8 +138,15 @@ def open_sizes(model: str, revision: str | None, widths: str | None) -> Opened:
     if local and any(os.path.lexists(folder / name) for name in (INDEX_NAME, SINGLE_NAME)):
         checkpoint = c.open_checkpoint(model, revision, widths)
         stored = dtype_name(checkpoint.dtype_of("backbone.embeddings.weight"))
-        return Opened(checkpoint.config, checkpoint.widths, checkpoint.default_width,
-                      checkpoint.widths_source, stored, checkpoint.formats, True)  # fmt: skip
+        return Opened(
+            checkpoint.config,
+            checkpoint.widths,
+            checkpoint.default_width,
+            checkpoint.widths_source,
+            stored,
+            checkpoint.formats,
+            True,
+        )
     config = ModelConfig.from_folder(folder)
     beside = folder / WIDTHS_NAME
     table, source = config.elastic, "config.json" if config.elastic else "no table"
@@ -212,7 +219,9 @@ def describe(
         "length": length,
         "widths": rows,
         "kernels": {
-            "used": Pool().isa, "usable": usable_isas(), "cuda": cuda_architectures(),
+            "used": Pool().isa,
+            "usable": usable_isas(),
+            "cuda": cuda_architectures(),
             "cuda_unusable": why_not_cuda() or None,
         },
         "threads": available_cpus(),
@@ -250,19 +259,26 @@ def show(model: str, opened: Opened, facts: dict[str, Any]) -> None:
     screen.print(
         f"layers {facts['pattern']} (M Mamba-2, * attention, - MLP, E experts), vocabulary "
         f"{facts['vocab_size']}, context {facts['max_position_embeddings']}, stored as "
-        f"{stored_text(facts)}", soft_wrap=True, markup=False,
-    )  # fmt: skip
-    screen.print(f"widths from {facts['width_table']}, default {facts['default_width']}; KV cache "
-                 f"{facts['kv_bytes_per_token']} bytes per token at every width, in "
-                 f"{facts['kv_cache_dtype']}; Mamba state in {facts['mamba_ssm_cache_dtype']}",
-                 soft_wrap=True, markup=False)  # fmt: skip
+        f"{stored_text(facts)}",
+        soft_wrap=True,
+        markup=False,
+    )
+    screen.print(
+        f"widths from {facts['width_table']}, default {facts['default_width']}; KV cache "
+        f"{facts['kv_bytes_per_token']} bytes per token at every width, in "
+        f"{facts['kv_cache_dtype']}; Mamba state in {facts['mamba_ssm_cache_dtype']}",
+        soft_wrap=True,
+        markup=False,
+    )
     screen.print(width_table(facts))
     kernels = facts["kernels"]
     screen.print(
         f"kernels: {kernels['used']} on {facts['threads']} threads (this processor also runs "
         f"{', '.join(k for k in kernels['usable'] if k != kernels['used']) or 'no other'}); "
-        f"{cuda_state(kernels)}", soft_wrap=True, markup=False,
-    )  # fmt: skip
+        f"{cuda_state(kernels)}",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def stored_text(facts: dict[str, Any]) -> str:

@@ -89,8 +89,9 @@ def quantize(
     screen.print(error_table(report))
     screen.print(
         f"{escape(str(out))}: {written.bytes / 1e6:.1f} MB, {len(formats)} matrices quantized; "
-        "errors in quantization.json", soft_wrap=True,
-    )  # fmt: skip
+        "errors in quantization.json",
+        soft_wrap=True,
+    )
 
 
 def parts(text: str) -> list[str]:
@@ -132,8 +133,9 @@ def distilled(
         losses = facts["loss_before"][name], facts["loss_after"][name]
         c.errors().print(
             f"{escape(name)}: KL from the unquantized weights {losses[0]:.5f} before, "
-            f"{losses[1]:.5f} after {facts['steps']} steps", soft_wrap=True,
-        )  # fmt: skip
+            f"{losses[1]:.5f} after {facts['steps']} steps",
+            soft_wrap=True,
+        )
     quantizer.report.distilled = facts
     return {"packed": packed, "state": state, "report": quantizer.report}
 
@@ -145,8 +147,13 @@ def step_progress() -> Iterator[Callable[..., None] | None]:
     if not screen.is_terminal:
         yield None
         return
-    columns = (TextColumn("distilling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[losses]}"))  # fmt: skip
+    columns = (
+        TextColumn("distilling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
     with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("distilling", total=None, losses="")
 
@@ -175,7 +182,5 @@ def error_table(report: Any) -> Table:
     table.add_section()
     for kind, line in report.total.items():
         table.add_row("all", kind, *cells(line, "relative_error"))
-        table.add_row(
-            "all, plain amax scales", kind, *cells(line, "relative_error_without_search")
-        )
+        table.add_row("all, plain amax scales", kind, *cells(line, "relative_error_without_search"))
     return table

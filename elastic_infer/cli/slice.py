@@ -58,8 +58,7 @@ def slice_width(
     with c.writing(width) as written:
         folder = slice_checkpoint(checkpoint, width, out, written)
     size = f"{written.bytes / 1e6:.1f} MB"
-    c.console().print(f"{escape(str(folder))}: width {escape(width)}, {size}",
-                      soft_wrap=True)  # fmt: skip
+    c.console().print(f"{escape(str(folder))}: width {escape(width)}, {size}", soft_wrap=True)
 
 
 def derive(
@@ -89,9 +88,16 @@ def derive(
         if slices or slice_configs or out is not None:
             raise InvalidRequest("--budget, --memory: must not be given together with slices")
         budgets.answer_budget(
-            full, budget, memory, active=active, bits=bits, context=context, name=name,
-            write=write, revision=revision,
-        )  # fmt: skip
+            full,
+            budget,
+            memory,
+            active=active,
+            bits=bits,
+            context=context,
+            name=name,
+            write=write,
+            revision=revision,
+        )
         return
     from ..checkpoint.derive import derive_widths, write_widths
     from ..checkpoint.hub import resolve_folder

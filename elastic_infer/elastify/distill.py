@@ -211,9 +211,7 @@ class Distiller:
                     f"distill: optimizer must be adamw with {self.group.size} processes, got muon, "
                     "which needs whole matrices"
                 )
-            return MuonAdam(
-                self.model, settings.muon_lr, settings.lr, decay=settings.weight_decay
-            )
+            return MuonAdam(self.model, settings.muon_lr, settings.lr, decay=settings.weight_decay)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         vectors = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [

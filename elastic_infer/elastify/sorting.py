@@ -244,9 +244,7 @@ def sort_checkpoint(
     if "elastic" in config.raw:
         logger.warning("sort: the parent's width table is left out: its widths are others now")
     with new_folder(out, "sort") as fresh:
-        write_safetensors(
-            fresh, *with_kv_factors(checkpoint, specs, tensor), shard_bytes, progress
-        )  # fmt: skip
+        write_safetensors(fresh, *with_kv_factors(checkpoint, specs, tensor), shard_bytes, progress)
         copy_side_files(checkpoint.folder, fresh)
         write_json(fresh / "config.json", encode_floats(raw), "sort")
     return out

@@ -42,17 +42,27 @@ class Core:
         self.config, self.default_width = loaded.model.config, loaded.default_width
         self.max_waiting = max_waiting
         self.intake = Intake(
-            self.config, self.widths, self.default_width, self.tokenizer, self.capacity,
-            loaded.generation_config, loaded.eos_ids,
-        )  # fmt: skip
+            self.config,
+            self.widths,
+            self.default_width,
+            self.tokenizer,
+            self.capacity,
+            loaded.generation_config,
+            loaded.eos_ids,
+        )
         active = [float(count_parameters(self.config, w).active) for w in self.widths.values()]
         most = self.capacity.max_num_seqs
         limits = Limits(self.capacity.max_num_batched_tokens, most)
         with plain_torch():
             self.scheduler = Scheduler(
-                self.model, loaded.eos_ids, limits, StepCosts(active), mixing, most,
+                self.model,
+                loaded.eos_ids,
+                limits,
+                StepCosts(active),
+                mixing,
+                most,
                 async_scheduling,
-            )  # fmt: skip
+            )
         self.worker = Worker(self.scheduler, max_waiting)
         # An engine that is dropped, or still open when Python ends, stops its thread. Requests that
         # have not ended and open sequences keep the core alive.

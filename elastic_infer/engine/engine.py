@@ -222,8 +222,10 @@ class Engine:
                 f"engine: at most max_waiting = {waiting} requests may wait, got {len(prompts)} "
                 "prompts; give fewer at a time"
             )
-        columns = [one_per_prompt(n, v, len(prompts)) for n, v in
-                   (("params", params), ("plan", plan), ("width", width))]  # fmt: skip
+        columns = [
+            one_per_prompt(n, v, len(prompts))
+            for n, v in (("params", params), ("plan", plan), ("width", width))
+        ]
         requests = [
             self.core.intake.request(p, *options) for p, options in zip(prompts, zip(*columns))
         ]
@@ -355,9 +357,7 @@ class Engine:
 
         return self.core.call(job, wait_for_room=True)
 
-    def _checked(
-        self, what: str, ids: list[int], width: str | None
-    ) -> tuple[list[int], str]:
+    def _checked(self, what: str, ids: list[int], width: str | None) -> tuple[list[int], str]:
         width = self.default_width if width is None else width
         self.core.intake.check_width(width)
         self.core.intake.check_fits(what, len(ids), 0, 1)

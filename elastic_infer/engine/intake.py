@@ -106,9 +106,13 @@ class Intake:
 
     def _processors(self, request: Request) -> RowProcessors:
         return RowProcessors(
-            request.params, request.prompt_ids, self._config.vocab_size, self._tokenizer,
-            self._eos_ids, self._tags(request.plan),
-        )  # fmt: skip
+            request.params,
+            request.prompt_ids,
+            self._config.vocab_size,
+            self._tokenizer,
+            self._eos_ids,
+            self._tags(request.plan),
+        )
 
     def _tags(self, plan: Plan) -> tuple[int, ...]:
         """The ids of a plan's think tags, where the vocabulary has them and there is text."""
@@ -197,8 +201,7 @@ class Intake:
         for i, t in enumerate(ids):
             if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size:
                 raise InvalidRequest(
-                    f"{name}: token ids must be ints in [0, {size}), got {shown(t)} at "
-                    f"position {i}"
+                    f"{name}: token ids must be ints in [0, {size}), got {shown(t)} at position {i}"
                 )
 
     def check_width(self, name: str) -> None:

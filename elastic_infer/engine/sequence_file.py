@@ -176,9 +176,7 @@ def _value(path: Path, metadata: dict[str, str], key: str, kind: type) -> Any:
         KeyError: without it.
         ValueError: one of another type.
     """
-    value = parse_json(
-        metadata[key], f"sequence file: {path} must be as `save` writes it: {key}"
-    )
+    value = parse_json(metadata[key], f"sequence file: {path} must be as `save` writes it: {key}")
     if not isinstance(value, kind):
         raise ValueError(f"{key} {shown(value)}")
     return value

@@ -45,11 +45,22 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 GENERATION_CONFIG = "generation_config.json"
-TEXT_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, CHAT_TEMPLATES,
-              GENERATION_CONFIG)  # fmt: skip
+TEXT_FILES = (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATES,
+    GENERATION_CONFIG,
+)
 # Other programs read these: they are fetched and taken along where they are.
-TAKEN_ALONG = ("tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt",
-               "chat_template.json")  # fmt: skip
+TAKEN_ALONG = (
+    "tokenizer.model",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+)
 
 JSON_BYTES = 64 << 20  # an index of a million tensors
 _DEPTH = 100  # levels of lists and objects; a reader that recurses needs a few frames for each

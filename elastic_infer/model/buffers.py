@@ -78,12 +78,20 @@ def batch_tables(rows: int, segments: int, max_length: int) -> Sizes:
     device only when it changes."""
     return {
         **draw_tables(segments),
-        "feed": (segments,), "ids": (rows,), "row_mode": (rows,), "slot_mapping": (rows,),
-        "seq_mode": (segments,), "slots": (segments,), "lengths": (segments,),
-        "context": (segments,), "cu_seqlens": (segments + 1,), "cu_prefill": (segments + 1,),
-        "logit_rows": (logit_rows(segments),), "logit_mode": (logit_rows(segments),),
+        "feed": (segments,),
+        "ids": (rows,),
+        "row_mode": (rows,),
+        "slot_mapping": (rows,),
+        "seq_mode": (segments,),
+        "slots": (segments,),
+        "lengths": (segments,),
+        "context": (segments,),
+        "cu_seqlens": (segments + 1,),
+        "cu_prefill": (segments + 1,),
+        "logit_rows": (logit_rows(segments),),
+        "logit_mode": (logit_rows(segments),),
         "page_table": (segments, pages_for(max_length)),
-    }  # fmt: skip
+    }
 
 
 def working_bytes(
@@ -99,11 +107,15 @@ def working_bytes(
 def _workspace(config: ModelConfig, served: Width, rows: int, dtype: torch.dtype) -> int:
     sizes = [
         moe_workspace_bytes(
-            rows, config.num_experts_per_tok, served.n_routed_experts[layer], served.hidden_size,
-            served.moe_intermediate_size[layer], dtype,
+            rows,
+            config.num_experts_per_tok,
+            served.n_routed_experts[layer],
+            served.hidden_size,
+            served.moe_intermediate_size[layer],
+            dtype,
         )
         for layer in config.layers_of("E")
-    ]  # fmt: skip
+    ]
     return max(sizes, default=16)
 
 

@@ -29,6 +29,10 @@ def draw_tables(rows: int) -> Sizes:
     """Names and sizes of the tables that say how `rows` tokens are drawn (`model.Draw`)."""
     each, f32 = (rows,), torch.float32
     return {
-        "seed": (each, torch.int64), "position": (each, torch.int64), "top_k": each,
-        "temperature": (each, f32), "top_p": (each, f32), "min_p": (each, f32),
-    }  # fmt: skip
+        "seed": (each, torch.int64),
+        "position": (each, torch.int64),
+        "top_k": each,
+        "temperature": (each, f32),
+        "top_p": (each, f32),
+        "min_p": (each, f32),
+    }

@@ -59,9 +59,14 @@ def run_layers(p: Pass) -> None:
     b, w, R = p.buffers, p.weights, p.shape.rows
     fed = {"drawn": b.drawn, "feed": p.batch.feed[:R]} if p.fed else {}
     embed(
-        p.batch.ids[:R], w.embedding, b.residual[:R], row_width=p.batch.row_mode[:R],
-        sizes=p.modes.hidden, run=p.run, **fed,
-    )  # fmt: skip
+        p.batch.ids[:R],
+        w.embedding,
+        b.residual[:R],
+        row_width=p.batch.row_mode[:R],
+        sizes=p.modes.hidden,
+        run=p.run,
+        **fed,
+    )
     delta, kv, state = None, 0, 0
     for i, kind in enumerate(p.config.layers):
         norm(p, w.layers[i].norm, delta)
@@ -82,9 +87,14 @@ def run_layers(p: Pass) -> None:
 def head(p: Pass, rows: torch.Tensor, modes: torch.Tensor) -> None:
     """Logits of `rows` [n, D], whose modes are `modes` [n], into `buffers.logits`."""
     product(
-        p, rows, p.weights.head, p.buffers.logits[: rows.shape[0]], row_width=modes,
-        k_sizes=p.modes.hidden, n_sizes=p.modes.vocabulary,
-    )  # fmt: skip
+        p,
+        rows,
+        p.weights.head,
+        p.buffers.logits[: rows.shape[0]],
+        row_width=modes,
+        k_sizes=p.modes.hidden,
+        n_sizes=p.modes.vocabulary,
+    )
 
 
 def quantization(p: Pass, weight: TiledWeight | ExpertWeights) -> str:
@@ -102,9 +112,15 @@ def norm(p: Pass, weight: torch.Tensor, delta: torch.Tensor | None) -> None:
     """Adds `delta` to the residual, and leaves its norm in `buffers.normed`."""
     b, R = p.buffers, p.shape.rows
     rms_norm(
-        b.residual[:R], weight, b.normed[:R], eps=p.config.layer_norm_epsilon, delta=delta,
-        row_width=p.batch.row_mode[:R], sizes=p.modes.hidden, run=p.run,
-    )  # fmt: skip
+        b.residual[:R],
+        weight,
+        b.normed[:R],
+        eps=p.config.layer_norm_epsilon,
+        delta=delta,
+        row_width=p.batch.row_mode[:R],
+        sizes=p.modes.hidden,
+        run=p.run,
+    )
 
 
 def project(
@@ -113,9 +129,15 @@ def project(
     """First projection of a layer: from the normed rows to the layer's own channels."""
     R = p.shape.rows
     product(
-        p, p.buffers.normed[:R], weight, out, activation=activation,
-        row_width=p.batch.row_mode[:R], k_sizes=p.modes.hidden, n_sizes=p.modes.layers[layer].rows,
-    )  # fmt: skip
+        p,
+        p.buffers.normed[:R],
+        weight,
+        out,
+        activation=activation,
+        row_width=p.batch.row_mode[:R],
+        k_sizes=p.modes.hidden,
+        n_sizes=p.modes.layers[layer].rows,
+    )
 
 
 def project_back(
@@ -124,9 +146,14 @@ def project_back(
     """Last projection of a layer: from its channels to the hidden ones."""
     R = p.shape.rows
     product(
-        p, x, weight, out[:R], row_width=p.batch.row_mode[:R],
-        k_sizes=p.modes.layers[layer].inner, n_sizes=p.modes.hidden_rows,
-    )  # fmt: skip
+        p,
+        x,
+        weight,
+        out[:R],
+        row_width=p.batch.row_mode[:R],
+        k_sizes=p.modes.layers[layer].inner,
+        n_sizes=p.modes.hidden_rows,
+    )
 
 
 def mamba(p: Pass, layer: int, state: int) -> None:
@@ -151,12 +178,28 @@ def mix_steps(p: Pass, layer: int, state: int, projected: torch.Tensor) -> None:
     t, H, inner = p.modes.layers[layer], w.A_log.shape[0], w.gated_norm.shape[0]
     z, xbc, dt = projected.split([inner, projected.shape[1] - inner - H, H], 1)
     mamba_step(
-        z, xbc, dt, w.conv_weight, w.conv_bias, p.cache.conv[state], w.A_log, w.D,
-        w.dt_bias, p.cache.ssm[state], w.gated_norm, b.inner[:B, :inner], b.arrivals[:B],
-        slots=batch.slots[:B], eps=p.config.layer_norm_epsilon, seq_width=batch.seq_mode[:B],
-        h_sizes=t.state_heads, out_sizes=t.heads, context=batch.context[:B], seed=layer,
+        z,
+        xbc,
+        dt,
+        w.conv_weight,
+        w.conv_bias,
+        p.cache.conv[state],
+        w.A_log,
+        w.D,
+        w.dt_bias,
+        p.cache.ssm[state],
+        w.gated_norm,
+        b.inner[:B, :inner],
+        b.arrivals[:B],
+        slots=batch.slots[:B],
+        eps=p.config.layer_norm_epsilon,
+        seq_width=batch.seq_mode[:B],
+        h_sizes=t.state_heads,
+        out_sizes=t.heads,
+        context=batch.context[:B],
+        seed=layer,
         run=p.run,
-    )  # fmt: skip
+    )
 
 
 def mix_tokens(p: Pass, layer: int, state: int, projected: torch.Tensor) -> None:
@@ -169,30 +212,64 @@ def mix_tokens(p: Pass, layer: int, state: int, projected: torch.Tensor) -> None
     z, xbc, dt = projected.split([inner, inner + 2 * bc, H], 1)
     conv = b.conv[:R, : inner + 2 * bc]
     causal_conv(
-        xbc, w.conv_weight, w.conv_bias, p.cache.conv[state], conv,
-        cu_seqlens=batch.cu_seqlens[: S + 1], slots=batch.slots[:S], x_channels=inner,
-        seq_width=batch.seq_mode[:S], x_sizes=t.conv, run=run,
-    )  # fmt: skip
+        xbc,
+        w.conv_weight,
+        w.conv_bias,
+        p.cache.conv[state],
+        conv,
+        cu_seqlens=batch.cu_seqlens[: S + 1],
+        slots=batch.slots[:S],
+        x_channels=inner,
+        seq_width=batch.seq_mode[:S],
+        x_sizes=t.conv,
+        run=run,
+    )
     x, B_in, C_in = conv.split([inner, bc, bc], 1)
     y = b.scanned[:R, :inner]
     heads = (w.A_log, w.D, w.dt_bias, p.cache.ssm[state])
     if B:
         ssm_step(
-            x[:B], B_in[:B], C_in[:B], dt[:B], *heads, y[:B], slots=batch.slots[:B],
-            seq_width=batch.seq_mode[:B], h_sizes=t.state_heads, context=batch.context[:B],
-            seed=layer, run=run,
-        )  # fmt: skip
+            x[:B],
+            B_in[:B],
+            C_in[:B],
+            dt[:B],
+            *heads,
+            y[:B],
+            slots=batch.slots[:B],
+            seq_width=batch.seq_mode[:B],
+            h_sizes=t.state_heads,
+            context=batch.context[:B],
+            seed=layer,
+            run=run,
+        )
     if S > B:
         ssm_scan(
-            x[B:], B_in[B:], C_in[B:], dt[B:], *heads, y[B:],
-            cu_seqlens=batch.cu_prefill[: S - B + 1], slots=batch.slots[B:S],
-            seq_width=batch.seq_mode[B:S], h_sizes=t.state_heads, context=batch.context[B:S],
-            seed=layer, run=run,
-        )  # fmt: skip
+            x[B:],
+            B_in[B:],
+            C_in[B:],
+            dt[B:],
+            *heads,
+            y[B:],
+            cu_seqlens=batch.cu_prefill[: S - B + 1],
+            slots=batch.slots[B:S],
+            seq_width=batch.seq_mode[B:S],
+            h_sizes=t.state_heads,
+            context=batch.context[B:S],
+            seed=layer,
+            run=run,
+        )
     gated_norm(
-        y, z, w.gated_norm, b.inner[:R, :inner], groups=c.n_groups, head_dim=c.mamba_head_dim,
-        eps=c.layer_norm_epsilon, row_width=batch.row_mode[:R], h_sizes=t.heads, run=run,
-    )  # fmt: skip
+        y,
+        z,
+        w.gated_norm,
+        b.inner[:R, :inner],
+        groups=c.n_groups,
+        head_dim=c.mamba_head_dim,
+        eps=c.layer_norm_epsilon,
+        row_width=batch.row_mode[:R],
+        h_sizes=t.heads,
+        run=run,
+    )
 
 
 def attention(p: Pass, layer: int, kv: int) -> None:
@@ -211,15 +288,25 @@ def attention(p: Pass, layer: int, kv: int) -> None:
     shared = {"scale": p.config.head_dim**-0.5, "q_sizes": q_sizes, "run": p.run, **scales}
     if B:
         attention_decode(
-            q[:B], *pages, out[:B], page_table=batch.page_table[:B], lengths=batch.lengths[:B],
-            seq_width=batch.seq_mode[:B], **shared,
-        )  # fmt: skip
+            q[:B],
+            *pages,
+            out[:B],
+            page_table=batch.page_table[:B],
+            lengths=batch.lengths[:B],
+            seq_width=batch.seq_mode[:B],
+            **shared,
+        )
     if S > B:
         attention_prefill(
-            q[B:], *pages, out[B:], page_table=batch.page_table[B:S],
-            cu_seqlens=batch.cu_prefill[: S - B + 1], context=batch.context[B:S],
-            seq_width=batch.seq_mode[B:S], **shared,
-        )  # fmt: skip
+            q[B:],
+            *pages,
+            out[B:],
+            page_table=batch.page_table[B:S],
+            cu_seqlens=batch.cu_prefill[: S - B + 1],
+            context=batch.context[B:S],
+            seq_width=batch.seq_mode[B:S],
+            **shared,
+        )
     project_back(p, out, w.o_proj, layer, b.delta)
 
 
@@ -236,13 +323,30 @@ def moe(p: Pass, layer: int) -> None:
     t, modes, hidden = p.modes.layers[layer], p.batch.row_mode[:R], p.modes.hidden
     ids, weights = b.expert_ids[:R], b.expert_weights[:R]
     moe_route(
-        b.normed[:R], w.gate, w.correction_bias, ids, weights,
-        scaling_factor=p.config.routed_scaling_factor, row_width=modes, k_sizes=hidden,
-        e_sizes=t.experts, run=p.run,
-    )  # fmt: skip
+        b.normed[:R],
+        w.gate,
+        w.correction_bias,
+        ids,
+        weights,
+        scaling_factor=p.config.routed_scaling_factor,
+        row_width=modes,
+        k_sizes=hidden,
+        e_sizes=t.experts,
+        run=p.run,
+    )
     ffn(p, w.shared_up, w.shared_down, layer, b.shared)
     moe_matmul(
-        b.normed[:R], w.up, w.down, ids, weights, b.delta[:R], shared=b.shared[:R],
-        workspace=b.workspace, row_width=modes, k_sizes=hidden, f_sizes=t.expert,
-        activation_quantization=quantization(p, w.up), run=p.run,
-    )  # fmt: skip
+        b.normed[:R],
+        w.up,
+        w.down,
+        ids,
+        weights,
+        b.delta[:R],
+        shared=b.shared[:R],
+        workspace=b.workspace,
+        row_width=modes,
+        k_sizes=hidden,
+        f_sizes=t.expert,
+        activation_quantization=quantization(p, w.up),
+        run=p.run,
+    )

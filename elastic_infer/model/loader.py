@@ -158,8 +158,11 @@ class WeightLoader:
         kv, size = c.num_key_value_heads, c.head_dim
         heads = rank_major(c.num_attention_heads, self.served.num_attention_heads[layer], kv)
         q_rows, kv_rows = channels(heads, size), slice(0, kv * size)
-        parts = [(at + "q_proj.weight", q_rows), (at + "k_proj.weight", kv_rows),
-                 (at + "v_proj.weight", kv_rows)]  # fmt: skip
+        parts = [
+            (at + "q_proj.weight", q_rows),
+            (at + "k_proj.weight", kv_rows),
+            (at + "v_proj.weight", kv_rows),
+        ]
         return AttentionWeights(
             norm=self._norm(layer),
             qkv=self._tiled(parts, slice(0, self.D)),

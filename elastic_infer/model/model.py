@@ -144,9 +144,7 @@ class Model:
         """Runs a pass of `steps` one-token segments, recording it the first time."""
         size = self.recorded_size(steps)
         if size not in self._recorded:
-            step = _C.Step(
-                self.pool, graph=self.graphs, dependent_launch=self.dependent_launch
-            )
+            step = _C.Step(self.pool, graph=self.graphs, dependent_launch=self.dependent_launch)
             self.run_steps(step, size)
             if not self.device.is_cpu:
                 tables = {name: getattr(self.batch.tables, name)[:size] for name in DRAW_FIELDS}
@@ -171,9 +169,17 @@ class Model:
         """The ops of a pass of this shape, run on a Pool or recorded in a Step."""
         fed = shape.steps == shape.rows and not self.device.is_cpu
         return Pass(
-            run, shape, self.config, self.weights, self.cache, self.modes, self.buffers,
-            self.batch.tables, fed, self.activation_quantization,
-        )  # fmt: skip
+            run,
+            shape,
+            self.config,
+            self.weights,
+            self.cache,
+            self.modes,
+            self.buffers,
+            self.batch.tables,
+            fed,
+            self.activation_quantization,
+        )
 
     @property
     def captures(self) -> int:

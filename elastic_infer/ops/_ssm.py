@@ -186,7 +186,15 @@ def spec(
 ) -> OpSpec:
     """The spec of an op that computes `reference`."""
     return OpSpec(
-        name=name, call=call, reference=reference, cases=cases, inputs=inputs,
-        outputs=("y", "state"), cost=cost, poison=poison, sliced=sliced, row=row,
+        name=name,
+        call=call,
+        reference=reference,
+        cases=cases,
+        inputs=inputs,
+        outputs=("y", "state"),
+        cost=cost,
+        poison=poison,
+        sliced=sliced,
+        row=row,
         rows=lambda a: len(a["slots"]),
-    )  # fmt: skip
+    )

@@ -57,9 +57,19 @@ def attention_decode(
     as in Dao et al., "Flash-Decoding", at fixed places so that bits never depend on the batch.
     """
     _C.attention_decode(
-        q, k_pages, v_pages, out, page_table, lengths, scale, seq_width, q_sizes, k_scale, v_scale,
+        q,
+        k_pages,
+        v_pages,
+        out,
+        page_table,
+        lengths,
+        scale,
+        seq_width,
+        q_sizes,
+        k_scale,
+        v_scale,
         run,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -99,8 +109,14 @@ def sliced_heads(a: Arguments, s: int, cut: Arguments) -> tuple[Arguments, int]:
     return cut | {"q": q, "out": torch.empty_like(q), "seq_width": None, "q_sizes": None}, heads * K
 
 
-def draw_cache(generator: torch.Generator, tokens: list[int], Hkv: int, K: int, dtype: torch.dtype,
-               kv: str | None) -> Arguments:  # fmt: skip
+def draw_cache(
+    generator: torch.Generator,
+    tokens: list[int],
+    Hkv: int,
+    K: int,
+    dtype: torch.dtype,
+    kv: str | None,
+) -> Arguments:
     """k_pages, v_pages and page_table for sequences of the given lengths, pages in shuffled order,
     unneeded entries -1; with `kv` "fp8" pages of E4M3 codes, and their scales."""
     needed = [ceil_div(n, PAGE) for n in tokens]
@@ -144,8 +160,14 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
 def _cases():
     yield {"lengths": (1,), "Hq": 1, "Hkv": 1, "K": 16, "widths": None}
     yield {"lengths": (65, 0, 7, 64, 130), "Hq": 6, "Hkv": 2, "K": 48, "widths": (2, 4, 6)}
-    yield {"lengths": (65, 0, 7, 64, 130), "Hq": 6, "Hkv": 2, "K": 48, "widths": (2, 4, 6),
-           "kv": "fp8"}  # fmt: skip
+    yield {
+        "lengths": (65, 0, 7, 64, 130),
+        "Hq": 6,
+        "Hkv": 2,
+        "K": 48,
+        "widths": (2, 4, 6),
+        "kv": "fp8",
+    }
     yield {"lengths": (1100,), "Hq": 12, "Hkv": 1, "K": 80, "widths": None}
     yield {"lengths": (513, 1025), "Hq": 54, "Hkv": 2, "K": 32, "widths": (0, 52)}
     yield {"lengths": (512,), "Hq": 16, "Hkv": 2, "K": 128, "widths": None, "bench": True}
@@ -202,8 +224,16 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="attention_decode", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
+        name="attention_decode",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("out",),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
         rows=lambda a: a["q"].shape[0],
     )
-]  # fmt: skip
+]

@@ -63,9 +63,20 @@ def attention_prefill(
     "FlashAttention"; pages as in Kwon et al., "PagedAttention".
     """
     _C.attention_prefill(
-        q, k_pages, v_pages, out, page_table, cu_seqlens, context, scale, seq_width, q_sizes,
-        k_scale, v_scale, run,
-    )  # fmt: skip
+        q,
+        k_pages,
+        v_pages,
+        out,
+        page_table,
+        cu_seqlens,
+        context,
+        scale,
+        seq_width,
+        q_sizes,
+        k_scale,
+        v_scale,
+        run,
+    )
     return out
 
 
@@ -101,10 +112,21 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
 def _cases():
     base = {"Hkv": 2, "K": 48, "widths": None}
     yield {**base, "tokens": (1,), "context": (0,), "Hq": 1, "Hkv": 1, "K": 16}
-    yield {**base, "tokens": (5, 0, 70, 1), "context": (0, 9, 61, 128), "Hq": 6,
-           "widths": (2, 4, 6)}  # fmt: skip
-    yield {**base, "tokens": (5, 0, 70, 1), "context": (0, 9, 61, 128), "Hq": 6,
-           "widths": (2, 4, 6), "kv": "fp8"}  # fmt: skip
+    yield {
+        **base,
+        "tokens": (5, 0, 70, 1),
+        "context": (0, 9, 61, 128),
+        "Hq": 6,
+        "widths": (2, 4, 6),
+    }
+    yield {
+        **base,
+        "tokens": (5, 0, 70, 1),
+        "context": (0, 9, 61, 128),
+        "Hq": 6,
+        "widths": (2, 4, 6),
+        "kv": "fp8",
+    }
     yield {**base, "tokens": (130,), "context": (64,), "Hq": 8, "Hkv": 1, "K": 80}
     yield {**base, "tokens": (65, 3), "context": (0, 700), "Hq": 54, "K": 32, "widths": (0, 52)}
     bench = {"Hq": 16, "Hkv": 2, "K": 128, "widths": None, "bench": True}
@@ -170,8 +192,16 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="attention_prefill", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
+        name="attention_prefill",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("out",),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
         rows=lambda a: len(a["context"]),
     )
-]  # fmt: skip
+]

@@ -164,8 +164,16 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="causal_conv", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("out", "state"), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
+        name="causal_conv",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("out", "state"),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
         rows=lambda a: len(a["slots"]),
     )
-]  # fmt: skip
+]

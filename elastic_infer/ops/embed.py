@@ -145,8 +145,16 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="embed", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
+        name="embed",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("out",),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
         rows=lambda a: a["out"].shape[0],
     )
-]  # fmt: skip
+]

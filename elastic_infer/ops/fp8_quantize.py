@@ -99,8 +99,16 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="fp8_quantize", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("codes",), cost=_cost, poison=poison_gaps, sliced=_sliced, row=_row,
+        name="fp8_quantize",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("codes",),
+        cost=_cost,
+        poison=poison_gaps,
+        sliced=_sliced,
+        row=_row,
         rows=lambda a: a["weight"].shape[0],
     )
-]  # fmt: skip
+]

@@ -129,8 +129,15 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="kv_append", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("k_pages", "v_pages"), cost=_cost, poison=_poison, row=_row,
+        name="kv_append",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("k_pages", "v_pages"),
+        cost=_cost,
+        poison=_poison,
+        row=_row,
         rows=lambda a: a["k"].shape[0],
     )
-]  # fmt: skip
+]

@@ -93,18 +93,30 @@ def parts(a: Arguments) -> tuple[Arguments, Arguments, Arguments]:
     sizes = a["h_sizes"]
     mixed, y = torch.zeros_like(a["xbc"]), torch.zeros_like(a["z"])
     convolution = given | {
-        "x": a["xbc"], "weight": a["conv_weight"], "bias": a["conv_bias"],
-        "state": a["conv_state"], "out": mixed, "cu_seqlens": offsets([1] * S),
-        "x_channels": H * P, "x_sizes": None if sizes is None else sizes * P,
-    }  # fmt: skip
+        "x": a["xbc"],
+        "weight": a["conv_weight"],
+        "bias": a["conv_bias"],
+        "state": a["conv_state"],
+        "out": mixed,
+        "cu_seqlens": offsets([1] * S),
+        "x_channels": H * P,
+        "x_sizes": None if sizes is None else sizes * P,
+    }
     recurrence = given | {name: a[name] for name in ("dt", "A_log", "D", "dt_bias", "state")}
     recurrence |= dict(zip("xBC", mixed.split([H * P, bc, bc], 1)))
     recurrence |= {"y": y, "h_sizes": sizes}
     recurrence |= {name: a[name] for name in ("context", "seed") if name in a}
     norm = {
-        "y": y, "z": a["z"], "weight": a["norm_weight"], "out": a["out"], "groups": bc // N,
-        "head_dim": P, "eps": a["eps"], "row_width": a["seq_width"], "h_sizes": a["out_sizes"],
-    }  # fmt: skip
+        "y": y,
+        "z": a["z"],
+        "weight": a["norm_weight"],
+        "out": a["out"],
+        "groups": bc // N,
+        "head_dim": P,
+        "eps": a["eps"],
+        "row_width": a["seq_width"],
+        "h_sizes": a["out_sizes"],
+    }
     return convolution, recurrence, norm
 
 
@@ -124,18 +136,39 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
     out = _NORM[0].reference(norm)["out"]
     out[a["slots"] < 0] = 0
     return {
-        "out": out, "conv_state": convolved["state"], "state": stepped["state"],
+        "out": out,
+        "conv_state": convolved["state"],
+        "state": stepped["state"],
         "arrivals": torch.zeros_like(a["arrivals"]),
-    }  # fmt: skip
+    }
 
 
 def _cases():
     yield {"S": 1, "H": 1, "P": 16, "N": 16, "G": 1, "widths": (1,)}
     yield {"S": 5, "H": 6, "P": 16, "N": 48, "G": 2, "widths": (2, 6, 4), "padded": 1}
-    yield {"S": 5, "H": 8, "P": 80, "N": 48, "G": 4, "widths": (4, 8), "tracked": (8, 8),
-           "padded": 1, "state": "f16"}  # fmt: skip
-    yield {"S": 6, "H": 6, "P": 48, "N": 32, "G": 2, "widths": (2, 6, 4, 0),
-           "tracked": (6, 6, 6, 0), "padded": 5, "dt": "f32", "w": "f32"}  # fmt: skip
+    yield {
+        "S": 5,
+        "H": 8,
+        "P": 80,
+        "N": 48,
+        "G": 4,
+        "widths": (4, 8),
+        "tracked": (8, 8),
+        "padded": 1,
+        "state": "f16",
+    }
+    yield {
+        "S": 6,
+        "H": 6,
+        "P": 48,
+        "N": 32,
+        "G": 2,
+        "widths": (2, 6, 4, 0),
+        "tracked": (6, 6, 6, 0),
+        "padded": 5,
+        "dt": "f32",
+        "w": "f32",
+    }
     bench = {"H": 32, "P": 64, "N": 128, "G": 8, "widths": (32,), "bench": True}
     for S in (1, 8):
         yield {"S": S, **bench}
@@ -151,21 +184,25 @@ def _inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Argum
     z, xbc, dt = projected[:, : H * P + C + H].split([H * P, C, H], 1)
     dt.mul_(2.0)[0, 0] = 25.0  # beyond softplus' threshold
     a = {
-        "z": z, "xbc": xbc, "dt": dt.to(f32) if case.get("dt") == "f32" else dt,
+        "z": z,
+        "xbc": xbc,
+        "dt": dt.to(f32) if case.get("dt") == "f32" else dt,
         "conv_weight": randn(generator, C, 4, dtype=plain, scale=0.5),
         "conv_bias": randn(generator, C, dtype=plain, scale=0.1),
         "conv_state": randn(generator, S + 2, C, 3, dtype=dtype),
         "A_log": torch.rand(H, generator=generator).mul(2.7),
-        "D": randn(generator, H, dtype=f32), "dt_bias": randn(generator, H, dtype=f32) - 2,
+        "D": randn(generator, H, dtype=f32),
+        "dt_bias": randn(generator, H, dtype=f32) - 2,
         "state": randn(generator, S + 2, H, P, N, dtype=f32),
         "norm_weight": 1 + randn(generator, H * P, dtype=plain, scale=0.1),
         "out": randn(generator, S, H * P, dtype=dtype),
         "arrivals": torch.zeros(S, G, dtype=torch.int32),
-        "slots": draw_slots(generator, S, S + 2, case.get("padded")), "eps": 1e-5,
+        "slots": draw_slots(generator, S, S + 2, case.get("padded")),
+        "eps": 1e-5,
         "seq_width": draw_widths(generator, S, len(case["widths"]), sort=False),
         "h_sizes": torch.tensor(case.get("tracked", case["widths"]), dtype=torch.int32),
         "out_sizes": torch.tensor(case["widths"], dtype=torch.int32),
-    }  # fmt: skip
+    }
     if case.get("state") == "f16":
         a["state"] = a["state"].half()
         a["context"] = torch.randint(0, 200, (S,), generator=generator, dtype=torch.int32)
@@ -218,16 +255,20 @@ def _cut(a: Arguments, chosen: list[int], n: int, kept: int):
     cut = {name: a[name][rows][:, : n * P].contiguous() for name in ("z", "out")}
     cut |= {name: a[name][:n].contiguous() for name in ("A_log", "D", "dt_bias")}
     cut |= {
-        "xbc": a["xbc"][rows][:, c].contiguous(), "dt": a["dt"][rows, :n].contiguous(),
+        "xbc": a["xbc"][rows][:, c].contiguous(),
+        "dt": a["dt"][rows, :n].contiguous(),
         "conv_weight": a["conv_weight"][c].contiguous(),
         "conv_bias": a["conv_bias"][c].contiguous(),
         "conv_state": a["conv_state"][own][:, c].contiguous(),
         "state": a["state"][own, :n].contiguous(),
         "norm_weight": a["norm_weight"][: n * P].contiguous(),
-        "arrivals": a["arrivals"][rows].clone(), "eps": a["eps"],
+        "arrivals": a["arrivals"][rows].clone(),
+        "eps": a["eps"],
         "slots": torch.where(slots < 0, -1, (slots >= 0).cumsum(0) - 1).to(torch.int32),
-        "seq_width": None, "h_sizes": None, "out_sizes": None,
-    }  # fmt: skip
+        "seq_width": None,
+        "h_sizes": None,
+        "out_sizes": None,
+    }
     if kept < n:
         cut["seq_width"] = torch.zeros(len(chosen), dtype=torch.int32)
         cut |= {"h_sizes": torch.tensor([n], dtype=torch.int32)}
@@ -236,9 +277,10 @@ def _cut(a: Arguments, chosen: list[int], n: int, kept: int):
         cut |= {"context": a["context"][rows].clone(), "seed": a["seed"]}
     return cut, {
         "out": ((rows[:, None], torch.arange(n * P)), ...),
-        "conv_state": ((own[:, None], c), ...), "state": ((own[:, None], torch.arange(n)), ...),
+        "conv_state": ((own[:, None], c), ...),
+        "state": ((own[:, None], torch.arange(n)), ...),
         "arrivals": ((rows,), ...),
-    }  # fmt: skip
+    }
 
 
 def _sliced(a: Arguments):
@@ -270,8 +312,16 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="mamba_step", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("out", "conv_state", "state", "arrivals"), cost=_cost, poison=_poison,
-        sliced=_sliced, row=_row, rows=lambda a: len(a["slots"]),
+        name="mamba_step",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("out", "conv_state", "state", "arrivals"),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
+        rows=lambda a: len(a["slots"]),
     )
-]  # fmt: skip
+]

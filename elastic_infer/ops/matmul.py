@@ -57,9 +57,20 @@ def matmul(
     """
     segments = [(s.tile_row, s.column, s.rows) for s in weight.segments]
     _C.matmul(
-        x, weight.image, weight.columns, weight.scale, out, segments, activation, row_width,
-        k_sizes, n_sizes, activation_quantization, kernel, run,
-    )  # fmt: skip
+        x,
+        weight.image,
+        weight.columns,
+        weight.scale,
+        out,
+        segments,
+        activation,
+        row_width,
+        k_sizes,
+        n_sizes,
+        activation_quantization,
+        kernel,
+        run,
+    )
     return out
 
 
@@ -214,9 +225,11 @@ def _sliced(a: Arguments):
             "segments": tuple(n),
             "out": torch.empty(len(rows), sum(n), dtype=a["out"].dtype),
             "activation": a["activation"],
-            "row_width": None, "k_sizes": None, "n_sizes": None,
+            "row_width": None,
+            "k_sizes": None,
+            "n_sizes": None,
             **{name: a[name] for name in OPTIONS if name in a},
-        }  # fmt: skip
+        }
         yield cut, {"out": ((rows[:, None], columns), ...)}
 
 
@@ -240,8 +253,16 @@ def weight_bytes(case: Case, itemsize: int) -> float:
 
 SPECS = [
     OpSpec(
-        name="matmul", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
+        name="matmul",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("out",),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
         rows=lambda a: a["x"].shape[0],
     )
-]  # fmt: skip
+]

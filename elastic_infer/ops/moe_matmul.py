@@ -70,9 +70,24 @@ def moe_matmul(
             f"{[up.rows, up.columns]}, got {[down.rows, down.columns]}"
         )
     _C.moe_matmul(
-        x, up.image, down.image, up.columns, up.rows, up.scale, down.scale, ids, weights, out,
-        shared, workspace, row_width, k_sizes, f_sizes, activation_quantization, run,
-    )  # fmt: skip
+        x,
+        up.image,
+        down.image,
+        up.columns,
+        up.rows,
+        up.scale,
+        down.scale,
+        ids,
+        weights,
+        out,
+        shared,
+        workspace,
+        row_width,
+        k_sizes,
+        f_sizes,
+        activation_quantization,
+        run,
+    )
     return out
 
 
@@ -107,23 +122,74 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
 
 def _cases():
     yield {"R": 1, "D": 16, "E": 1, "J": 1, "F": 16, "k": (16,), "f": (16,), "shared": False}
-    yield {"R": 1, "D": 80, "E": 5, "J": 3, "F": 48, "k": (48, 80), "f": (32, 48),
-           "shared": True}  # fmt: skip
-    yield {"R": 19, "D": 144, "E": 12, "J": 4, "F": 96, "k": (64, 112, 144),
-           "f": (96, 16, 80), "shared": True}  # fmt: skip
-    yield {"R": 150, "D": 80, "E": 3, "J": 2, "F": 80, "k": (48, 80), "f": (80, 64),
-           "shared": False}  # fmt: skip
+    yield {"R": 1, "D": 80, "E": 5, "J": 3, "F": 48, "k": (48, 80), "f": (32, 48), "shared": True}
+    yield {
+        "R": 19,
+        "D": 144,
+        "E": 12,
+        "J": 4,
+        "F": 96,
+        "k": (64, 112, 144),
+        "f": (96, 16, 80),
+        "shared": True,
+    }
+    yield {
+        "R": 150,
+        "D": 80,
+        "E": 3,
+        "J": 2,
+        "F": 80,
+        "k": (48, 80),
+        "f": (80, 64),
+        "shared": False,
+    }
     for weights in ("fp8", "nvfp4"):
-        yield {"R": 1, "D": 80, "E": 5, "J": 3, "F": 48, "k": (48, 80), "f": (32, 48),
-               "shared": True, "weights": weights}  # fmt: skip
-        yield {"R": 19, "D": 144, "E": 12, "J": 4, "F": 96, "k": (64, 112, 144),
-               "f": (96, 16, 80), "shared": True, "weights": weights}  # fmt: skip
-        yield {"R": 70, "D": 80, "E": 3, "J": 2, "F": 80, "k": (48, 80), "f": (80, 64),
-               "shared": False, "weights": weights}  # fmt: skip
+        yield {
+            "R": 1,
+            "D": 80,
+            "E": 5,
+            "J": 3,
+            "F": 48,
+            "k": (48, 80),
+            "f": (32, 48),
+            "shared": True,
+            "weights": weights,
+        }
+        yield {
+            "R": 19,
+            "D": 144,
+            "E": 12,
+            "J": 4,
+            "F": 96,
+            "k": (64, 112, 144),
+            "f": (96, 16, 80),
+            "shared": True,
+            "weights": weights,
+        }
+        yield {
+            "R": 70,
+            "D": 80,
+            "E": 3,
+            "J": 2,
+            "F": 80,
+            "k": (48, 80),
+            "f": (80, 64),
+            "shared": False,
+            "weights": weights,
+        }
     for R in (1, 8, 256):
         for weights in ({}, {"weights": "nvfp4"}, INT8):
-            yield {"R": R, "D": 1024, "E": 64, "J": 6, "F": 512, "k": (1024,), "f": (512,),
-                   "shared": True, "bench": True} | weights  # fmt: skip
+            yield {
+                "R": R,
+                "D": 1024,
+                "E": 64,
+                "J": 6,
+                "F": 512,
+                "k": (1024,),
+                "f": (512,),
+                "shared": True,
+                "bench": True,
+            } | weights
 
 
 def _weights(case: Case, name: str, shape, dtype: torch.dtype, generator) -> Arguments:
@@ -219,9 +285,11 @@ def _sliced(a: Arguments):
             "weights": a["weights"][rows].clone(),
             "out": torch.empty(len(rows), k, dtype=a["out"].dtype),
             "shared": None if a["shared"] is None else a["shared"][rows, :k].contiguous(),
-            "row_width": None, "k_sizes": None, "f_sizes": None,
+            "row_width": None,
+            "k_sizes": None,
+            "f_sizes": None,
             **{name: a[name] for name in OPTIONS if name in a},
-        }  # fmt: skip
+        }
         yield cut, {"out": ((rows[:, None], torch.arange(k)), ...)}
 
 
@@ -242,9 +310,17 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="moe_matmul", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("out",), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
+        name="moe_matmul",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("out",),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
         rows=lambda a: a["x"].shape[0],
         keep_dtype=("weights",),
     )
-]  # fmt: skip
+]

@@ -52,9 +52,19 @@ def moe_route(
             f"moe_route: gate must be one segment, got {[s.rows for s in gate.segments]} rows"
         )
     _C.moe_route(
-        x, gate.image, gate.rows, gate.columns, bias, ids, weights, scaling_factor, row_width,
-        k_sizes, e_sizes, run,
-    )  # fmt: skip
+        x,
+        gate.image,
+        gate.rows,
+        gate.columns,
+        bias,
+        ids,
+        weights,
+        scaling_factor,
+        row_width,
+        k_sizes,
+        e_sizes,
+        run,
+    )
     return ids, weights
 
 
@@ -76,12 +86,27 @@ def _reference(a: Arguments) -> dict[str, torch.Tensor]:
 def _cases():
     yield {"R": 1, "D": 16, "E": 1, "J": 1, "k": (16,), "e": (1,), "ties": False}
     yield {"R": 5, "D": 80, "E": 20, "J": 3, "k": (48, 80), "e": (3, 20), "ties": False}
-    yield {"R": 70, "D": 176, "E": 130, "J": 6, "k": (64, 112, 176), "e": (70, 64, 130),
-           "ties": False}  # fmt: skip
+    yield {
+        "R": 70,
+        "D": 176,
+        "E": 130,
+        "J": 6,
+        "k": (64, 112, 176),
+        "e": (70, 64, 130),
+        "ties": False,
+    }
     yield {"R": 7, "D": 64, "E": 24, "J": 4, "k": (32, 64), "e": (10, 24), "ties": True}
     for R in (1, 256):
-        yield {"R": R, "D": 1024, "E": 64, "J": 6, "k": (1024,), "e": (64,), "ties": False,
-               "bench": True}  # fmt: skip
+        yield {
+            "R": R,
+            "D": 1024,
+            "E": 64,
+            "J": 6,
+            "k": (1024,),
+            "e": (64,),
+            "ties": False,
+            "bench": True,
+        }
 
 
 def _close_call(a: Arguments, r: int) -> bool:
@@ -143,8 +168,10 @@ def _sliced(a: Arguments):
             "ids": torch.empty(len(rows), a["ids"].shape[1], dtype=torch.int32),
             "weights": torch.empty(len(rows), a["ids"].shape[1], dtype=torch.float32),
             "scaling_factor": a["scaling_factor"],
-            "row_width": None, "k_sizes": None, "e_sizes": None,
-        }  # fmt: skip
+            "row_width": None,
+            "k_sizes": None,
+            "e_sizes": None,
+        }
         yield cut, {"ids": (rows, ...), "weights": (rows, ...)}
 
 
@@ -162,8 +189,17 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="moe_route", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("ids", "weights"), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
-        rows=lambda a: a["x"].shape[0], keep_dtype=("gate", "bias", "weights"),
+        name="moe_route",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("ids", "weights"),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
+        rows=lambda a: a["x"].shape[0],
+        keep_dtype=("gate", "bias", "weights"),
     )
-]  # fmt: skip
+]

@@ -147,8 +147,16 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="nvfp4_quantize", call=_call, reference=reference, cases=_cases, inputs=_inputs,
-        outputs=("codes", "block_scales"), cost=_cost, poison=poison_gaps, sliced=_sliced,
-        row=_row, rows=lambda a: a["weight"].shape[0],
+        name="nvfp4_quantize",
+        call=_call,
+        reference=reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("codes", "block_scales"),
+        cost=_cost,
+        poison=poison_gaps,
+        sliced=_sliced,
+        row=_row,
+        rows=lambda a: a["weight"].shape[0],
     )
-]  # fmt: skip
+]

@@ -124,8 +124,16 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="rms_norm", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("residual", "out"), cost=_cost, poison=_poison, sliced=_sliced, row=_row,
+        name="rms_norm",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("residual", "out"),
+        cost=_cost,
+        poison=_poison,
+        sliced=_sliced,
+        row=_row,
         rows=lambda a: a["residual"].shape[0],
     )
-]  # fmt: skip
+]

@@ -162,8 +162,15 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="sample", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("ids",), cost=_cost, row=_row, rows=lambda a: len(a["ids"]),
+        name="sample",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("ids",),
+        cost=_cost,
+        row=_row,
+        rows=lambda a: len(a["ids"]),
         dtypes=(torch.float32,),
     )
-]  # fmt: skip
+]

@@ -90,8 +90,15 @@ def _cost(case: Case, itemsize: int) -> tuple[int, int]:
 
 SPECS = [
     OpSpec(
-        name="softmax_stats", call=_call, reference=_reference, cases=_cases, inputs=_inputs,
-        outputs=("log_sum", "entropy"), cost=_cost, row=_row, rows=lambda a: len(a["log_sum"]),
+        name="softmax_stats",
+        call=_call,
+        reference=_reference,
+        cases=_cases,
+        inputs=_inputs,
+        outputs=("log_sum", "entropy"),
+        cost=_cost,
+        row=_row,
+        rows=lambda a: len(a["log_sum"]),
         dtypes=(torch.float32,),
     )
-]  # fmt: skip
+]

@@ -67,19 +67,47 @@ def ssm_scan(
     Structured State Space Duality".
     """
     _C.ssm_scan(
-        x, B, C, dt, A_log, D, dt_bias, state, y, cu_seqlens, slots, seq_width, h_sizes,
-        context, seed, run,
-    )  # fmt: skip
+        x,
+        B,
+        C,
+        dt,
+        A_log,
+        D,
+        dt_bias,
+        state,
+        y,
+        cu_seqlens,
+        slots,
+        seq_width,
+        h_sizes,
+        context,
+        seed,
+        run,
+    )
     return y
 
 
 def _cases():
     yield {"lengths": (1,), "H": 1, "P": 16, "N": 16, "G": 1, "widths": (1,)}
-    yield {"lengths": (3, 1, 0, 70, 2), "H": 6, "P": 16, "N": 48, "G": 2, "widths": (2, 6, 4),
-           "padded": 1}  # fmt: skip
+    yield {
+        "lengths": (3, 1, 0, 70, 2),
+        "H": 6,
+        "P": 16,
+        "N": 48,
+        "G": 2,
+        "widths": (2, 6, 4),
+        "padded": 1,
+    }
     yield {"lengths": (5, 66), "H": 8, "P": 48, "N": 32, "G": 4, "widths": (4, 8), "dt": "f32"}
-    yield {"lengths": (5, 0, 66, 130), "H": 8, "P": 48, "N": 32, "G": 4, "widths": (4, 8, 8),
-           "state": "f16"}  # fmt: skip
+    yield {
+        "lengths": (5, 0, 66, 130),
+        "H": 8,
+        "P": 48,
+        "N": 32,
+        "G": 4,
+        "widths": (4, 8, 8),
+        "state": "f16",
+    }
     yield {"lengths": (5, 66), "H": 4, "P": 16, "N": 48, "G": 2, "widths": (2, 4), "padded": 0}
     yield {"lengths": (256,), "H": 32, "P": 64, "N": 128, "G": 8, "widths": (32,), "bench": True}
 

@@ -71,12 +71,37 @@ def ssm_step(
 
 def _cases():
     yield {"lengths": (1,), "H": 1, "P": 16, "N": 16, "G": 1, "widths": (1,), "step": True}
-    yield {"lengths": (1,) * 5, "H": 6, "P": 16, "N": 48, "G": 2, "widths": (2, 6, 4),
-           "padded": 1, "step": True}  # fmt: skip
-    yield {"lengths": (1,) * 5, "H": 6, "P": 48, "N": 48, "G": 2, "widths": (2, 6, 4),
-           "padded": 1, "state": "f16", "step": True}  # fmt: skip
-    yield {"lengths": (1,) * 9, "H": 8, "P": 48, "N": 32, "G": 4, "widths": (4, 8), "dt": "f32",
-           "step": True}  # fmt: skip
+    yield {
+        "lengths": (1,) * 5,
+        "H": 6,
+        "P": 16,
+        "N": 48,
+        "G": 2,
+        "widths": (2, 6, 4),
+        "padded": 1,
+        "step": True,
+    }
+    yield {
+        "lengths": (1,) * 5,
+        "H": 6,
+        "P": 48,
+        "N": 48,
+        "G": 2,
+        "widths": (2, 6, 4),
+        "padded": 1,
+        "state": "f16",
+        "step": True,
+    }
+    yield {
+        "lengths": (1,) * 9,
+        "H": 8,
+        "P": 48,
+        "N": 32,
+        "G": 4,
+        "widths": (4, 8),
+        "dt": "f32",
+        "step": True,
+    }
     bench = {"H": 32, "P": 64, "N": 128, "G": 8, "widths": (32,), "step": True, "bench": True}
     for S in (1, 8):
         yield {"lengths": (1,) * S, **bench}

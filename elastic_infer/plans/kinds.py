@@ -170,9 +170,7 @@ class ThinkAnswer(Kind):
         closing = self._closing_ids(tracker.end, start.tags[1], tokenizer)
         return ThinkRun(self, start, tracker, closing, newline)
 
-    def _closing_ids(
-        self, end: int, tag: Tag, tokenizer: Tokenizer | None
-    ) -> tuple[int, ...]:
+    def _closing_ids(self, end: int, tag: Tag, tokenizer: Tokenizer | None) -> tuple[int, ...]:
         """The tokens that close a block. end: id of the end tag, given as `tag`."""
         if isinstance(self.closing, str):
             if self.closing == tag:

@@ -109,9 +109,7 @@ def _attach(model: ElasticNemotronH, packed: Mapping[str, Packed]) -> list[tuple
     return done
 
 
-def _loss(
-    model: ElasticNemotronH, teacher: ElasticNemotronH, batch: Batch, width: Width
-) -> Tensor:
+def _loss(model: ElasticNemotronH, teacher: ElasticNemotronH, batch: Batch, width: Width) -> Tensor:
     """Mean KL(teacher | student) per counted position, both at `width`."""
     with torch.no_grad():
         wanted = teacher(batch.ids, width)

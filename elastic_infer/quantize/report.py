@@ -28,8 +28,10 @@ class _Sums:
 
     def add(self, width: str, found: Quantized, inside: Tensor) -> None:
         for sums, values in (
-            (self.error, found.error), (self.plain, found.plain), (self.energy, found.energy)
-        ):  # fmt: skip
+            (self.error, found.error),
+            (self.plain, found.plain),
+            (self.energy, found.energy),
+        ):
             sums[width] = sums.get(width, 0.0) + float((values.double() * inside).sum())
 
     def take(self, other: _Sums) -> None:
@@ -37,8 +39,10 @@ class _Sums:
         self.matrices += other.matrices
         self.weights += other.weights
         for mine, theirs in (
-            (self.error, other.error), (self.plain, other.plain), (self.energy, other.energy)
-        ):  # fmt: skip
+            (self.error, other.error),
+            (self.plain, other.plain),
+            (self.energy, other.energy),
+        ):
             for width, value in theirs.items():
                 mine[width] = mine.get(width, 0.0) + value
 
@@ -73,9 +77,7 @@ class ErrorReport:
         self.distilled: dict[str, Any] | None = None
         self._lines: dict[str, _Sums] = {}
 
-    def add(
-        self, name: str, kind: str, found: Quantized, kept: Mapping[str, Selection]
-    ) -> None:
+    def add(self, name: str, kind: str, found: Quantized, kept: Mapping[str, Selection]) -> None:
         """Counts a matrix: the experts of a layer are one line.
 
         Args:

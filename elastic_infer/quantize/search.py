@@ -204,8 +204,10 @@ def quantize_fp8(weight: Tensor, importance: Tensor | None = None) -> Quantized:
     plain = torch.cat([_fp8_error(part, base) for part in values.split(_PIECE)])
     return Quantized(
         Packed(_fp8_codes(weight.float(), scale), None, scale),
-        error.view(shape), plain.view(shape), energy,
-    )  # fmt: skip
+        error.view(shape),
+        plain.view(shape),
+        energy,
+    )
 
 
 def _fp8_codes(weight: Tensor, scale: float) -> Tensor:

@@ -43,8 +43,14 @@ DEFAULT_GROUPS = ("experts", "shared", "mlp", "head")
 REPORT = "quantization.json"
 _HEAD = "lm_head.weight"
 _ROUTER = "elastic_router.json"  # what `elastify` learned of sizes goes along
-_MIXERS = {"in_proj": "mamba", "out_proj": "mamba", "q_proj": "attention", "k_proj": "attention",
-           "v_proj": "attention", "o_proj": "attention"}  # fmt: skip
+_MIXERS = {
+    "in_proj": "mamba",
+    "out_proj": "mamba",
+    "q_proj": "attention",
+    "k_proj": "attention",
+    "v_proj": "attention",
+    "o_proj": "attention",
+}
 
 
 def group_of(config: ModelConfig, name: str) -> str | None:
@@ -201,8 +207,10 @@ def packed_parts(module: str, packed: Packed) -> dict[str, Tensor]:
 def _part_specs(module: str, shape: tuple[int, ...], kind: str) -> dict[str, tuple]:
     rows, columns = shape
     if kind == "fp8":
-        return {f"{module}.weight": (shape, torch.float8_e4m3fn),
-                f"{module}.weight_scale": ((), torch.float32)}  # fmt: skip
+        return {
+            f"{module}.weight": (shape, torch.float8_e4m3fn),
+            f"{module}.weight_scale": ((), torch.float32),
+        }
     return {
         f"{module}.weight": ((rows, columns // 2), torch.uint8),
         f"{module}.weight_scale": ((rows, columns // BLOCK), torch.float8_e4m3fn),
@@ -302,8 +310,11 @@ def _write_configs(
     checkpoint: Checkpoint, out: Path, formats: Mapping[str, str], names: list[str]
 ) -> None:
     config = checkpoint.config
-    left = [name.removesuffix(".weight") for name in names
-            if name not in formats and group_of(config, name) is not None]  # fmt: skip
+    left = [
+        name.removesuffix(".weight")
+        for name in names
+        if name not in formats and group_of(config, name) is not None
+    ]
     gates = [name.removesuffix(".weight") for name in names if name.endswith(".gate.weight")]
     modules = {name.removesuffix(".weight"): found for name, found in formats.items()}
     stated = checkpoint.published

@@ -194,8 +194,10 @@ def evaluate_model(
     def measure(what: str, asked: Sequence[Problem], **how: Any) -> dict[str, Any]:
         found = evaluate(engine, asked, **how)
         low, high = wilson(found.score.solved, found.score.count)
-        say(f"{what}: {found.score.accuracy:.1%} ({low:.1%} to {high:.1%}), "
-            f"{found.tokens_per_second:.0f} tokens/s")  # fmt: skip
+        say(
+            f"{what}: {found.score.accuracy:.1%} ({low:.1%} to {high:.1%}), "
+            f"{found.tokens_per_second:.0f} tokens/s"
+        )
         return found.to_dict()
 
     widths = {name: measure(name, problems, width=name) for name in names}

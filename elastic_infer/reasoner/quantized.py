@@ -97,9 +97,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     given = parser.parse_args(None if arguments is None else list(arguments))
     figures: dict[str, Any] = {
-        "version": elastic_infer.__version__, "date": today(), "machine": machine(),
-        "model": given.model.name, "seed": SEED,
-    }  # fmt: skip
+        "version": elastic_infer.__version__,
+        "date": today(),
+        "machine": machine(),
+        "model": given.model.name,
+        "seed": SEED,
+    }
     settings = DistillSettings(steps=given.steps, lr=given.lr)
     checkpoint = Checkpoint.open(given.model)
     ways = {"bf16": measure(given.model, given.per_operation, given.threads)}

@@ -11,9 +11,17 @@ from ..text.unicode import encodable
 from ..value_checks import MOST_IDS, elements, is_int, is_real
 
 __all__ = [
-    "MOST_BAD_WORDS", "MOST_LOGPROBS", "MOST_STOPS", "biases_of", "check_int",
-    "fail", "functions_of", "ids_of", "number_of", "texts_of",
-]  # fmt: skip
+    "MOST_BAD_WORDS",
+    "MOST_LOGPROBS",
+    "MOST_STOPS",
+    "biases_of",
+    "check_int",
+    "fail",
+    "functions_of",
+    "ids_of",
+    "number_of",
+    "texts_of",
+]
 
 # A value must be normal in float32: what rounds to zero or infinity there is not what was asked.
 FLOAT32_LEAST, FLOAT32_MOST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127

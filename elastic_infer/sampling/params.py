@@ -36,10 +36,14 @@ LogitsProcessor = Callable[[Sequence[int], torch.Tensor, Phase | None], torch.Te
 
 # What is taken from a generation_config.json, and as which parameter.
 _GENERATION_CONFIG = {
-    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens",
-}  # fmt: skip
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+}
 GREEDY_BELOW = 1e-5  # dividing logits by less than this overflows; such a temperature is greedy
 
 

@@ -139,11 +139,12 @@ class RowProcessors:
         if params.logit_bias:
             ids = self._made(row, "bias_ids", lambda: _int_tensor(params.logit_bias))
             row[ids] += self._made(
-                row, "bias",
+                row,
+                "bias",
                 lambda: torch.tensor(
                     list(params.logit_bias.values()), dtype=torch.float32, device="cpu"
                 ),
-            )  # fmt: skip
+            )
         if self._penalized:
             self._penalize(row, token_ids)
         if params.logits_processors:

@@ -108,9 +108,7 @@ def form_batch(
     return batch
 
 
-def _steps(
-    steps: Sequence[Candidate], limits: Limits, cost: Cost, mixing: str
-) -> list[Candidate]:
+def _steps(steps: Sequence[Candidate], limits: Limits, cost: Cost, mixing: str) -> list[Candidate]:
     """The steps that should run, those that waited longest first."""
     if not steps:
         return []

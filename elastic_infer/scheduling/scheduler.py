@@ -296,11 +296,15 @@ class Scheduler:
         """The parts of the next pass, among those that could be read."""
         candidates = [
             Candidate(
-                key=i, width=self._width_index[p.read.width], tokens=len(p.read.tokens),
-                kind=p.read.kind, position=p.row.sequence.length, waited=p.row.waited,
+                key=i,
+                width=self._width_index[p.read.width],
+                tokens=len(p.read.tokens),
+                kind=p.read.kind,
+                position=p.row.sequence.length,
+                waited=p.row.waited,
             )
             for i, p in enumerate(ready)
-        ]  # fmt: skip
+        ]
         batch = form_batch(candidates, self.limits, self.costs, self.mixing)
         parts = [replace(ready[key], count=n) for key, n in batch]
         for p in parts:
@@ -336,11 +340,10 @@ class Scheduler:
                 self._preempt_youngest(branches)
 
     def _no_pages(self, name: str, row: Branch | Reader) -> OutOfCapacity:
-        pages = self.cache.pages
         return OutOfCapacity(
             f"{name}: KV pages must be free to continue at {row.sequence.length} tokens, free "
-            f"{pages.free} of {pages.size}; close open sequences or give the engine more "
-            "kv_cache_memory_bytes"
+            f"{self.cache.pages.free} of {self.cache.pages.size}; close open sequences or give the "
+            "engine more kv_cache_memory_bytes"
         )
 
     def _preempt_youngest(self, branches: list[Branch]) -> None:
@@ -481,9 +484,7 @@ class Scheduler:
             self.waiting.remove(request)
             self._end_request(request, "cancelled")
 
-    def abandon_running(
-        self, error_of: Callable[[Request], Exception], other: Exception
-    ) -> None:
+    def abandon_running(self, error_of: Callable[[Request], Exception], other: Exception) -> None:
         """Ends every request that has a place in the cache with the error that `error_of(request)`
         makes, and every reader with `other`."""
         self._flight = None

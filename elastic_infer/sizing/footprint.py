@@ -53,9 +53,7 @@ def weight_bytes(
         if tensor.is_matrix:
             rows, columns = tensor.axes
             across = size_of(columns, sizes)
-            held = sum(
-                store.tiles(name, part.size(sizes), across, tensor.float32) for part in rows
-            )
+            held = sum(store.tiles(name, part.size(sizes), across, tensor.float32) for part in rows)
         else:
             held = tensor.count(sizes) * (4 if tensor.float32 else size)
         total += held * (sizes["n_routed_experts"] if tensor.per_expert else 1)

@@ -23,9 +23,16 @@ _REMEDY = (
 _LONGEST_SOURCE = 1 << 20
 # Arguments of transformers' function that are no variables of a template.
 _NOT_HERE = (
-    "conversation", "tokenize", "padding", "truncation", "max_length", "return_tensors",
-    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-)  # fmt: skip
+    "conversation",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
 
 
 class _Compiled(NamedTuple):

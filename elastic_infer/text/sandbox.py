@@ -36,12 +36,38 @@ _BITS = 1 << 16  # of an integer
 _PADDING = {"center", "expandtabs", "ljust", "rjust", "to_bytes", "zfill"}
 # Filters that print what they are given, and the largest numbers that some may be given.
 _PRINTING = {
-    "capitalize", "center", "e", "escape", "forceescape", "format", "indent", "lower",
-    "pprint", "replace", "safe", "string", "striptags", "title", "tojson", "trim", "truncate",
-    "upper", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr",
-}  # fmt: skip
-_NUMBERS = {"batch": 100_000, "center": LARGEST, "indent": 1000, "round": 1000, "slice": 100_000,
-            "tojson": 64}  # fmt: skip
+    "capitalize",
+    "center",
+    "e",
+    "escape",
+    "forceescape",
+    "format",
+    "indent",
+    "lower",
+    "pprint",
+    "replace",
+    "safe",
+    "string",
+    "striptags",
+    "title",
+    "tojson",
+    "trim",
+    "truncate",
+    "upper",
+    "urlencode",
+    "urlize",
+    "wordcount",
+    "wordwrap",
+    "xmlattr",
+}
+_NUMBERS = {
+    "batch": 100_000,
+    "center": LARGEST,
+    "indent": 1000,
+    "round": 1000,
+    "slice": 100_000,
+    "tojson": 64,
+}
 _DIGITS = re.compile(r"\d+")
 
 

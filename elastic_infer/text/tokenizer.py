@@ -71,9 +71,7 @@ def eos_ids_from_folder(folder: str | Path) -> tuple[int, ...]:
         ids = value if isinstance(value, list) else [value]
         for token_id in ids:
             if not is_int(token_id) or token_id < 0:
-                raise CheckpointError(
-                    f"{name}: eos_token_id must be ids >= 0, got {shown(value)}"
-                )
+                raise CheckpointError(f"{name}: eos_token_id must be ids >= 0, got {shown(value)}")
         return tuple(dict.fromkeys(ids))
     return ()
 
@@ -161,9 +159,7 @@ class Tokenizer:
         templates, eos_ids = _read_templates(folder, config), eos_ids_from_folder(folder)
         with foreign(f"{TOKENIZER_CONFIG}: must name tokens that {TOKENIZER} can take"):
             _add_tokens(backend, config, special_map)
-            return cls(
-                backend, special_tokens=named, chat_template=templates, eos_ids=eos_ids
-            )  # fmt: skip
+            return cls(backend, special_tokens=named, chat_template=templates, eos_ids=eos_ids)
 
     @property
     def vocab_size(self) -> int:

@@ -158,9 +158,13 @@ def test_front_and_gains_by_hand():
     from bench.elastify.pareto import best_gains, near_gain, pareto
 
     points = [
-        point("L", "L", 0.5, 2.0), point("L", "L", 0.9, 4.0), point("S", "L", 0.8, 2.0),
-        point("S", "S", 0.5, 1.0), point("M", "L", 0.9, 3.0), point("S", "M", 0.4, 1.5),
-    ]  # fmt: skip
+        point("L", "L", 0.5, 2.0),
+        point("L", "L", 0.9, 4.0),
+        point("S", "L", 0.8, 2.0),
+        point("S", "S", 0.5, 1.0),
+        point("M", "L", 0.9, 3.0),
+        point("S", "M", 0.4, 1.5),
+    ]
     assert [p["accuracy"] for p in pareto(points, "cpu")] == [0.5, 0.8, 0.9]
     gains = best_gains(points, "cpu")
     assert gains["accuracy"]["gain"] == pytest.approx(0.3)  # S->L against L at 2.0
@@ -181,14 +185,29 @@ def test_prices_count_every_pass(tmp_path):
 
     file = tmp_path / "steps.json"
     figures = {"30B": (0.010, 0.001), "12B": (0.004, 0.0005)}
-    file.write_text(json.dumps({"rows": [
-        {"width": name, "step_seconds": step, "prefill_seconds_per_token": many,
-         "read_bytes_s": step * 4e12}
-        for name, (step, many) in figures.items()
-    ]}))  # fmt: skip
+    file.write_text(
+        json.dumps(
+            {
+                "rows": [
+                    {
+                        "width": name,
+                        "step_seconds": step,
+                        "prefill_seconds_per_token": many,
+                        "read_bytes_s": step * 4e12,
+                    }
+                    for name, (step, many) in figures.items()
+                ]
+            }
+        )
+    )
     prices = from_file(file)
-    asked = {"think": "S", "answer": "L", "prompt": 20.0, "again": 30.0,
-             "tokens": {"S": 5.0, "L": 2.0}}  # fmt: skip
+    asked = {
+        "think": "S",
+        "answer": "L",
+        "prompt": 20.0,
+        "again": 30.0,
+        "tokens": {"S": 5.0, "L": 2.0},
+    }
     # 20 tokens of the prompt, 30 read again, 5 and 2 steps; a pass takes no less than a step.
     assert prices.seconds(asked) == pytest.approx(0.010 + 0.030 + 0.020 + 0.020)
     assert prices.seconds({**asked, "prompt": 2.0, "again": 0.0}) == pytest.approx(0.044)
@@ -234,8 +253,19 @@ def test_the_whole_bench_in_small(tmp_path):
     assert again.returncode == 0 and "seed 0 …" not in again.stdout
     figures = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     found = {part: seeds["0"] for part, seeds in figures["results"].items()}
-    assert set(found) == {"parent", "order", "router", "uniform", "unswitched", "scratch", "alone",
-                          "depth", "caches", "control", "shipped"}  # fmt: skip
+    assert set(found) == {
+        "parent",
+        "order",
+        "router",
+        "uniform",
+        "unswitched",
+        "scratch",
+        "alone",
+        "depth",
+        "caches",
+        "control",
+        "shipped",
+    }
     parent = found["parent"]["widths"]["L"]  # untrained: none
     assert parent["tokens_right"] > 0.9 and parent["solved"] > 0.1
     orders = found["order"]["orders"]

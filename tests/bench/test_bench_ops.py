@@ -22,15 +22,29 @@ CASES = {
     "gated_norm": {"R": 3, "H": 4, "P": 16, "G": 2, "widths": (4,)},
     "kv_append": {"R": 5, "pages": 3, "Hkv": 2, "K": 16, "skip": 0},
     "attention_decode": {"lengths": (70, 70), "Hq": 6, "Hkv": 2, "K": 16, "widths": None},
-    "attention_prefill": {"tokens": (9,), "context": (60,), "Hq": 6, "Hkv": 2, "K": 16,
-                          "widths": None},
+    "attention_prefill": {
+        "tokens": (9,),
+        "context": (60,),
+        "Hq": 6,
+        "Hkv": 2,
+        "K": 16,
+        "widths": None,
+    },
     "moe_route": {"R": 6, "D": 32, "E": 8, "J": 2, "k": (32,), "e": (8,), "ties": False},
     "nvfp4_quantize": {"N": 3, "K": 32, "scale": "own", "kind": "normal"},
     "fp8_quantize": {"N": 3, "K": 32, "scale": "own"},
     "softmax_stats": {"R": 6, "V": 90},
-    "moe_matmul": {"R": 6, "D": 32, "E": 4, "J": 2, "F": 32, "k": (32,), "f": (32,),
-                   "shared": True},
-}  # fmt: skip
+    "moe_matmul": {
+        "R": 6,
+        "D": 32,
+        "E": 4,
+        "J": 2,
+        "F": 32,
+        "k": (32,),
+        "f": (32,),
+        "shared": True,
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +80,9 @@ def test_peers_compute_the_ops(name, case):
 
 def test_a_quick_run(monkeypatch, capsys, tmp_path):
     """One op through the command line: rows with all figures, which agree with one another."""
-    monkeypatch.setattr(ops, "roof", lambda *_: {"read_bytes_s": 1e10, "fp32_flops_s": 1e11,
-                                                 "bf16_flops_s": 1e11})  # fmt: skip
+    monkeypatch.setattr(
+        ops, "roof", lambda *_: {"read_bytes_s": 1e10, "fp32_flops_s": 1e11, "bf16_flops_s": 1e11}
+    )
     out = tmp_path / "deep" / "ops.json"
     argv = ["ops.py", "--only", "gated_norm", "--threads", "1", "--quick", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", argv)

@@ -65,10 +65,21 @@ def test_cases_of_true_sizes_cover_every_op_of_a_pass():
     cases = [*made.steps(4096), *made.prompts(4096)]
     assert len({c.name for c in cases}) == len(cases)
     assert {c.op for c in cases} >= {
-        "embed", "rms_norm", "matmul", "causal_conv", "ssm_scan", "ssm_step", "gated_norm",
-        "mamba_step", "kv_append", "attention_prefill", "attention_decode", "moe_route",
-        "moe_matmul", "sample",
-    }  # fmt: skip
+        "embed",
+        "rms_norm",
+        "matmul",
+        "causal_conv",
+        "ssm_scan",
+        "ssm_step",
+        "gated_norm",
+        "mamba_step",
+        "kv_append",
+        "attention_prefill",
+        "attention_decode",
+        "moe_route",
+        "moe_matmul",
+        "sample",
+    }
     for case in cases:
         moved, _ = registry()[case.op].cost(case.cost, 2)
         whole, _ = registry()[case.op].cost(case.case, 2)
@@ -82,10 +93,15 @@ def test_cases_of_true_sizes_cover_every_op_of_a_pass():
 # Peers --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [
-    c.name for c in shapes.OpCases(shapes.sizes(True)).steps(70) if c.rows <= 8
-    if c.op in ("matmul", "moe_matmul", "causal_conv", "mamba_step")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        c.name
+        for c in shapes.OpCases(shapes.sizes(True)).steps(70)
+        if c.rows <= 8
+        if c.op in ("matmul", "moe_matmul", "causal_conv", "mamba_step")
+    ],
+)
 def test_peers_compute_the_ops(case):
     """At a width's prefix of the full weights too."""
     made = {c.name: c for c in shapes.OpCases(shapes.sizes(True)).steps(70)}[case]
@@ -165,10 +181,12 @@ def test_time_that_is_up_leaves_items_out():
 
 def test_a_worker_that_dies_costs_its_item_alone(monkeypatch):
     """The first worker dies within its second item; the next goes on with the third."""
-    runs = iter([
-        ([{"begin": "a"}, {"item": "a", "seconds": 1, "row": {}}, {"begin": "b"}], -11),
-        ([{"begin": "c"}, {"item": "c", "seconds": 1, "row": {"ms": 2.0}}], 0),
-    ])  # fmt: skip
+    runs = iter(
+        [
+            ([{"begin": "a"}, {"item": "a", "seconds": 1, "row": {}}, {"begin": "b"}], -11),
+            ([{"begin": "c"}, {"item": "c", "seconds": 1, "row": {"ms": 2.0}}], 0),
+        ]
+    )
 
     def one(name, given, journal, log, until):
         entries, status = next(runs)
@@ -227,28 +245,37 @@ def test_a_card_has_a_short_name():
 def test_without_a_gpu_one_sentence_says_so():
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu.run"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("gpu-check: a CUDA GPU must be present, but ")
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.run", "--only", "nothing"], cwd=ROOT, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "bench.gpu.run", "--only", "nothing"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "--only must be of build,laws," in done.stderr
 
 
 # Rehearsals ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, items", [
-    ("laws", ["embed"]),
-    ("ops", ["matmul out_proj R=1 L", "moe_matmul R=1 S"]),
-    ("decode", ["S B=1"]),
-    ("prefill", ["S T=24"]),
-    ("graphs", ["carry switch every step B=1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, items",
+    [
+        ("laws", ["embed"]),
+        ("ops", ["matmul out_proj R=1 L", "moe_matmul R=1 S"]),
+        ("decode", ["S B=1"]),
+        ("prefill", ["S T=24"]),
+        ("graphs", ["carry switch every step B=1"]),
+    ],
+)
 def test_parts_work_on_the_emulator(name, items):
     """Some items of every part; their figures agree with one another."""
     given = setting.Setting(emulate=True)
@@ -269,8 +296,14 @@ def test_parts_work_on_the_emulator(name, items):
         else:
             count = row.get("batch") or row["tokens"]
             assert row["tokens_s"] == pytest.approx(1e3 * count / row["ms"])
-    figures = {"rows": dict(zip(items, rows)), "failed": {}, "passed_over": {}, "left_out": [],
-               "seconds": 1.0, "worker": ""}  # fmt: skip
+    figures = {
+        "rows": dict(zip(items, rows)),
+        "failed": {},
+        "passed_over": {},
+        "left_out": [],
+        "seconds": 1.0,
+        "worker": "",
+    }
     assert report.text(name, figures).startswith(f"{name}: {len(items)} done")
 
 
@@ -296,21 +329,38 @@ def test_the_whole_command_without_a_network(tmp_path):
 # README's table -----------------------------------------------------------------------------------
 
 OP_ROW = {
-    "us": 12.34, "gb_s": 4100.0, "tflop_s": 4.1, "percent_of_roof": 95.4, "roof": "memory",
-    "ratio": 1.5, "peer": "torch.mm (cuBLAS) on strided views",
-}  # fmt: skip
+    "us": 12.34,
+    "gb_s": 4100.0,
+    "tflop_s": 4.1,
+    "percent_of_roof": 95.4,
+    "roof": "memory",
+    "ratio": 1.5,
+    "peer": "torch.mm (cuBLAS) on strided views",
+}
 RUN = {
-    "card": "NVIDIA H200", "driver": "580", "date": "2026-01-02", "commit": "abc",
+    "card": "NVIDIA H200",
+    "driver": "580",
+    "date": "2026-01-02",
+    "commit": "abc",
     "emulated": False,
     "parts": {
-        "laws": {"rows": {"embed": {"checks": 3, "broken": [], "kernels": ["gather<float>"]},
-                          "sample": {"checks": 1, "broken": ["reference"], "kernels": ["choose"]}},
-                 "failed": {"matmul": "crash"}, "left_out": []},
-        "ops": {"rows": {"roof": {"copy_bytes_s": 4.3e12, "read_bytes_s": 4.5e12,
-                                  "bf16_flops_s": 7.9e14}, "matmul in_proj R=1 30B": OP_ROW}},
+        "laws": {
+            "rows": {
+                "embed": {"checks": 3, "broken": [], "kernels": ["gather<float>"]},
+                "sample": {"checks": 1, "broken": ["reference"], "kernels": ["choose"]},
+            },
+            "failed": {"matmul": "crash"},
+            "left_out": [],
+        },
+        "ops": {
+            "rows": {
+                "roof": {"copy_bytes_s": 4.3e12, "read_bytes_s": 4.5e12, "bf16_flops_s": 7.9e14},
+                "matmul in_proj R=1 30B": OP_ROW,
+            }
+        },
         "decode": {"rows": {"30B B=1": {"ms": 1.9, "tokens_s": 526.0, "percent_of_roof": 80.1}}},
     },
-}  # fmt: skip
+}
 
 
 def tables_of(tmp_path, runs):
@@ -330,8 +380,9 @@ def test_without_a_run_every_kernel_is_named_as_not_run(tmp_path):
     for op, kernel in names:
         row = next(row for row in text.splitlines() if f"| `{op}` |" in row)
         family = kernel.split("<")[0]
-        count = sum((op, k) in names for k in gpu_tables.all_kernels(ROOT)[op]
-                    if k.split("<")[0] == family)  # fmt: skip
+        count = sum(
+            (op, k) in names for k in gpu_tables.all_kernels(ROOT)[op] if k.split("<")[0] == family
+        )
         assert f"`{kernel}`" in row or (count > 1 and f"`{family}` x {count}" in row)
     files = {f.stem for f in (ROOT / "csrc" / "ops").glob("*/*.cu")}
     assert {op for op, _ in names} == files and files >= set(registry())

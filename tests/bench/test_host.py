@@ -9,8 +9,10 @@ from elastic_infer import Engine, demo_model
 @pytest.fixture(scope="module")
 def engine():
     options = {"max_num_seqs": 4, "max_model_len": host.TOKENS + 64, "threads": 1}
-    with Engine.from_pretrained(demo_model(), device="cpu", **options) as opened, \
-            host.no_kernels(opened):  # fmt: skip
+    with (
+        Engine.from_pretrained(demo_model(), device="cpu", **options) as opened,
+        host.no_kernels(opened),
+    ):
         yield opened
 
 

@@ -115,9 +115,12 @@ def test_the_fingerprint_tells_factors_apart(tmp_path):
 
 STATED = {
     "modelopt": {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
-    "a scheme": {"quant_method": "modelopt", "quant_algo": None,
-                 "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
-}  # fmt: skip
+    "a scheme": {
+        "quant_method": "modelopt",
+        "quant_algo": None,
+        "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+    },
+}
 
 
 @pytest.mark.parametrize("factors", [{}, MODELOPT, {f"{AT}k_scale": 50.0}])

@@ -23,8 +23,16 @@ from elastic_infer.errors import CheckpointError
 from support import tiny
 from support.quantized import dequantize, write_quantized
 
-MIXED = {"experts": "nvfp4", "lm_head": "nvfp4", "q_proj": "nvfp4", "k_proj": "nvfp4",
-         "v_proj": "nvfp4", "o_proj": "fp8", "in_proj": "fp8", "out_proj": "nvfp4"}  # fmt: skip
+MIXED = {
+    "experts": "nvfp4",
+    "lm_head": "nvfp4",
+    "q_proj": "nvfp4",
+    "k_proj": "nvfp4",
+    "v_proj": "nvfp4",
+    "o_proj": "fp8",
+    "in_proj": "fp8",
+    "out_proj": "nvfp4",
+}
 LAYOUTS = ("modelopt", "compressed-tensors")
 
 
@@ -140,20 +148,24 @@ BAD_TENSORS = {
         r"lm_head\.weight must have shape",
     ),
     "no block scales": (
-        lambda s: s.pop("lm_head.weight_scale"), r"come with lm_head\.weight_scale, got none",
+        lambda s: s.pop("lm_head.weight_scale"),
+        r"come with lm_head\.weight_scale, got none",
     ),
     "no scale": (
-        lambda s: s.pop("lm_head.weight_scale_2"), r"come with lm_head\.weight_scale_2, got none",
+        lambda s: s.pop("lm_head.weight_scale_2"),
+        r"come with lm_head\.weight_scale_2, got none",
     ),
     "a scale per channel": (
         _set("lm_head.weight_scale_2", lambda t: t.expand(4).clone()),
         r"scale_2 must be one number \(a scale per channel",
     ),
     "float block scales": (
-        _set("lm_head.weight_scale", lambda t: t.float()), "weight_scale must be E4M3",
+        _set("lm_head.weight_scale", lambda t: t.float()),
+        "weight_scale must be E4M3",
     ),
     "an integer scale": (
-        _set("lm_head.weight_scale_2", lambda t: t.int()), "must be float32, bfloat16 or float16",
+        _set("lm_head.weight_scale_2", lambda t: t.int()),
+        "must be float32, bfloat16 or float16",
     ),
     "a plain weight beside scales": (
         _set("lm_head.weight", lambda t: torch.zeros(t.shape[0], t.shape[1] * 2)),
@@ -164,7 +176,8 @@ BAD_TENSORS = {
         r"embeddings\.weight must be float32, bfloat16 or float16 \(embedding",
     ),
     "negative block scale": (
-        _poke("lm_head.weight_scale", 0xB8), r"not negative, got -1\.0 \(row 1",
+        _poke("lm_head.weight_scale", 0xB8),
+        r"not negative, got -1\.0 \(row 1",
     ),
     "NaN block scale": (_poke("lm_head.weight_scale", 0x7F), "not negative, got nan"),
     "NaN scale": (
@@ -172,7 +185,7 @@ BAD_TENSORS = {
         r"scale_2 must be a finite number not negative, got nan",
     ),
     "negative scale": (_set("lm_head.weight_scale_2", lambda t: -t), "must be a finite number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
@@ -204,21 +217,25 @@ def _pop_layer(config):
 
 BAD_CONFIGS = {
     "unknown method": (
-        lambda c: c.update(quant_method="awq"), "quant_method of config.json must be supp.*'awq'",
+        lambda c: c.update(quant_method="awq"),
+        "quant_method of config.json must be supp.*'awq'",
     ),
     "unknown algorithm": (
-        lambda c: c.update(quant_algo="FP8_PB_WO"), "quant_algo.*must be supported.*FP8_PB_WO",
+        lambda c: c.update(quant_algo="FP8_PB_WO"),
+        "quant_algo.*must be supported.*FP8_PB_WO",
     ),
     "unknown algorithm of a layer": (
         lambda c: c["quantized_layers"]["lm_head"].update(quant_algo="MXFP8"),
         "quant_algo of lm_head.*MXFP8",
     ),
     "other block": (
-        lambda c: c["quantized_layers"]["lm_head"].update(group_size=32), "group_size.*must be 16",
+        lambda c: c["quantized_layers"]["lm_head"].update(group_size=32),
+        "group_size.*must be 16",
     ),
     "mixed without layers": (lambda c: c.pop("quantized_layers"), "quantized_layers"),
     "a layer that is not said to be quantized": (
-        _pop_layer, r"lm_head\.weight must be not quantized as config.json states, got nvfp4",
+        _pop_layer,
+        r"lm_head\.weight must be not quantized as config.json states, got nvfp4",
     ),
     "a layer of another format": (
         lambda c: c["quantized_layers"].update(lm_head={"quant_algo": "FP8"}),
@@ -227,11 +244,14 @@ BAD_CONFIGS = {
     "an ignored layer": (lambda c: c["ignore"].append("lm_*"), "must be not quantized"),
     "a layer that is not there": (
         lambda c: c["quantized_layers"].update(
-            {"backbone.layers.0.mixer.gate": {"quant_algo": "FP8"},
-             "backbone.layers.0.mixer.conv1d": {"quant_algo": "FP8"}}),
+            {
+                "backbone.layers.0.mixer.gate": {"quant_algo": "FP8"},
+                "backbone.layers.0.mixer.conv1d": {"quant_algo": "FP8"},
+            }
+        ),
         "must be fp8 as config.json states, got torch.float32",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
@@ -271,24 +291,36 @@ def test_bytes_without_a_config_are_refused(tmp_path):
 
 def test_patterns_of_both_libraries():
     """What the two exporters write: wildcards and whole branches, regular expressions and names."""
-    modelopt = {"quantization": {"quant_algo": "NVFP4", "group_size": 16,
-                                 "exclude_modules": ["lm_head", "backbone.layers.1.mixer",
-                                                     "*.in_proj"]}}  # fmt: skip
+    modelopt = {
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "group_size": 16,
+            "exclude_modules": ["lm_head", "backbone.layers.1.mixer", "*.in_proj"],
+        }
+    }
     found = read_published({"quantization_config": modelopt}, None)
     assert found.format_of("backbone.layers.2.mixer.up_proj") == "nvfp4"
     for module in ("lm_head", "backbone.layers.1.mixer.q_proj", "backbone.layers.5.mixer.in_proj"):
         assert found.format_of(module) is None, module
     assert found.format_of("backbone.layers.11.mixer.q_proj") == "nvfp4"
-    branch = {"quant_algo": "MIXED_PRECISION", "quant_method": "modelopt", "quantized_layers": {
-        "backbone.layers.1.mixer.experts": {"quant_algo": "NVFP4"},
-        "mtp.layers.0.experts": {"quant_algo": "FP8_PB_WO"}}}  # fmt: skip
+    branch = {
+        "quant_algo": "MIXED_PRECISION",
+        "quant_method": "modelopt",
+        "quantized_layers": {
+            "backbone.layers.1.mixer.experts": {"quant_algo": "NVFP4"},
+            "mtp.layers.0.experts": {"quant_algo": "FP8_PB_WO"},
+        },
+    }
     found = read_published({"quantization_config": branch}, None)
     assert found.format_of("backbone.layers.1.mixer.experts.7.up_proj") == "nvfp4"
     assert found.format_of("backbone.layers.2.mixer.experts.7.up_proj") is None
     weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
-    compressed = {"quant_method": "compressed-tensors", "format": "float-quantized",
-                  "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-                  "ignore": ["lm_head", r"re:.*\.gate$"]}  # fmt: skip
+    compressed = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", r"re:.*\.gate$"],
+    }
     found = read_published({"quantization_config": compressed}, None)
     assert found.format_of("backbone.layers.1.mixer.q_proj") == "fp8"
     assert found.format_of("lm_head") is None
@@ -357,13 +389,32 @@ def test_groups_of_mixed_precision_need_no_format_of_their_own(tmp_path):
     assert opened(folder, tmp_path).formats == want
 
 
-ENDLESS = [r"([\w.]+)+!", r"(a*)*b", r"(a|aa)+$", r"(.*)(.*)(.*)(.*)(.*)(.*)!", r"(?:a?){40}a{40}b",
-           r"^(([a-z])+.)+[A-Z]([a-z])+$", r"((a{1,9}){1,9}){1,9}!", r"(?=(\w+)+!)x", "a" * 2000,
-           r"(x+x+)+y", "a?" * 64 + "a" * 64, "(" * 200 + "a" + ")+" * 200, "(a",
-           "a**"]  # fmt: skip
-USUAL = [r".*mlp\.gate$", r"model\.layers\.\d+\.mixer\.(q|k|v|o)_proj", r".*(?:lm_head|embed).*",
-         r"^(?!.*experts).*gate.*", r"backbone\.layers\.([0-9]|1[0-9])\..*shared_experts.*",
-         r".*\.experts\.\d+\.(up|down)_proj$", r"(mtp\.)*layers.*", r"[^.]+\.norm"]  # fmt: skip
+ENDLESS = [
+    r"([\w.]+)+!",
+    r"(a*)*b",
+    r"(a|aa)+$",
+    r"(.*)(.*)(.*)(.*)(.*)(.*)!",
+    r"(?:a?){40}a{40}b",
+    r"^(([a-z])+.)+[A-Z]([a-z])+$",
+    r"((a{1,9}){1,9}){1,9}!",
+    r"(?=(\w+)+!)x",
+    "a" * 2000,
+    r"(x+x+)+y",
+    "a?" * 64 + "a" * 64,
+    "(" * 200 + "a" + ")+" * 200,
+    "(a",
+    "a**",
+]
+USUAL = [
+    r".*mlp\.gate$",
+    r"model\.layers\.\d+\.mixer\.(q|k|v|o)_proj",
+    r".*(?:lm_head|embed).*",
+    r"^(?!.*experts).*gate.*",
+    r"backbone\.layers\.([0-9]|1[0-9])\..*shared_experts.*",
+    r".*\.experts\.\d+\.(up|down)_proj$",
+    r"(mtp\.)*layers.*",
+    r"[^.]+\.norm",
+]
 
 
 @pytest.mark.parametrize("pattern", ENDLESS)
@@ -380,8 +431,14 @@ def test_patterns_that_never_end_are_refused(pattern, where):
 
 @pytest.mark.parametrize("pattern", USUAL)
 def test_usual_patterns_are_taken(pattern):
-    modules = ["backbone.layers.12.mixer.shared_experts.up_proj", "lm_head", "mtp.layers.0",
-               "model.layers.3.mixer.q_proj", "a.mlp.gate", "a" * 64]  # fmt: skip
+    modules = [
+        "backbone.layers.12.mixer.shared_experts.up_proj",
+        "lm_head",
+        "mtp.layers.0",
+        "model.layers.3.mixer.q_proj",
+        "a.mlp.gate",
+        "a" * 64,
+    ]
     config = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": [f"re:{pattern}"]}
     found = read_published({"quantization_config": config}, None)
     assert [found.is_ignored(m) for m in modules] == [bool(re.match(pattern, m)) for m in modules]

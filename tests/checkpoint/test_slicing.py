@@ -149,9 +149,16 @@ def test_export_equals_slice_state_dict(tmp_path, seed):
 
 def test_per_layer_slice_is_an_elastic_folder_with_one_width(tmp_path):
     config, checkpoint = make(
-        tmp_path, 2, per_layer=True, hybrid_override_pattern="MEM*E-M*-E", n_groups=2,
-        mamba_num_heads=12, n_routed_experts=9, num_attention_heads=8, num_key_value_heads=2,
-    )  # fmt: skip
+        tmp_path,
+        2,
+        per_layer=True,
+        hybrid_override_pattern="MEM*E-M*-E",
+        n_groups=2,
+        mamba_num_heads=12,
+        n_routed_experts=9,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
     width = checkpoint.widths["S"]
     assert not is_uniform(checkpoint.config, width)
     out = slice_checkpoint(checkpoint, "S", tmp_path / "S")
@@ -189,9 +196,16 @@ def test_per_layer_slice_is_an_elastic_folder_with_one_width(tmp_path):
 def test_heads_of_every_group(tmp_path):
     """The first heads of every group are kept, not the first heads."""
     config, checkpoint = make(
-        tmp_path, 0, per_layer=False, hybrid_override_pattern="M*E", n_groups=2,
-        mamba_num_heads=6, mamba_head_dim=16, num_attention_heads=6, num_key_value_heads=2,
-    )  # fmt: skip
+        tmp_path,
+        0,
+        per_layer=False,
+        hybrid_override_pattern="M*E",
+        n_groups=2,
+        mamba_num_heads=6,
+        mamba_head_dim=16,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+    )
     table = {"S": {"mamba_num_heads": 4, "num_attention_heads": 4}, "L": {}}
     widths = {"version": 1, "default_width": "L", "widths": table}
     checkpoint = Checkpoint.open(checkpoint.folder, widths=widths)
@@ -211,9 +225,12 @@ def test_heads_of_every_group(tmp_path):
 def test_sharded_equals_single(tmp_path):
     config, checkpoint = make(tmp_path, 3, per_layer=False)
     sharded = tiny.write_tiny(
-        tmp_path / "sharded", config, tiny.tiny_widths(config, 3, count=3, per_layer=False),
-        seed=3, shards=4,
-    )  # fmt: skip
+        tmp_path / "sharded",
+        config,
+        tiny.tiny_widths(config, 3, count=3, per_layer=False),
+        seed=3,
+        shards=4,
+    )
     one = slice_checkpoint(checkpoint, "S", tmp_path / "one")
     steps = []
     many = slice_checkpoint(
@@ -290,9 +307,12 @@ def test_slice_takes_side_files_along_and_says_what_it_keeps(tmp_path, caplog):
         out = slice_checkpoint(checkpoint, "S", tmp_path / "out")
     assert "time_step_min = 0.001" in caplog.text
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
         "tokenizer_config.json",
-    }  # fmt: skip
+    }
     assert (out / "tokenizer.json").read_text() == '{"x": "tokenizer.json"}'
 
 
@@ -334,9 +354,14 @@ def test_derive_names_the_perturbed_tensor(tmp_path, monkeypatch):
     import elastic_infer.checkpoint.derive as derive
 
     _, checkpoint = make(
-        tmp_path, 0, per_layer=False, hybrid_override_pattern="M*E", n_groups=2,
-        mamba_num_heads=6, mamba_head_dim=16,
-    )  # fmt: skip
+        tmp_path,
+        0,
+        per_layer=False,
+        hybrid_override_pattern="M*E",
+        n_groups=2,
+        mamba_num_heads=6,
+        mamba_head_dim=16,
+    )
     table = {"version": 1, "default_width": "L", "widths": {"L": {}, "S": {"mamba_num_heads": 4}}}
     checkpoint = Checkpoint.open(checkpoint.folder, widths=table)
     out = slice_checkpoint(checkpoint, "S", tmp_path / "S")
@@ -386,9 +411,16 @@ def test_derive_names_the_perturbed_tensor(tmp_path, monkeypatch):
 )
 def test_derive_refuses(tmp_path, changes, error, match):
     config, checkpoint = make(
-        tmp_path, 0, per_layer=False, hybrid_override_pattern="M*E", hidden_size=96, n_groups=2,
-        mamba_num_heads=8, num_key_value_heads=2, num_attention_heads=4,
-    )  # fmt: skip
+        tmp_path,
+        0,
+        per_layer=False,
+        hybrid_override_pattern="M*E",
+        hidden_size=96,
+        n_groups=2,
+        mamba_num_heads=8,
+        num_key_value_heads=2,
+        num_attention_heads=4,
+    )
     path = tmp_path / "slice.json"
     path.write_text(json.dumps({**config, **changes}))
     with pytest.raises(error, match=match):

@@ -114,11 +114,16 @@ def test_a_wrong_command_line_is_one_line_and_code_2(arguments, problem):
 @pytest.mark.parametrize(
     "plan",
     [
-        "schedule=0:S+{}:L", "think=S,answer=L,budget={}", "think=S,answer=L,grace={}",
-        "narrow=S,wide=L,threshold=x{}", "narrow=S,wide=L,threshold=1,hold={}", "width=S,{}=1",
-        "{}=S", "{}",
+        "schedule=0:S+{}:L",
+        "think=S,answer=L,budget={}",
+        "think=S,answer=L,grace={}",
+        "narrow=S,wide=L,threshold=x{}",
+        "narrow=S,wide=L,threshold=1,hold={}",
+        "width=S,{}=1",
+        "{}=S",
+        "{}",
     ],
-)  # fmt: skip
+)
 def test_a_long_word_in_a_plan_is_refused_and_cut(plan):
     """Family: numbers with more digits than Python converts, and long words, anywhere in a plan."""
     for word in ("9" * 5000, "é" * 5000):
@@ -301,8 +306,14 @@ def test_info_tells_what_the_library_computes(folder):
 
 def test_info_as_text(folder):
     text = run("info", folder, "--memory", "1GB").stdout
-    for words in ("S  ", "hidden channels", "weights, bfloat16", "KV cache", "kernels: ",
-                  "in 1 GB of memory"):  # fmt: skip
+    for words in (
+        "S  ",
+        "hidden channels",
+        "weights, bfloat16",
+        "KV cache",
+        "kernels: ",
+        "in 1 GB of memory",
+    ):
         assert words in text
     assert "none" in run("info", folder, "--memory", "1KB").stdout
 
@@ -407,9 +418,10 @@ def test_slice_and_back(folder, tmp_path):
     given = ("--slice", f"S={tmp_path / 'S'}", "--full-name", "L")
     table = json.loads(run("widths", folder, *given, "--out", "-").stdout)
     assert table == {
-        "version": 1, "default_width": "L",
+        "version": 1,
+        "default_width": "L",
         "widths": {"L": {}, "S": engines.base_widths()["widths"]["S"]},
-    }  # fmt: skip
+    }
 
 
 def test_widths_are_written_beside_the_checkpoint_or_where_told(folder, tmp_path):

@@ -87,9 +87,10 @@ def test_demo_without_a_terminal(tmp_path):
     sizes = [by_name[n]["weight_bytes_per_token"] for n in ("S", "M", "L")]
     assert sizes == sorted(sizes)
     assert sizes[0] < by_name["S->L exact"]["weight_bytes_per_token"] < sizes[2]
-    assert by_name["S->L exact"]["weight_bytes_per_token"] < by_name["S->L carry"][
-        "weight_bytes_per_token"
-    ]  # which keeps the state of all heads complete
+    assert (
+        by_name["S->L exact"]["weight_bytes_per_token"]
+        < by_name["S->L carry"]["weight_bytes_per_token"]
+    )  # which keeps the state of all heads complete
     assert by_name["S->L carry"]["rebuilt_tokens_per_problem"] == 0
     assert by_name["S->L exact"]["rebuilt_tokens_per_problem"] > 0
 

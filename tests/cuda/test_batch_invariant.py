@@ -18,19 +18,34 @@ from support.engines import base_engine, draw
 emu = load(built())
 BF16 = torch.bfloat16
 ROWS = (1, 3, 5, 17, 70)
-PRODUCT = {"K": 416, "segments": (144, 72), "k": (160, 416, 256),
-           "n": ((40, 8), (144, 72), (130, 72)), "act": "none"}  # fmt: skip
+PRODUCT = {
+    "K": 416,
+    "segments": (144, 72),
+    "k": (160, 416, 256),
+    "n": ((40, 8), (144, 72), (130, 72)),
+    "act": "none",
+}
 EXPERTS = {"E": 6, "J": 3, "D": 288, "F": 160, "k": (160, 288), "f": (160, 96), "shared": False}
 FORMATS = ({}, {"weights": "nvfp4"}, {"weights": "fp8"})
 # Small cases of an op by number, or a case of our own; the last small one where nothing is said.
 CASES = {
-    "attention_decode": (1, 2, 4), "attention_prefill": (1, 2), "causal_conv": (1, 2),
-    "embed": (2,), "fp8_quantize": (1,), "gated_norm": (1, 2), "kv_append": (3,),
-    "mamba_step": (1, 2), "matmul": (2, 3, *(PRODUCT | f for f in FORMATS)),
-    "moe_matmul": (2, *(EXPERTS | f for f in FORMATS)), "moe_route": (2, 3),
-    "nvfp4_quantize": (1,), "rms_norm": (1,), "sample": (2,), "ssm_scan": (1, 3),
+    "attention_decode": (1, 2, 4),
+    "attention_prefill": (1, 2),
+    "causal_conv": (1, 2),
+    "embed": (2,),
+    "fp8_quantize": (1,),
+    "gated_norm": (1, 2),
+    "kv_append": (3,),
+    "mamba_step": (1, 2),
+    "matmul": (2, 3, *(PRODUCT | f for f in FORMATS)),
+    "moe_matmul": (2, *(EXPERTS | f for f in FORMATS)),
+    "moe_route": (2, 3),
+    "nvfp4_quantize": (1,),
+    "rms_norm": (1,),
+    "sample": (2,),
+    "ssm_scan": (1, 3),
     "ssm_step": (1, 2),
-}  # fmt: skip
+}
 # Lengths of the first sequences: those that attention splits are among them.
 LENGTHS = {
     "attention_decode": (1100, 300, 0, 65, 7, 513, 64, 130),
@@ -117,11 +132,14 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch(op, case, dtype):
         check(op, arguments_of(op, case, n, dtype, of_down=n == 17), batch_invariant=True)
 
 
-@pytest.mark.parametrize("op, case, n, of_down", [
-    *(("matmul", PRODUCT | f, n, False) for f in FORMATS for n in (17, 70)),
-    *(("moe_matmul", EXPERTS | f, 17, of_down) for f in FORMATS for of_down in (False, True)),
-    ("attention_decode", 1, 70, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "op, case, n, of_down",
+    [
+        *(("matmul", PRODUCT | f, n, False) for f in FORMATS for n in (17, 70)),
+        *(("moe_matmul", EXPERTS | f, 17, of_down) for f in FORMATS for of_down in (False, True)),
+        ("attention_decode", 1, 70, False),
+    ],
+)
 def test_without_the_option_bits_depend_on_the_batch(op, case, n, of_down):
     """Products of both directions, splits of the keys."""
     with pytest.raises(LawBroken, match="alone has other bits"):
@@ -129,9 +147,14 @@ def test_without_the_option_bits_depend_on_the_batch(op, case, n, of_down):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("op, case, of_down", [
-    ("matmul", PRODUCT, False), ("moe_matmul", EXPERTS, False), ("moe_matmul", EXPERTS, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "op, case, of_down",
+    [
+        ("matmul", PRODUCT, False),
+        ("moe_matmul", EXPERTS, False),
+        ("moe_matmul", EXPERTS, True),
+    ],
+)
 def test_nvfp4_activations(op, case, of_down, dtype):
     """Every row has scales of its own, and products leave K whole."""
     emu.device(compute_capability=120)
@@ -163,10 +186,13 @@ def test_a_step_takes_the_option_from_its_pool():
 
 PROMPTS = [draw(n, seed=n) for n in (12, 70, 1, 33, 130, 5)]
 PLANS = [
-    Plan.fixed("S"), Plan.fixed("L"), Plan.fixed("M"),
-    Plan.schedule([(0, "S"), (2, "L")]), Plan.fixed("M"),
+    Plan.fixed("S"),
+    Plan.fixed("L"),
+    Plan.fixed("M"),
+    Plan.schedule([(0, "S"), (2, "L")]),
+    Plan.fixed("M"),
     Plan.schedule([(0, "M"), (1, "S")], policy="exact"),
-]  # fmt: skip
+]
 
 
 def traced(engine, chosen) -> list[tuple[list[int], torch.Tensor]]:
@@ -177,20 +203,28 @@ def traced(engine, chosen) -> list[tuple[list[int], torch.Tensor]]:
         return lambda token_ids, row, phase: rows[i].append(row.clone())
 
     params = [
-        SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True,
-                       logits_processors=[recorder(i)])
+        SamplingParams(
+            temperature=0.0, max_tokens=4, ignore_eos=True, logits_processors=[recorder(i)]
+        )
         for i in range(len(chosen))
-    ]  # fmt: skip
+    ]
     outputs = engine.generate([PROMPTS[c] for c in chosen], params, plan=[PLANS[c] for c in chosen])
     return [(o.token_ids, torch.stack(r)) for o, r in zip(outputs, rows, strict=True)]
 
 
 def differing(folder, dtype, **limits) -> list[int]:
     """The prompts whose tokens or logits, alone, differ from those in a batch of all."""
-    with installed(emu), base_engine(
-        folder, dtype=dtype, device="emulated", mixing="always", max_num_batched_tokens=128,
-        **limits,
-    ) as engine:  # fmt: skip
+    with (
+        installed(emu),
+        base_engine(
+            folder,
+            dtype=dtype,
+            device="emulated",
+            mixing="always",
+            max_num_batched_tokens=128,
+            **limits,
+        ) as engine,
+    ):
         together = traced(engine, range(len(PROMPTS)))
         found = []
         for i, (tokens, logits) in enumerate(together):

@@ -55,5 +55,7 @@ def test_any_tensor_may_begin_anywhere_or_is_refused(spec, case, dtype):
                     continue
                 for output in spec.outputs:
                     assert _laws.same_bits(given[output].contiguous(), want[output].contiguous()), (
-                        name, output, by,
-                    )  # fmt: skip
+                        name,
+                        output,
+                        by,
+                    )

@@ -47,9 +47,12 @@ def test_record_was_made_with_the_flags_of_the_build():
 @needs_nvcc
 def test_build_passes_the_flag_to_every_file_of_kernels(tmp_path):
     options = [
-        "-DELASTIC_CUDA=ON", "-DELASTIC_CUDA_ARCHS=90a", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
+        "-DELASTIC_CUDA=ON",
+        "-DELASTIC_CUDA_ARCHS=90a",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
     cmake = Path(sys.executable).parent / "cmake"
     subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, *options], check=True, capture_output=True)
     commands = json.loads((tmp_path / "compile_commands.json").read_text())
@@ -103,8 +106,16 @@ def test_reading_float32_tokens_at_once_is_step_by_step(N, P):
         for first, last in cuts:
             mixed, y = torch.empty(last - first, channels), torch.empty(last - first, H * P)
             cu = torch.tensor([0, last - first], dtype=torch.int32)
-            causal_conv(x[first:last], weight, bias, conv, mixed, cu_seqlens=cu, slots=slots,
-                        x_channels=H * P)  # fmt: skip
+            causal_conv(
+                x[first:last],
+                weight,
+                bias,
+                conv,
+                mixed,
+                cu_seqlens=cu,
+                slots=slots,
+                x_channels=H * P,
+            )
             given = (*mixed.split([H * P, G * N, G * N], 1), dt[first:last], *heads, state, y)
             ssm_step(*given, slots=slots) if last - first == 1 else ssm_scan(
                 *given, cu_seqlens=cu, slots=slots
@@ -132,7 +143,13 @@ def test_a_float32_row_has_its_bits_in_every_block(K, weights):
 def test_a_width_of_float32_rows_is_its_slice():
     """Law 3 bit for bit, also where the slice has fewer rows than the batch it was cut from."""
     spec = registry()["matmul"]
-    case = {"R": 9, "K": 208, "segments": (72, 8), "k": (64, 208), "n": ((40, 4), (72, 8)),
-            "act": "none"}  # fmt: skip
+    case = {
+        "R": 9,
+        "K": 208,
+        "segments": (72, 8),
+        "k": (64, 208),
+        "n": ((40, 4), (72, 8)),
+        "act": "none",
+    }
     for arguments in _laws.one_width(_laws.make(spec, case, torch.float32)):
         assert _laws.check_slice(spec, arguments, exact=True)

@@ -71,8 +71,15 @@ def test_output_dtype_is_the_callers(rows, out):
 def test_quantized_weights_cost_no_accuracy(rows, weights):
     """Against float64 on the dequantized weights, the rounding of the output is all the error."""
     spec = registry()["matmul"]
-    sizes = {"R": rows, "K": 1120, "segments": (80, 16), "k": (1120,), "n": ((80, 16),),
-             "act": "none", "weights": weights}  # fmt: skip
+    sizes = {
+        "R": rows,
+        "K": 1120,
+        "segments": (80, 16),
+        "k": (1120,),
+        "n": ((80, 16),),
+        "act": "none",
+        "weights": weights,
+    }
     a = _laws.make(spec, sizes, BF16)
     got = _laws.run(spec, a)["out"].double()
     want = spec.reference(_laws.wide(spec, _laws.copy(a)))["out"].double()
@@ -98,8 +105,16 @@ def test_prefill_then_step_agrees_with_prefill(n):
         for first, last in pieces:
             cu = torch.tensor([0, last - first], dtype=torch.int32)
             mixed = torch.empty(last - first, channels, dtype=BF16)
-            causal_conv(x[first:last], weight, bias.to(BF16), conv, mixed, cu_seqlens=cu,
-                        slots=slots, x_channels=H * P)  # fmt: skip
+            causal_conv(
+                x[first:last],
+                weight,
+                bias.to(BF16),
+                conv,
+                mixed,
+                cu_seqlens=cu,
+                slots=slots,
+                x_channels=H * P,
+            )
             y = torch.empty(last - first, H * P, dtype=BF16)
             given = (*mixed.split([H * P, G * N, G * N], 1), dt[first:last], *heads, state, y)
             if last - first == 1 and first:

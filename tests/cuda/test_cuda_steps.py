@@ -39,11 +39,27 @@ class Routed:
         self.record(self.step)
 
     def record(self, run):
-        rms_norm(self.x, torch.ones(64), self.normed, eps=1e-5, row_width=self.modes,
-                 sizes=self.hidden, run=run)  # fmt: skip
-        moe_route(self.normed, self.gate, torch.zeros(6), self.ids, self.weights,
-                  scaling_factor=2.0, row_width=self.modes, k_sizes=self.hidden,
-                  e_sizes=self.experts, run=run)  # fmt: skip
+        rms_norm(
+            self.x,
+            torch.ones(64),
+            self.normed,
+            eps=1e-5,
+            row_width=self.modes,
+            sizes=self.hidden,
+            run=run,
+        )
+        moe_route(
+            self.normed,
+            self.gate,
+            torch.zeros(6),
+            self.ids,
+            self.weights,
+            scaling_factor=2.0,
+            row_width=self.modes,
+            k_sizes=self.hidden,
+            e_sizes=self.experts,
+            run=run,
+        )
 
     def eager(self):
         """What the ops give when they run at once; the step's outputs are lost."""

@@ -15,9 +15,20 @@ def default_order():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", ["barrier", "copy", "multiply", "votes", "unwritten_shared",
-                                  "static_and_dynamic", "all_shared", "rows_of_grid",
-                                  "overlap"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "barrier",
+        "copy",
+        "multiply",
+        "votes",
+        "unwritten_shared",
+        "static_and_dynamic",
+        "all_shared",
+        "rows_of_grid",
+        "overlap",
+    ],
+)
 def test_right_kernels(name, order):
     emu.configure(threads=order, blocks=order)
     assert emu.selftest(name) == "ok"

@@ -88,13 +88,28 @@ def experts(rows, D, F, x_dtype, w_dtype, E=128, J=6, **given):
     up, down = (ExpertWeights.empty(E, *shape, w_dtype) for shape in ((F, D), (D, F)))
     ids = torch.zeros(1, J, dtype=torch.int32).expand(rows, J)
     room = torch.empty(moe_workspace_bytes(rows, J, E, D, F, x_dtype), dtype=torch.uint8)
-    moe_matmul(rows_of(rows, D, x_dtype), up, down, ids, rows_of(rows, J, F32),
-               rows_of(rows, D, x_dtype), workspace=room, **given)  # fmt: skip
+    moe_matmul(
+        rows_of(rows, D, x_dtype),
+        up,
+        down,
+        ids,
+        rows_of(rows, J, F32),
+        rows_of(rows, D, x_dtype),
+        workspace=room,
+        **given,
+    )
 
 
 FP8, NVFP4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2
-FORMATS = [(BF16, BF16), (BF16, FP8), (BF16, NVFP4), (F32, F32), (F32, BF16), (F32, FP8),
-           (F32, NVFP4)]  # fmt: skip
+FORMATS = [
+    (BF16, BF16),
+    (BF16, FP8),
+    (BF16, NVFP4),
+    (F32, F32),
+    (F32, BF16),
+    (F32, FP8),
+    (F32, NVFP4),
+]
 invariant = pytest.mark.parametrize("invariant", [False, True])
 
 
@@ -142,9 +157,14 @@ def test_routing_of_any_length_and_number_of_rows(dtype, invariant, assembled, s
     for rows in ROWS:
         for D in (64, 2688, 8192):
             gate = TiledWeight.empty([128], D, F32)
-            moe_route(rows_of(rows, D, dtype), gate, torch.zeros(128),
-                      torch.empty(rows, 6, dtype=torch.int32), torch.empty(rows, 6),
-                      scaling_factor=1.0)  # fmt: skip
+            moe_route(
+                rows_of(rows, D, dtype),
+                gate,
+                torch.zeros(128),
+                torch.empty(rows, 6, dtype=torch.int32),
+                torch.empty(rows, 6),
+                scaling_factor=1.0,
+            )
     check_launches("moe_route", assembled, seen)
 
 

@@ -1,7 +1,6 @@
 """NVFP4 activations with NVFP4 weights, on the emulated GPU: the matrix instruction against its
 manual's tables, the quantized rows against numpy, products against float64, and who is refused."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -81,8 +80,9 @@ def test_fragments_and_scales_are_where_the_manual_has_them(pair, quarter):
     scale_a, scale_b = g.integers(1, 127, (16, 4)), g.integers(1, 127, (4, 8))
     word_a, word_b = [0x7F7F7F7F] * 32, [0x7F7F7F7F] * 32
     for m in range(16):
-        word_a[4 * (m % 8) + 2 * pair + m // 8] = sum(int(s) << 8 * j for j, s in
-                                                      enumerate(scale_a[m]))  # fmt: skip
+        word_a[4 * (m % 8) + 2 * pair + m // 8] = sum(
+            int(s) << 8 * j for j, s in enumerate(scale_a[m])
+        )
     for n in range(8):
         word_b[4 * n + quarter] = sum(int(s) << 8 * j for j, s in enumerate(scale_b[:, n]))
     got = emu.multiply_add_nvfp4(
@@ -108,8 +108,14 @@ def edges():
     zeros[2], zeros[:, 16:32] = 0.0, -0.0
     tail = normal.clone()
     tail[:, 90] = 1e4
-    return {"normal": normal, "heavy tails": normal**5, "tiny": normal * 1e-30, "zeros": zeros,
-            "one large value": tail, "wide rows": torch.cat([normal] * 20, 1)}  # fmt: skip
+    return {
+        "normal": normal,
+        "heavy tails": normal**5,
+        "tiny": normal * 1e-30,
+        "zeros": zeros,
+        "one large value": tail,
+        "wide rows": torch.cat([normal] * 20, 1),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -301,9 +307,15 @@ def test_other_cards_and_experts_are_refused(form, capability, requested, messag
     room = moe_workspace_bytes(2, 3, up.experts, up.columns, up.rows, BF16)
     with pytest.raises(ValueError, match=f"^moe_matmul: activation_quantization must {message}"):
         moe_matmul(
-            x, up, down, ids, weights, torch.empty_like(x), activation_quantization=requested,
+            x,
+            up,
+            down,
+            ids,
+            weights,
+            torch.empty_like(x),
+            activation_quantization=requested,
             workspace=torch.zeros(room, dtype=torch.uint8),
-        )  # fmt: skip
+        )
 
 
 def test_rows_at_odd_places_are_refused():

@@ -59,14 +59,18 @@ def test_swizzled_matrices_and_sums_are_where_the_manual_has_them(columns, first
     """a [64, 64] and b [columns, 64], of which 16 columns are multiplied."""
     g = np.random.default_rng(columns + first)
     a, b = (g.integers(-8, 9, (n, 64)).astype(np.float32) for n in (64, columns))
-    memory = np.concatenate([
-        stored(a, lambda r, c: place_128(r, c, 1024), 64 * 128),
-        stored(b, lambda r, c: place_128(r, c, 1024), columns * 128),
-    ])  # fmt: skip
+    memory = np.concatenate(
+        [
+            stored(a, lambda r, c: place_128(r, c, 1024), 64 * 128),
+            stored(b, lambda r, c: place_128(r, c, 1024), columns * 128),
+        ]
+    )
     got = emu.multiply_add_async(
-        memory.tolist(), descriptor(first * 2, 16, 1024, 1),
-        descriptor(64 * 128 + first * 2, 16, 1024, 1), columns,
-    )  # fmt: skip
+        memory.tolist(),
+        descriptor(first * 2, 16, 1024, 1),
+        descriptor(64 * 128 + first * 2, 16, 1024, 1),
+        columns,
+    )
     want = a[:, first : first + 16] @ b[:, first : first + 16].T
     each = columns // 2
     for thread in range(128):
@@ -80,10 +84,12 @@ def test_swizzled_matrices_and_sums_are_where_the_manual_has_them(columns, first
 def test_plain_matrices_take_both_offsets():
     g = np.random.default_rng(1)
     a, b = (g.integers(-8, 9, (n, 16)).astype(np.float32) for n in (64, 128))
-    memory = np.concatenate([
-        stored(a, lambda r, c: place_plain(r, c, 128, 256), 64 * 32),
-        stored(b, lambda r, c: place_plain(r, c, 2048, 128), 128 * 32),
-    ])  # fmt: skip
+    memory = np.concatenate(
+        [
+            stored(a, lambda r, c: place_plain(r, c, 128, 256), 64 * 32),
+            stored(b, lambda r, c: place_plain(r, c, 2048, 128), 128 * 32),
+        ]
+    )
     got = emu.multiply_add_async(
         memory.tolist(), descriptor(0, 128, 256, 0), descriptor(64 * 32, 2048, 128, 0), 128
     )

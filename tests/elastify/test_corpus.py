@@ -58,8 +58,9 @@ def test_corpus_refuses_what_holds_no_tokens(tmp_path):
     refused("must have a tokenizer", encode=None)
     refused(r"b.jsonl line 2 must be one JSON object", "b.jsonl", text='{"text": "a"}\n{oops\n')
     refused('must be an object with "text"', "b.jsonl", text='{"other": 1}\n')
-    refused(r"must lie in 0\.\.9, got 1\.\.77", "b.jsonl", text='{"input_ids": [1, 77]}',
-            vocab_size=10)
+    refused(
+        r"must lie in 0\.\.9, got 1\.\.77", "b.jsonl", text='{"input_ids": [1, 77]}', vocab_size=10
+    )
     with pytest.raises(InvalidRequest, match="which is neither"):
         Corpus.from_folder(tmp_path / "nowhere", letters, 4)
 

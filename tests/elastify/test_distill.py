@@ -136,13 +136,15 @@ def test_gradient_accumulation_is_the_mean_of_its_micro_steps(tmp_path):
 
     def grads(batches, accumulate):
         changed = Settings(**{**vars(run), "accumulate": accumulate, "clip": 1e9})
-        owner = Distiller(random_model(3), batches, tmp_path / str(len(seen)), changed,
-                          widths=widths)
+        owner = Distiller(
+            random_model(3), batches, tmp_path / str(len(seen)), changed, widths=widths
+        )
         with torch.no_grad():  # a student that differs from its teacher
             owner.model.lm_head.weight.mul_(1.1)
         update = owner.optimizer.step
         owner.optimizer.step = lambda: (
-            seen.append([p.grad.clone() for p in owner.model.parameters()]), update()
+            seen.append([p.grad.clone() for p in owner.model.parameters()]),
+            update(),
         )
         owner.run()
 
@@ -184,21 +186,31 @@ def test_switch_training_is_the_divergence_behind_the_switch(tmp_path, monkeypat
     table = {"S": {"hidden_size": 48, "mamba_num_heads": 4}, "L": {}}
     ids = torch.randint(0, 48, (4, 12), generator=torch.Generator().manual_seed(3))
     at = [3, 0, 11, 7]
-    monkeypatch.setattr(distill, "switch_places", lambda batch, seed: (
-        torch.tensor(at),
-        distill.Batch(batch.ids, (torch.arange(12) >= torch.tensor(at)[:, None]).float()),
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        distill,
+        "switch_places",
+        lambda batch, seed: (
+            torch.tensor(at),
+            distill.Batch(batch.ids, (torch.arange(12) >= torch.tensor(at)[:, None]).float()),
+        ),
+    )
     parent = random_model(3)
     widths = parse_widths(parent.config, table)
-    run = settings(budgets=(1.0, 0.5), stages=(Stage(1, 12, 4, (1.0, 0.0)),), accumulate=1,
-                   clip=1e9, switch_probability=1.0)
+    run = settings(
+        budgets=(1.0, 0.5),
+        stages=(Stage(1, 12, 4, (1.0, 0.0)),),
+        accumulate=1,
+        clip=1e9,
+        switch_probability=1.0,
+    )
     owner = Distiller(parent, [ids], tmp_path, run, widths=widths)
     with torch.no_grad():  # a student that differs from its teacher
         owner.model.lm_head.weight.mul_(1.1)
     student, seen = copy.deepcopy(owner.model), []
     update = owner.optimizer.step
     owner.optimizer.step = lambda: (
-        seen.extend(p.grad.clone() for p in owner.model.parameters()), update()
+        seen.extend(p.grad.clone() for p in owner.model.parameters()),
+        update(),
     )
     owner.run()
     total = 0.0
@@ -244,9 +256,7 @@ def test_a_smaller_model_learns_from_a_teacher_of_its_own(tmp_path):
     parent = random_model(3)
     width = parse_widths(parent.config, {"S": {"hidden_size": 48, "mamba_num_heads": 4}})["S"]
     small = ElasticNemotronH(ModelConfig.from_dict(slice_config(parent.config, width)))
-    small.load_checkpoint_state(
-        slice_state_dict(parent.config, parent.checkpoint_state(), width)
-    )
+    small.load_checkpoint_state(slice_state_dict(parent.config, parent.checkpoint_state(), width))
     widths = {"S": full_width(small.config, "S")}
     held_out = corpus().validation(4, 24, 4)
     before = evaluate(small, parent, widths, held_out)["S"]
@@ -297,9 +307,9 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path):
 def test_muon_learns_faster_than_adamw_and_continues_to_the_same_weights(tmp_path):
     run = {"stages": (Stage(30, 24, 4),), "accumulate": 1, "lr": 3e-3, "save_every": 7}
     losses = {
-        kind: Distiller(
-            random_model(3), corpus(), tmp_path / kind, settings(**run, optimizer=kind)
-        ).run().losses["S"]
+        kind: Distiller(random_model(3), corpus(), tmp_path / kind, settings(**run, optimizer=kind))
+        .run()
+        .losses["S"]
         for kind in ("adamw", "muon")
     }
     assert losses["muon"] < losses["adamw"]
@@ -441,8 +451,10 @@ def test_bad_settings_and_data_are_refused(tmp_path):
         ({"lr": 0}, "lr must be positive"),
         ({"optimizer": "sgd"}, "optimizer must be adamw or muon, got 'sgd'"),
         ({"switch_probability": 1.5}, r"must be in .0, 1. and finite, got 1.5"),
-        ({"budgets": (1.0,), "switch_probability": 0.5, "stages": (Stage(1, 8),)},
-         "must be 0 with one budget"),
+        (
+            {"budgets": (1.0,), "switch_probability": 0.5, "stages": (Stage(1, 8),)},
+            "must be 0 with one budget",
+        ),
     ):
         with pytest.raises(InvalidRequest, match=match):
             settings(**changes)

@@ -124,8 +124,14 @@ def test_the_full_width_starts_as_the_parent_in_another_order(folder, monkeypatc
     monkeypatch.setattr(pipeline, "Distiller", Watch)
     settings = Settings(stages=(Stage(1, 12, 4),), choices=CHOICES)
     with pytest.raises(Stop):
-        elastify(folder / "parent", folder / "data.jsonl", folder / "other", settings,
-                 calibration=6, device="cpu")  # fmt: skip
+        elastify(
+            folder / "parent",
+            folder / "data.jsonl",
+            folder / "other",
+            settings,
+            calibration=6,
+            device="cpu",
+        )
     parent = ElasticNemotronH.load(folder / "parent")
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():

@@ -117,8 +117,10 @@ def work(cpu):
 
 
 def summaries(output):
-    return [(c.token_ids, c.logprobs, c.width_runs, c.finish_reason, c.stop_reason)
-            for c in output.choices], output.rebuilt_tokens  # fmt: skip
+    return [
+        (c.token_ids, c.logprobs, c.width_runs, c.finish_reason, c.stop_reason)
+        for c in output.choices
+    ], output.rebuilt_tokens
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +133,18 @@ def expected(cpu, jobs):
     return [summaries(cpu.generate(p, params, plan=plan)) for p, params, plan in jobs]
 
 
-@pytest.mark.parametrize("limits", [
-    {}, {"mixing": "always"}, {"mixing": "never"}, {"max_num_seqs": 4},
-    {"max_num_batched_tokens": 80}, {"async_scheduling": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"mixing": "always"},
+        {"mixing": "never"},
+        {"max_num_seqs": 4},
+        {"max_num_batched_tokens": 80},
+        {"async_scheduling": False},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("seed", [None, 1])
 def test_results_are_those_of_the_cpu(folder, jobs, expected, limits, seed):
     """Greedy and sampled, of all widths, plans and policies, that stop in mid-batch, fork, fill the
@@ -191,9 +201,15 @@ def test_stop_strings(tmp_path):
         assert_all_free(engine)
 
 
-@pytest.mark.parametrize("beside", [
-    {"logprobs": 0}, {"repetition_penalty": 1.5}, {"logits_processors": [script([5] * 20)]},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"logprobs": 0},
+        {"repetition_penalty": 1.5},
+        {"logits_processors": [script([5] * 20)]},
+    ],
+    ids=str,
+)
 def test_logits_that_the_host_looks_at_are_waited_for(engine, cpu, beside):
     """One such row, and no pass runs ahead until it has ended."""
     watched = SamplingParams(**{**vars(GREEDY), "max_tokens": 8, **beside})
@@ -206,16 +222,23 @@ def test_logits_that_the_host_looks_at_are_waited_for(engine, cpu, beside):
     assert engine.stats()["passes_ahead"] == 20 - 8 - 1
 
 
-@pytest.mark.parametrize("plan, ahead", [
-    (Plan.fixed("M"), 18),
-    (Plan.schedule([(0, "S"), (5, "L"), (9, "M")]), 18),
-    (Plan.schedule([(0, "S"), (5, "L")], policy="exact"), 16),  # nothing before or after a rebuild
-    (Plan.schedule([(0, "S"), (9, "L")], policy="window(3)"), 16),
-    (Plan.by_uncertainty("S", "L", threshold=4.0), 0),
-    (Plan.custom(lambda view: "S"), 0),
-    (Plan.think_answer("S", "L", start_tag=3, end_tag=4), None),
-    (Plan.think_answer("S", "S", start_tag=3, end_tag=4), 18),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "plan, ahead",
+    [
+        (Plan.fixed("M"), 18),
+        (Plan.schedule([(0, "S"), (5, "L"), (9, "M")]), 18),
+        (
+            Plan.schedule([(0, "S"), (5, "L")], policy="exact"),
+            16,
+        ),  # nothing before or after a rebuild
+        (Plan.schedule([(0, "S"), (9, "L")], policy="window(3)"), 16),
+        (Plan.by_uncertainty("S", "L", threshold=4.0), 0),
+        (Plan.custom(lambda view: "S"), 0),
+        (Plan.think_answer("S", "L", start_tag=3, end_tag=4), None),
+        (Plan.think_answer("S", "S", start_tag=3, end_tag=4), 18),
+    ],
+    ids=str,
+)
 def test_how_far_plans_run_ahead(engine, cpu, plan, ahead):
     found = engine.generate(PROMPT, GREEDY, plan=plan)
     assert summaries(found) == summaries(cpu.generate(PROMPT, GREEDY, plan=plan))
@@ -228,9 +251,12 @@ def test_how_far_plans_run_ahead(engine, cpu, plan, ahead):
 def test_what_plans_settle_is_what_they_decide(data):
     """For every kind of plan, after any tokens: the settled width comes whatever the next one is,
     and nothing is forced."""
-    made = [*plans(), Plan.think_answer("S", "S", start_tag=3, end_tag=4),
-            Plan.think_answer("S", "L", start_tag=3, end_tag=4),
-            Plan.custom(lambda view: "SML"[len(view.token_ids) % 3])]  # fmt: skip
+    made = [
+        *plans(),
+        Plan.think_answer("S", "S", start_tag=3, end_tag=4),
+        Plan.think_answer("S", "L", start_tag=3, end_tag=4),
+        Plan.custom(lambda view: "SML"[len(view.token_ids) % 3]),
+    ]
     plan = data.draw(st.sampled_from(made))
     run = plan.begin(data.draw(st.sampled_from([[7], [7, 3], [3, 4], [4]])), None, ("S", "M", "L"))
     tokens = []

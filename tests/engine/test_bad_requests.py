@@ -28,13 +28,9 @@ from support.engines import (
     END_THINK,
     TEXT_VOCABULARY,
     assert_all_free,
-    held,
+    beside,
     open_engine,
     write_text_model,
-)
-
-NEIGHBOUR = SamplingParams(
-    temperature=0.9, seed=3, ignore_eos=True, repetition_penalty=1.1, max_tokens=9
 )
 
 
@@ -49,27 +45,6 @@ def engine(tmp_path_factory):
     with open_engine(folder, max_model_len=64, max_num_seqs=6) as engine:
         yield engine
         assert_all_free(engine)
-
-
-def beside(engine, prompt="a", params=None, plan=None, submit=None):
-    """Runs a request in the same passes as a neighbour, whose tokens must not change.
-
-    Returns: what the request's caller got: its error or its output.
-    """
-    alone = engine.generate("neighbour", NEIGHBOUR).token_ids
-    with held(engine):
-        good = engine.submit("neighbour", NEIGHBOUR)
-        try:
-            bad = engine.submit(prompt, params, plan)
-        except ElasticError as error:
-            bad = error
-    output = good.result(60)
-    assert output.token_ids == alone and output.finish_reason == "length"
-    assert not engine.closed
-    if isinstance(bad, Exception):
-        return bad
-    output = bad.wait(60)
-    return bad.error or output
 
 
 def assert_can_be_shown(error: Exception) -> None:
@@ -101,18 +76,37 @@ wrong = st.sampled_from(
     [None, True, "x", b"x", (), [], {}, {1}, 1j, Unprintable(), object, torch.ones(2), float]
 )
 values = st.one_of(
-    ints, floats, texts, wrong, st.lists(ints, max_size=4), st.lists(texts, max_size=3),
-    st.lists(wrong, max_size=2), st.dictionaries(ints, floats, max_size=3),
-)  # fmt: skip
+    ints,
+    floats,
+    texts,
+    wrong,
+    st.lists(ints, max_size=4),
+    st.lists(texts, max_size=3),
+    st.lists(wrong, max_size=2),
+    st.dictionaries(ints, floats, max_size=3),
+)
 FIELDS = {
-    "n": ints, "max_tokens": ints, "min_tokens": ints, "temperature": floats, "top_p": floats,
-    "top_k": ints, "min_p": floats, "seed": ints, "stop": st.lists(texts, max_size=3),
-    "stop_token_ids": st.lists(ints, max_size=4), "ignore_eos": st.booleans(), "logprobs": ints,
+    "n": ints,
+    "max_tokens": ints,
+    "min_tokens": ints,
+    "temperature": floats,
+    "top_p": floats,
+    "top_k": ints,
+    "min_p": floats,
+    "seed": ints,
+    "stop": st.lists(texts, max_size=3),
+    "stop_token_ids": st.lists(ints, max_size=4),
+    "ignore_eos": st.booleans(),
+    "logprobs": ints,
     "logit_bias": st.dictionaries(ints, floats, max_size=3),
-    "allowed_token_ids": st.lists(ints, max_size=4), "bad_words": st.lists(texts, max_size=3),
-    "repetition_penalty": floats, "presence_penalty": floats, "frequency_penalty": floats,
-    "skip_special_tokens": st.booleans(), "logits_processors": wrong,
-}  # fmt: skip
+    "allowed_token_ids": st.lists(ints, max_size=4),
+    "bad_words": st.lists(texts, max_size=3),
+    "repetition_penalty": floats,
+    "presence_penalty": floats,
+    "frequency_penalty": floats,
+    "skip_special_tokens": st.booleans(),
+    "logits_processors": wrong,
+}
 
 
 @st.composite
@@ -465,8 +459,9 @@ def test_arguments_of_any_type_are_refused_by_name(engine):
         lambda x: engine.generate("a", one, plan=Plan.custom(lambda view: "S", widths=x)),
         lambda x: engine.open("a", width=x),
         lambda x: engine.tokenizer.token_id(x),
-        lambda x: engine.chat([{"role": "user", "content": "a"}], one,
-                              chat_template_kwargs={"self": x}),
+        lambda x: engine.chat(
+            [{"role": "user", "content": "a"}], one, chat_template_kwargs={"self": x}
+        ),
         SamplingParams.from_generation_config,
     ]
     for call in calls:

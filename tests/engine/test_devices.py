@@ -17,9 +17,10 @@ from support.engines import open_engine, write_text_model
 def build(monkeypatch, architectures=("90a",), unusable="", torch_has_cuda=False):
     """A build with these CUDA kernels on a machine with (or without) a GPU."""
     module = SimpleNamespace(
-        cuda_architectures=lambda: list(architectures), cuda_unusable=lambda index: unusable,
+        cuda_architectures=lambda: list(architectures),
+        cuda_unusable=lambda index: unusable,
         cuda_missing=lambda: "nvcc was not found",
-    )  # fmt: skip
+    )
     monkeypatch.setattr(devices, "_C", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_has_cuda)
 
@@ -27,16 +28,22 @@ def build(monkeypatch, architectures=("90a",), unusable="", torch_has_cuda=False
 @pytest.mark.parametrize(
     "found, message",
     [
-        ({"architectures": ()},
-         r"this build has no CUDA kernels \(nvcc was not found\); build it with `make cuda`"),
-        ({"unusable": "the driver gives none (no CUDA-capable device is detected)"},
-         r"no usable GPU: the driver gives none \(no CUDA-capable device is detected\); use dev"),
-        ({"unusable": "it is of compute capability 7.5, 8.0 is the least"},
-         "no usable GPU: it is of compute capability 7.5, 8.0 is the least; use device='cpu'"),
+        (
+            {"architectures": ()},
+            r"this build has no CUDA kernels \(nvcc was not found\); build it with `make cuda`",
+        ),
+        (
+            {"unusable": "the driver gives none (no CUDA-capable device is detected)"},
+            r"no usable GPU: the driver gives none \(no CUDA-capable device is detected\); use dev",
+        ),
+        (
+            {"unusable": "it is of compute capability 7.5, 8.0 is the least"},
+            "no usable GPU: it is of compute capability 7.5, 8.0 is the least; use device='cpu'",
+        ),
         ({}, r"the installed torch .* has no CUDA; install one that has, or use device='cpu'"),
     ],
     ids=["no kernels", "no GPU", "old GPU", "torch without CUDA"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_unusable_gpu_is_said_in_one_sentence(monkeypatch, found, message, name):
     build(monkeypatch, **found)
@@ -59,8 +66,10 @@ def test_this_machine_says_why_or_has_one():
 
 def test_log_line_says_what_was_chosen(tmp_path, caplog):
     write_text_model(tmp_path)
-    with caplog.at_level(logging.INFO, "elastic_infer.engine.loading"), \
-            open_engine(tmp_path, device="cpu"):  # fmt: skip
+    with (
+        caplog.at_level(logging.INFO, "elastic_infer.engine.loading"),
+        open_engine(tmp_path, device="cpu"),
+    ):
         pass
     assert sum("kernels on 2 threads" in r.getMessage() for r in caplog.records) == 1
 
@@ -81,10 +90,18 @@ def budget(tmp_path, free, total, share=0.9, kv=None, **formats):
     with open_engine(tmp_path, device="cpu", **formats) as engine:
         served, cache = engine.core.model.weights.served, engine.core.model.cache
         return placement.cache_budget(
-            Small(free, total), engine.config, engine.widths, served, torch.float32,
-            max_model_len=512, max_num_seqs=16, max_num_batched_tokens=128,
-            gpu_memory_utilization=share, kv_cache_memory_bytes=kv, dtypes=cache.dtypes,
-        )  # fmt: skip
+            Small(free, total),
+            engine.config,
+            engine.widths,
+            served,
+            torch.float32,
+            max_model_len=512,
+            max_num_seqs=16,
+            max_num_batched_tokens=128,
+            gpu_memory_utilization=share,
+            kv_cache_memory_bytes=kv,
+            dtypes=cache.dtypes,
+        )
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])

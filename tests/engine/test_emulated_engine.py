@@ -265,10 +265,17 @@ def test_the_shipped_reasoner_answers_alike():
         plan = Plan.think_answer(think="S", answer="L", think_tokens=4, grace=0)
         params = SamplingParams(temperature=0.0, max_tokens=12)
         wanted = cpu.generate(question, params, plan=plan)
-    with installed(emu), Engine.from_pretrained(
-        demo_model(), device="emulated", dtype="float32", kv_cache_memory_bytes=8 << 20,
-        max_num_batched_tokens=128, max_num_seqs=2,
-    ) as engine:  # fmt: skip
+    with (
+        installed(emu),
+        Engine.from_pretrained(
+            demo_model(),
+            device="emulated",
+            dtype="float32",
+            kv_cache_memory_bytes=8 << 20,
+            max_num_batched_tokens=128,
+            max_num_seqs=2,
+        ) as engine,
+    ):
         found = engine.generate(question, params, plan=plan)
     assert found.text == wanted.text and found.width_runs == wanted.width_runs
     assert len({width for width, _ in found.width_runs}) == 2

@@ -69,9 +69,10 @@ def test_one_prompt_gives_one_output_and_a_list_a_list(engine):
     assert [o.width_runs for o in several] == [[("S", 12)], [("L", 12)]]
     assert engine.generate(["ab"], GREEDY)[0].token_ids == one.token_ids
     lists = engine.generate(
-        ["ab", "ab"], [GREEDY, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)],
+        ["ab", "ab"],
+        [GREEDY, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)],
         plan=[Plan.fixed("L"), Plan.fixed("S")],
-    )  # fmt: skip
+    )
     assert [len(o.token_ids) for o in lists] == [12, 3]
     assert lists[0].token_ids == one.token_ids, "the default width is L"
 
@@ -232,8 +233,13 @@ def test_max_tokens_and_the_context_limit(engine, tmp_path):
 
 
 def test_params_none_take_the_generation_config(tmp_path):
-    files = {"generation_config": {"eos_token_id": [ord("z"), EOS], "max_new_tokens": 7,
-                                   "do_sample": False}}  # fmt: skip
+    files = {
+        "generation_config": {
+            "eos_token_id": [ord("z"), EOS],
+            "max_new_tokens": 7,
+            "do_sample": False,
+        }
+    }
     with text_engine(tmp_path, files) as engine:
         first, again = engine.generate("x"), engine.generate("x")
         assert first.token_ids == again.token_ids and len(first.token_ids) <= 7
@@ -253,8 +259,9 @@ def test_n_choices_differ_repeat_and_prefill_once(engine):
     assert len({tuple(c.token_ids) for c in out.choices}) == 3
     again = engine.generate("abc" * 30, params, width="M")
     assert [c.token_ids for c in again.choices] == [c.token_ids for c in out.choices]
-    one = engine.generate("abc" * 30, SamplingParams(max_tokens=10, seed=5, ignore_eos=True),
-                          width="M")  # fmt: skip
+    one = engine.generate(
+        "abc" * 30, SamplingParams(max_tokens=10, seed=5, ignore_eos=True), width="M"
+    )
     assert one.token_ids == out.choices[0].token_ids
     assert out.usage.completion_tokens == 30
 

@@ -106,9 +106,13 @@ print("served", counted)
 
 def storm(seed, interrupts):
     done = subprocess.run(
-        [sys.executable, "-c", STORM, str(seed), str(interrupts)], capture_output=True, text=True,
-        timeout=HANG + interrupts, cwd=Path(__file__).resolve().parents[2], check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", STORM, str(seed), str(interrupts)],
+        capture_output=True,
+        text=True,
+        timeout=HANG + interrupts,
+        cwd=Path(__file__).resolve().parents[2],
+        check=False,
+    )
     assert done.returncode == 0 and "served" in done.stdout, done.stderr[-3000:]
 
 
@@ -162,9 +166,13 @@ def test_a_signal_handler_may_use_the_engine_that_is_being_called(what):
     """Stands for handlers that run in the middle of a call on the same thread: no lock of that call
     is one that they, or the worker, have to wait for."""
     done = subprocess.run(
-        [sys.executable, "-c", HANDLER, what], capture_output=True, text=True, timeout=HANG,
-        cwd=Path(__file__).resolve().parents[2], check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", HANDLER, what],
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        cwd=Path(__file__).resolve().parents[2],
+        check=False,
+    )
     assert done.returncode == 0 and "served" in done.stdout, done.stderr[-3000:]
 
 
@@ -199,8 +207,13 @@ def test_what_is_interrupted_while_it_waits_for_room_keeps_nothing(engine, tmp_p
         assert hold.step() == 1
         spare = engine.core.call(lambda: engine.core.scheduler.spare_slots)
         others = [engine.open(draw(3)) for _ in range(spare)]
-        for call in (lambda: engine.open(draw(3)), lambda: engine.load(path), sequence.fork,
-                     sequence.snapshot, lambda: engine.score(draw(3))):  # fmt: skip
+        for call in (
+            lambda: engine.open(draw(3)),
+            lambda: engine.load(path),
+            sequence.fork,
+            sequence.snapshot,
+            lambda: engine.score(draw(3)),
+        ):
             interrupted_when(hold, lambda: engine.core.worker._blocked, call)
         request.cancel()
         engine.core.call(lambda: None)
@@ -233,10 +246,18 @@ def test_a_callback_that_would_wait_for_its_own_engine_is_refused(engine):
     other = engine.submit(draw(5), LONG)
     sequence = engine.open(draw(5))
     sequence.step()
-    for call in (lambda: list(other), other.result, other.wait, sequence.step, sequence.close,
-                 sequence.fork, lambda: engine.open(draw(3)), lambda: engine.score(draw(3)),
-                 lambda: list(engine.stream(draw(3))),
-                 lambda: engine.generate(draw(3))):  # fmt: skip
+    for call in (
+        lambda: list(other),
+        other.result,
+        other.wait,
+        sequence.step,
+        sequence.close,
+        sequence.fork,
+        lambda: engine.open(draw(3)),
+        lambda: engine.score(draw(3)),
+        lambda: list(engine.stream(draw(3))),
+        lambda: engine.generate(draw(3)),
+    ):
 
         def inside(token_ids, row, phase, call=call):
             call()
@@ -275,16 +296,16 @@ def test_a_fault_that_belongs_to_no_row_does_not_close_the_engine(engine, kind, 
     assert not engine.closed and len(engine.generate(draw(5), SHORT).token_ids) == 3
 
 
-def test_an_engine_whose_thread_cannot_start_says_so_and_nothing_is_half_open(
-    engine, monkeypatch
-):
+def test_an_engine_whose_thread_cannot_start_says_so_and_nothing_is_half_open(engine, monkeypatch):
     """Stands for limits of threads (ulimit -u, containers): by either of the two that start."""
 
     def refused(*_):
         raise RuntimeError("can't start new thread")
 
-    for target in ("elastic_infer.engine.worker._thread.start_new_thread",
-                   "elastic_infer.engine.worker.threading.Thread.start"):  # fmt: skip
+    for target in (
+        "elastic_infer.engine.worker._thread.start_new_thread",
+        "elastic_infer.engine.worker.threading.Thread.start",
+    ):
         monkeypatch.setattr(target, refused)
         for call in (lambda: engine.open(draw(3)), lambda: engine.submit(draw(3), SHORT)):
             with pytest.raises(EngineFault, match=r"its thread must start, got .can't start new"):

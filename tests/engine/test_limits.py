@@ -195,8 +195,9 @@ def test_too_little_memory_is_refused_with_the_numbers(tmp_path):
 
 
 def test_without_max_model_len_the_context_is_what_fits(tmp_path):
-    with base_engine(tmp_path, max_model_len=None, max_num_seqs=1,
-                     kv_cache_memory_bytes=memory(1, 3)) as engine:  # fmt: skip
+    with base_engine(
+        tmp_path, max_model_len=None, max_num_seqs=1, kv_cache_memory_bytes=memory(1, 3)
+    ) as engine:
         assert engine.max_model_len == 3 * PAGE
         out = engine.generate(draw(150), SamplingParams(temperature=0, ignore_eos=True))
         assert len(out.token_ids) == 3 * PAGE - 150 and out.finish_reason == "length"
@@ -210,9 +211,14 @@ def test_capacity_of_every_budget_holds_a_whole_sequence():
 
     for budget in range(memory(1, 8), memory(80, 100), 40_000):
         c = plan_capacity(
-            config, full_width(config), CacheDtypes.of(torch.float32), max_model_len=512,
-            max_num_seqs=None, max_num_batched_tokens=256, kv_cache_memory_bytes=budget,
-        )  # fmt: skip
+            config,
+            full_width(config),
+            CacheDtypes.of(torch.float32),
+            max_model_len=512,
+            max_num_seqs=None,
+            max_num_batched_tokens=256,
+            kv_cache_memory_bytes=budget,
+        )
         assert c.num_pages >= 8 and c.num_slots >= c.max_num_seqs >= 1
         assert memory(c.num_slots, c.num_pages) <= budget
 
@@ -369,8 +375,12 @@ def test_use_in_a_forked_process_is_refused(tmp_path):
         if child == 0:  # in the copy: no thread of the engine lives here
             try:
                 said = []
-                for call in (lambda: engine.generate("x", free(4)), lambda: engine.open("x"),
-                             lambda: engine.score("x"), sequence.logits):  # fmt: skip
+                for call in (
+                    lambda: engine.generate("x", free(4)),
+                    lambda: engine.open("x"),
+                    lambda: engine.score("x"),
+                    sequence.logits,
+                ):
                     try:
                         call()
                         said.append("no error")

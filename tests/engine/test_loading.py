@@ -67,8 +67,9 @@ def test_max_width_reads_and_keeps_nothing_outside(folder, expected):
     whole_bytes, kept_bytes = 0, {}
     with open_engine(folder) as engine:
         whole_bytes = engine.core.model.weights.nbytes
-    with open_engine(folder, max_width="M", progress=lambda n, b: read.__setitem__(
-            n, read.get(n, 0) + b)) as engine:  # fmt: skip
+    with open_engine(
+        folder, max_width="M", progress=lambda n, b: read.__setitem__(n, read.get(n, 0) + b)
+    ) as engine:
         assert list(engine.widths) == ["S", "M"] and engine.default_width == "M"
         for name in ("S", "M"):
             assert torch.equal(engine.score(draw(70), width=name), expected[name])
@@ -126,8 +127,9 @@ def test_hub_ids_offline(tmp_path, folder):
         "    print(error)\n"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
-                          text=True, timeout=HANG)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANG
+    )
     assert done.returncode == 0, done.stderr
     first, second, refused = done.stdout.splitlines()
     assert first == second == f"S,M,L {Checkpoint.open(folder).fingerprint}"
@@ -142,8 +144,9 @@ def test_slices_give_the_table_back_and_serve_alike(tmp_path, folder, expected):
     for name in ("S", "M"):
         slice_checkpoint(checkpoint, name, tmp_path / name)
     bare = tiny.write_tiny(tmp_path / "bare", base_config(), None, seed=7)
-    table = derive_widths(bare, {"S": tmp_path / "S"}, {"M": tmp_path / "M" / "config.json"},
-                          full_name="L")  # fmt: skip
+    table = derive_widths(
+        bare, {"S": tmp_path / "S"}, {"M": tmp_path / "M" / "config.json"}, full_name="L"
+    )
     with open_engine(bare, widths=table) as engine:
         for name, want in expected.items():
             assert torch.equal(engine.score(draw(70), width=name), want)
@@ -328,15 +331,29 @@ def test_wrong_arguments_of_open_load_and_chat_are_refused_by_name(engine):
     for _ in range(100_000):
         deep = {"a": deep}
     hello = [{"role": "user", "content": "x"}]
-    opening = [(partial(engine.open, "a", track=v), InvalidRequest,
-                "open: track must be True or False, got")
-               for v in (1, 0, None, "x", [True])]  # fmt: skip
-    loading = [(partial(engine.load, v), CheckpointError, "sequence file: path must")
-               for v in (None, 5, "", b"\0", [])]  # fmt: skip
-    tools = [(partial(engine.chat, hello, tools=v), InvalidRequest, rf"chat: tools.* must {rule}")
-             for v, rule in ((5, "be a list of dicts"), ("x", "be a list of dicts"),
-                             ([5], "be a list of dicts"), ({}, "be a list of dicts"),
-                             ([deep], ""), ([{"a": object()}], "be made of JSON"))]  # fmt: skip
+    opening = [
+        (
+            partial(engine.open, "a", track=v),
+            InvalidRequest,
+            "open: track must be True or False, got",
+        )
+        for v in (1, 0, None, "x", [True])
+    ]
+    loading = [
+        (partial(engine.load, v), CheckpointError, "sequence file: path must")
+        for v in (None, 5, "", b"\0", [])
+    ]
+    tools = [
+        (partial(engine.chat, hello, tools=v), InvalidRequest, rf"chat: tools.* must {rule}")
+        for v, rule in (
+            (5, "be a list of dicts"),
+            ("x", "be a list of dicts"),
+            ([5], "be a list of dicts"),
+            ({}, "be a list of dicts"),
+            ([deep], ""),
+            ([{"a": object()}], "be made of JSON"),
+        )
+    ]
     for call, error, message in (*opening, *loading, *tools):
         with pytest.raises(error, match=message) as caught:
             call()
@@ -392,14 +409,18 @@ def rewritten(path, target, change):
         (lambda t, m: m.update(runs="[["), "as `save` writes it"),
         (lambda t, m: m.update(runs='[["S", "prefill", 2, true]]'), "width runs of 2 tokens"),
         (lambda t, m: t.pop("mamba.0.ssm"), "must hold mamba.0.ssm as torch.float32"),
-        (lambda t, m: t.update({"mamba.1.conv": t["mamba.1.conv"][:8].clone()}),
-         "must hold mamba.1.conv"),
-        (lambda t, m: t.update({"attention.0.k": t["attention.0.k"].bfloat16()}),
-         "must hold attention.0.k"),
+        (
+            lambda t, m: t.update({"mamba.1.conv": t["mamba.1.conv"][:8].clone()}),
+            "must hold mamba.1.conv",
+        ),
+        (
+            lambda t, m: t.update({"attention.0.k": t["attention.0.k"].bfloat16()}),
+            "must hold attention.0.k",
+        ),
         (lambda t, m: t.update(tokens=t["tokens"] + 500), "token ids must be ints in"),
         (lambda t, m: m.update(widths=m["widths"].replace("48", "64")), "widths of these sizes"),
     ],
-)  # fmt: skip
+)
 def test_damaged_sequence_files(engine, tmp_path, change, message):
     path = tmp_path / "s.safetensors"
     with engine.open("abcdef", width="S") as sequence:
@@ -445,12 +466,23 @@ def test_a_file_needs_the_width_it_was_read_by(tmp_path, folder):
 # Options of an engine, and values of other kinds than theirs.
 _ODD = (3, 0.5, None, "x", [], {}, b"auto", torch.float16, torch.ones(2))
 _OPTIONS = {
-    "dtype": (), "isa": (), "kv_cache_dtype": (), "mamba_ssm_cache_dtype": (), "mixing": (),
-    "activation_quantization": (), "batch_invariant": (), "enforce_eager": (),
-    "async_scheduling": (), "device": (), "progress": (None,), "threads": (3, None),
-    "max_num_batched_tokens": (3,), "gpu_memory_utilization": (0.5,), "max_waiting": (3, None),
+    "dtype": (),
+    "isa": (),
+    "kv_cache_dtype": (),
+    "mamba_ssm_cache_dtype": (),
+    "mixing": (),
+    "activation_quantization": (),
+    "batch_invariant": (),
+    "enforce_eager": (),
+    "async_scheduling": (),
+    "device": (),
+    "progress": (None,),
+    "threads": (3, None),
+    "max_num_batched_tokens": (3,),
+    "gpu_memory_utilization": (0.5,),
+    "max_waiting": (3, None),
     "max_width": (None,),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", _OPTIONS)

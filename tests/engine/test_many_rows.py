@@ -28,26 +28,52 @@ HEADS = {"H": 2, "P": 16, "N": 16, "G": 1, "widths": (1, 2)}
 ATTENTION = {"Hq": 2, "Hkv": 1, "K": 16, "widths": (1, 2)}
 CASES = {
     "attention_decode": lambda n: ATTENTION | {"lengths": lengths(n, 1, 3, 0)},
-    "attention_prefill": lambda n: ATTENTION | {"tokens": lengths(n, 1, 0, 0, 2),
-                                                "context": lengths(n, 0, 3, 1, 2)},
-    "causal_conv": lambda n: {"lengths": lengths(n, 1, 2, 0, 5), "x": 32, "bc": 16,
-                              "widths": (16, 32)},
+    "attention_prefill": lambda n: (
+        ATTENTION | {"tokens": lengths(n, 1, 0, 0, 2), "context": lengths(n, 0, 3, 1, 2)}
+    ),
+    "causal_conv": lambda n: {
+        "lengths": lengths(n, 1, 2, 0, 5),
+        "x": 32,
+        "bc": 16,
+        "widths": (16, 32),
+    },
     "embed": lambda n: {"R": n, "V": 21, "D": 32, "widths": (16, 32)},
     "gated_norm": lambda n: {"R": n, "H": 2, "P": 16, "G": 1, "widths": (1, 2)},
     "kv_append": lambda n: {"R": n, "pages": 17, "Hkv": 1, "K": 16, "skip": 5},
     "mamba_step": lambda n: HEADS | {"S": n},
-    "matmul": lambda n: {"R": n, "K": 80, "segments": (40, 8), "k": (48, 80),
-                         "n": ((24, 4), (40, 8)), "act": "none"},
-    "moe_matmul": lambda n: {"R": n, "E": 6, "J": 2, "D": 48, "F": 32, "k": (32, 48),
-                             "f": (32, 16), "shared": True},
-    "moe_route": lambda n: {"R": n, "D": 32, "E": 8, "J": 2, "k": (16, 32), "e": (4, 8),
-                            "ties": False},
+    "matmul": lambda n: {
+        "R": n,
+        "K": 80,
+        "segments": (40, 8),
+        "k": (48, 80),
+        "n": ((24, 4), (40, 8)),
+        "act": "none",
+    },
+    "moe_matmul": lambda n: {
+        "R": n,
+        "E": 6,
+        "J": 2,
+        "D": 48,
+        "F": 32,
+        "k": (32, 48),
+        "f": (32, 16),
+        "shared": True,
+    },
+    "moe_route": lambda n: {
+        "R": n,
+        "D": 32,
+        "E": 8,
+        "J": 2,
+        "k": (16, 32),
+        "e": (4, 8),
+        "ties": False,
+    },
     "rms_norm": lambda n: {"R": n, "D": 48, "widths": (16, 48), "delta": True},
     "sample": lambda n: {"R": n, "V": 33},
     "softmax_stats": lambda n: {"R": n, "V": 33},
     "ssm_scan": lambda n: HEADS | {"lengths": lengths(n, 1, 2, 0)},
     "ssm_step": lambda n: HEADS | {"lengths": (1,) * n, "step": True},
-}  # fmt: skip
+}
 
 
 def test_cases_name_every_op_with_rows():
@@ -127,8 +153,9 @@ def test_engine_serves_more_than_256_sequences(tmp_path):
         with base_engine(tmp_path / str(most), max_num_seqs=most, **ROOM) as engine:
             asked = prompts if most == 640 else prompts[::16]
             names = widths if most == 640 else widths[::16]
-            outputs = engine.generate(asked, SamplingParams(max_tokens=3, temperature=0.0),
-                                      width=names)  # fmt: skip
+            outputs = engine.generate(
+                asked, SamplingParams(max_tokens=3, temperature=0.0), width=names
+            )
             found.append([o.token_ids for o in outputs])
     assert found[0][::16] == found[1]
 

@@ -20,8 +20,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVERYTHING = {"": "nvfp4"}
 RELEASED = {"experts": "nvfp4", "lm_head": "nvfp4", "in_proj": "fp8", "out_proj": "fp8"}
-REST = {"q_proj": "fp8", "k_proj": "fp8", "v_proj": "fp8", "o_proj": "nvfp4", "out_proj": "nvfp4",
-        "up_proj": "fp8", "down_proj": "fp8"}  # fmt: skip
+REST = {
+    "q_proj": "fp8",
+    "k_proj": "fp8",
+    "v_proj": "fp8",
+    "o_proj": "nvfp4",
+    "out_proj": "nvfp4",
+    "up_proj": "fp8",
+    "down_proj": "fp8",
+}
 FORMATS = {"everything": EVERYTHING, "released": RELEASED, "rest": REST}
 TOKENS = [5, 77, 12, 3, 99, 41, 8, 8, 120, 64, 2, 17, 33, 55, 101, 9, 6, 70]
 

@@ -157,8 +157,9 @@ class Sequences(RuleBasedStateMachine):
         gc.collect()  # a failed call's traceback may still have held it
 
     @precondition(lambda self: len(self.requests) < 4)
-    @rule(length=st.integers(1, 130), count=st.integers(1, 40), n=st.integers(1, 2),
-          policy=POLICIES)  # fmt: skip
+    @rule(
+        length=st.integers(1, 130), count=st.integers(1, 40), n=st.integers(1, 2), policy=POLICIES
+    )
     def submit(self, length, count, n, policy):
         params = SamplingParams(max_tokens=count, n=n, seed=length, ignore_eos=True)
         plan = Plan.schedule([(0, "S"), (3, "L"), (9, "M")], policy=policy)
@@ -183,9 +184,11 @@ class Sequences(RuleBasedStateMachine):
             sequences += [b.sequence for b in scheduler.running if b.sequence is not None]
             for pool, held in (
                 (cache.pages, lambda s: s.pages + [p for x in s.snapshots for p in x.pages]),
-                (cache.slots, lambda s: [i for i in [s.slot] if i >= 0]
-                 + [x.slot for x in s.snapshots]),
-            ):  # fmt: skip
+                (
+                    cache.slots,
+                    lambda s: [i for i in [s.slot] if i >= 0] + [x.slot for x in s.snapshots],
+                ),
+            ):
                 expected = [0] * pool.size
                 for sequence in sequences:
                     for i in held(sequence):
@@ -243,10 +246,13 @@ def run_sequences(engine, examples, steps):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True,
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
-    )  # fmt: skip
+    )
 
 
 def test_random_sequences(engine):
@@ -262,8 +268,9 @@ def test_sixteen_threads_submit_and_cancel_at_random(engine):
     """No leak, no deadlock, no wrong answer."""
     params = SamplingParams(max_tokens=25, seed=4, ignore_eos=True)
     plan = Plan.schedule([(0, "S"), (6, "L")], policy="window(4)")
-    expected = {i: engine.generate(draw(10 * i + 5, i), params, plan=plan).token_ids
-                for i in range(8)}  # fmt: skip
+    expected = {
+        i: engine.generate(draw(10 * i + 5, i), params, plan=plan).token_ids for i in range(8)
+    }
 
     def work(number):
         rng = random.Random(number)

@@ -66,10 +66,19 @@ def results(engine, path):
     """All kinds of calls: with penalties and biases, entropy, choices, switches, log-probabilities,
     sequences by hand, and a file."""
     params = SamplingParams(
-        max_tokens=6, seed=2, temperature=0.8, logprobs=2, repetition_penalty=1.3,
-        presence_penalty=0.5, frequency_penalty=0.25, logit_bias={65: 1.5}, min_tokens=2,
-        bad_words=["x"], n=2, logits_processors=[lambda ids, row, phase: row + 0.125],
-    )  # fmt: skip
+        max_tokens=6,
+        seed=2,
+        temperature=0.8,
+        logprobs=2,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        logit_bias={65: 1.5},
+        min_tokens=2,
+        bad_words=["x"],
+        n=2,
+        logits_processors=[lambda ids, row, phase: row + 0.125],
+    )
     found = [engine.generate("ab", params, plan=Plan.by_uncertainty("S", "L", 1.0, policy="exact"))]
     found += engine.generate(["a", [5, 6]], SamplingParams(temperature=0.0, max_tokens=4))
     tokens = [(c.token_ids, c.logprobs, c.width_runs) for o in found for c in o.choices]

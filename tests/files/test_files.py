@@ -28,9 +28,10 @@ PACKAGE = Path(elastic_infer.__file__).parent
 NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False)
 LEAVES = st.none() | st.booleans() | NUMBERS | st.text(st.characters(exclude_categories=["Cs"]))
 JSON = st.recursive(
-    LEAVES, lambda inner: st.lists(inner) | st.dictionaries(LEAVES.filter(str).map(str), inner),
+    LEAVES,
+    lambda inner: st.lists(inner) | st.dictionaries(LEAVES.filter(str).map(str), inner),
     max_leaves=20,
-)  # fmt: skip
+)
 
 
 @given(JSON)
@@ -90,10 +91,19 @@ ODD = {
     "eight terabytes of nothing": sparse,
     "no UTF-8": lambda path: path.write_bytes(b'{"a": "\xff\xfe"}'),
 }
-EVERY_FILE = ("config.json", "elastic_widths.json", "generation_config.json", "tokenizer.json",
-              "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-              "additional_chat_templates/tool_use.jinja", "hf_quant_config.json",
-              "model.safetensors.index.json", "model.safetensors")  # fmt: skip
+EVERY_FILE = (
+    "config.json",
+    "elastic_widths.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "hf_quant_config.json",
+    "model.safetensors.index.json",
+    "model.safetensors",
+)
 
 
 def open_all(folder):
@@ -107,9 +117,11 @@ def open_all(folder):
 def whole(tmp_path_factory):
     """A checkpoint with every file that the library reads."""
     folder = engines.write_text_model(
-        tmp_path_factory.mktemp("whole") / "m", generation_config={"temperature": 0.5},
-        elastic_widths=engines.base_widths(), special_tokens_map={"pad_token": "<|end|>"},
-    )  # fmt: skip
+        tmp_path_factory.mktemp("whole") / "m",
+        generation_config={"temperature": 0.5},
+        elastic_widths=engines.base_widths(),
+        special_tokens_map={"pad_token": "<|end|>"},
+    )
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (folder / "chat_template.jinja").write_text(engines.CHAT_TEMPLATE)
@@ -155,9 +167,23 @@ def point(folder, file):
     return folder / old
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "{}/other.safetensors", "..", ".", "",
-                                  "sub/other.safetensors", "sub\\x", "x" * 5000, "a\0b", 5, None,
-                                  ["a"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../other.safetensors",
+        "{}/other.safetensors",
+        "..",
+        ".",
+        "",
+        "sub/other.safetensors",
+        "sub\\x",
+        "x" * 5000,
+        "a\0b",
+        5,
+        None,
+        ["a"],
+    ],
+)
 def test_an_index_names_files_of_its_own_folder(tmp_path, sharded, name):
     """Absolute paths, ways up and down, and names that are none: also where the file is there."""
     name = name.format(tmp_path / "m") if isinstance(name, str) else name
@@ -203,9 +229,7 @@ def test_everything_that_is_read_is_fetched(whole):
     _, tokenizer = open_all(whole)
     recording.clear()
     opened += ["tokenizer.json", "model.safetensors"]  # opened by Rust
-    assert set(EVERY_FILE) - set(opened) <= {
-        "hf_quant_config.json", "model.safetensors.index.json"
-    }  # fmt: skip
+    assert set(EVERY_FILE) - set(opened) <= {"hf_quant_config.json", "model.safetensors.index.json"}
     wanted = [*opened, "hf_quant_config.json", "model.safetensors.index.json"]
     assert set(filter_repo_objects(wanted, allow_patterns=[*HUB_FILES])) == set(wanted)
     assert sorted(tokenizer._templates.templates) == ["default", "tool_use"]
@@ -219,8 +243,14 @@ def test_an_incomplete_snapshot_opens_where_nothing_is_missed(tmp_path, whole, m
     from huggingface_hub.utils import filter_repo_objects
 
     assert client  # the version whose listing this stands for
-    listing = [*EVERY_FILE, "tokenizer.model", "vocab.json", "consolidated.safetensors",
-               "tokenizer.json.bak", "README.md"]  # fmt: skip
+    listing = [
+        *EVERY_FILE,
+        "tokenizer.model",
+        "vocab.json",
+        "consolidated.safetensors",
+        "tokenizer.json.bak",
+        "README.md",
+    ]
     here = {str(path.relative_to(whole)) for path in whole.rglob("*")}
     here |= {"hf_quant_config.json", "model.safetensors.index.json"}
 

@@ -28,12 +28,19 @@ LIMITS = {"threads": 1, "max_num_seqs": 2, "max_model_len": None, "kv_cache_memo
 
 def write_text(folder):
     engines.write_text_model(
-        folder, elastic_widths=engines.base_widths(),
-        generation_config={"temperature": 0.7, "top_k": 5, "eos_token_id": [engines.EOS, 2],
-                           "max_new_tokens": 3},
-        special_tokens_map={"pad_token": {"content": "<|end|>"},
-                            "additional_special_tokens": ["<think>"]},
-    )  # fmt: skip
+        folder,
+        elastic_widths=engines.base_widths(),
+        generation_config={
+            "temperature": 0.7,
+            "top_k": 5,
+            "eos_token_id": [engines.EOS, 2],
+            "max_new_tokens": 3,
+        },
+        special_tokens_map={
+            "pad_token": {"content": "<|end|>"},
+            "additional_special_tokens": ["<think>"],
+        },
+    )
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"] = {"258": {"content": "<|end|>", "special": True}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -110,9 +117,7 @@ def bounded(run, what):
 def check_folder(kind, original, place, seeds):
     name = kind.split(" ")[0]
     data = (original / name).read_bytes()
-    mutate = (
-        mutation.mutate_safetensors if name.endswith("safetensors") else mutation.mutate_text
-    )
+    mutate = mutation.mutate_safetensors if name.endswith("safetensors") else mutation.mutate_text
     for seed in seeds:
         folder = shutil.copytree(original, place / "m")
         (folder / name).write_bytes(mutate(random.Random(f"{kind} {seed}"), data))

@@ -57,8 +57,15 @@ def disk(monkeypatch) -> Disk:
 
 
 def run(folder: Path, out: Path, progress=None) -> Path:
-    return elastify(folder / "parent", folder / "data.jsonl", out, SETTINGS, calibration=4,
-                    device="cpu", progress=progress)  # fmt: skip
+    return elastify(
+        folder / "parent",
+        folder / "data.jsonl",
+        out,
+        SETTINGS,
+        calibration=4,
+        device="cpu",
+        progress=progress,
+    )
 
 
 def plain(value):

@@ -148,10 +148,17 @@ slow = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("name", "empty"),
-    [("slice", False), ("sharded", True),
-     *(pytest.param(name, empty, marks=slow) for name in MAKERS for empty in (False, True)
-       if (name, empty) not in (("slice", False), ("sharded", True)))],
-)  # fmt: skip
+    [
+        ("slice", False),
+        ("sharded", True),
+        *(
+            pytest.param(name, empty, marks=slow)
+            for name in MAKERS
+            for empty in (False, True)
+            if (name, empty) not in (("slice", False), ("sharded", True))
+        ),
+    ],
+)
 def test_a_folder_is_complete_or_does_not_open(disk, source, tmp_path, name, empty):
     """Nothing half-written opens, an error leaves what was there, and the next run succeeds."""
     out = tmp_path / "in" / "out"
@@ -302,10 +309,19 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize(
     "path",
-    ["x" * 300, "file/below", "a\0b", "bad\ud800", 5, None, "~nobody-of-this-name/x", "",
-     "/proc/new"],
+    [
+        "x" * 300,
+        "file/below",
+        "a\0b",
+        "bad\ud800",
+        5,
+        None,
+        "~nobody-of-this-name/x",
+        "",
+        "/proc/new",
+    ],
     ids=lambda path: str(path)[:12].encode("ascii", "replace").decode().replace("\0", "0"),
-)  # fmt: skip
+)
 def test_places_that_cannot_be_written_are_refused_by_name(tmp_path, monkeypatch, name, path):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
@@ -404,10 +420,11 @@ def test_the_command_line_says_it_in_one_line(source, tmp_path, monkeypatch):
     sliced = slice_checkpoint(source, "S", tmp_path / "S")
     monkeypatch.setattr("os.write", full)
     table = tmp_path / "t.json"
-    for arguments in ([*given, str(out)],
-                      ["quantize", model, "--out", str(out), "--layers", "head"],
-                      ["widths", model, "--slice-config", f"S={sliced}/config.json", "--out",
-                       str(table)]):  # fmt: skip
+    for arguments in (
+        [*given, str(out)],
+        ["quantize", model, "--out", str(out), "--layers", "head"],
+        ["widths", model, "--slice-config", f"S={sliced}/config.json", "--out", str(table)],
+    ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and "free space there" in result.stderr, result.output
         assert len(result.stderr.splitlines()) == 1 and not out.exists() and not table.exists()

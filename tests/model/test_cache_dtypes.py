@@ -49,8 +49,12 @@ class Heads:
         part = slice(self.read, self.read + count)
         y = torch.empty_like(self.x[part])
         given = [t[part] for t in (self.x, self.B, self.C, self.dt)]
-        options = {"slots": int32(self.slot), "context": int32(self.read), "seed": 3,
-                   "run": self.run} | changed  # fmt: skip
+        options = {
+            "slots": int32(self.slot),
+            "context": int32(self.read),
+            "seed": 3,
+            "run": self.run,
+        } | changed
         if step:
             ssm_step(*given, *self.vectors, self.state, y, **options)
         else:
@@ -129,8 +133,7 @@ def test_rounding_is_unbiased_and_never_far():
     step = (h.abs() * 2**-10).clamp(min=2.0**-24)
     assert ((rounded.float() - h).abs() <= step).all() and (below <= h).all()
     assert ((total / count - h).abs() <= step * 4 * 0.5 / count**0.5).all()  # four sigma
-    words = [round_stochastic(torch.full((1, 1, 64), 1 + 2.0**-11), 1, p)
-             for p in range(512)]  # fmt: skip
+    words = [round_stochastic(torch.full((1, 1, 64), 1 + 2.0**-11), 1, p) for p in range(512)]
     up = torch.stack(words).view(512, 64).float().sub(1).mul(2**10)  # 0 or 1, half of each
     assert abs(up.mean() - 0.5) < 0.02
     for shifted in (up[1:] * up[:-1], up[:, 1:] * up[:, :-1]):  # neighbours are independent
@@ -160,11 +163,16 @@ def test_options_choose_the_dtypes():
         assert cache_dtypes(other, bf16, "auto", "auto").names == ("bfloat16", want)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be auto or fp8, got 'int8'"),
-    ({"mamba_ssm_cache_dtype": "bfloat16"},
-     "mamba_ssm_cache_dtype must be auto, float32 or float16, got 'bfloat16'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be auto or fp8, got 'int8'"),
+        (
+            {"mamba_ssm_cache_dtype": "bfloat16"},
+            "mamba_ssm_cache_dtype must be auto, float32 or float16, got 'bfloat16'",
+        ),
+    ],
+)
 def test_unknown_dtypes_are_refused(tmp_path, options, message):
     with pytest.raises(InvalidRequest, match=message):
         base_engine(tmp_path, **options)
@@ -233,8 +241,11 @@ def loud_folder(folder, scales):
 
 def test_scales_of_a_checkpoint_keep_large_keys_and_values_from_saturating(tmp_path):
     ids, rows = draw(120, 5), {}
-    for name, scales, kv in (("exact", None, "auto"), ("scaled", (70.0, 45.0), "fp8"),
-                             ("plain", None, "fp8")):  # fmt: skip
+    for name, scales, kv in (
+        ("exact", None, "auto"),
+        ("scaled", (70.0, 45.0), "fp8"),
+        ("plain", None, "fp8"),
+    ):
         folder = loud_folder(tmp_path / name, scales)
         with open_engine(folder, kv_cache_dtype=kv) as engine:
             rows[name] = engine.score(ids, width="M").float()
@@ -257,5 +268,7 @@ def test_prompts_off_the_grid_are_runs_of_their_own():
     append_run(runs, "S", "step", 1, False)
     append_run(runs, "S", "step", 1, False)
     assert runs == [
-        Run("S", "prefill", PAGE + 10), Run("S", "prefill", 20), Run("S", "step", 2),
-    ]  # fmt: skip
+        Run("S", "prefill", PAGE + 10),
+        Run("S", "prefill", 20),
+        Run("S", "step", 2),
+    ]

@@ -43,10 +43,12 @@ def begin(model):
 def steps(model, opened, tokens, fed=None, at=0):
     """A pass of one step of each; fed: the result whose tokens they read, in place of `tokens`."""
     feeds = [-1] * len(opened) if fed is None else [start for start, _ in fed.spans]
-    return model.forward([
-        Segment(s, [0 if fed else t], w, feed=f, draw=Draw(**{**vars(d), "position": at}))
-        for s, t, w, f, d in zip(opened, tokens, WIDTHS, feeds, DRAWS)
-    ])  # fmt: skip
+    return model.forward(
+        [
+            Segment(s, [0 if fed else t], w, feed=f, draw=Draw(**{**vars(d), "position": at}))
+            for s, t, w, f, d in zip(opened, tokens, WIDTHS, feeds, DRAWS)
+        ]
+    )
 
 
 def drawn(result):
@@ -121,10 +123,12 @@ def test_feed_is_refused_where_nothing_was_drawn(model):
 
 def test_ids_outside_are_refused_by_name():
     given = {
-        "ids": torch.tensor([0, 9], dtype=torch.int32), "table": torch.zeros(5, 16),
-        "out": torch.zeros(2, 16), "drawn": torch.tensor([4, -1, 3], dtype=torch.int32),
+        "ids": torch.tensor([0, 9], dtype=torch.int32),
+        "table": torch.zeros(5, 16),
+        "out": torch.zeros(2, 16),
+        "drawn": torch.tensor([4, -1, 3], dtype=torch.int32),
         "feed": torch.tensor([-1, 1], dtype=torch.int32),
-    }  # fmt: skip
+    }
     embed(**given)  # the 9 is not used
 
     def refused(pattern, **changed):

@@ -51,8 +51,9 @@ def test_mixed_batch_equals_alone(tmp_path, seed, dtype):
                 run_read(model, sequence, Read(prompt, width, "prefill"))
                 group.append(sequence)
         nexts = [(draw(1), "step") if step else (draw(7), "prefill") for _, _, step in jobs]
-        segments = [Segment(s, t, w, k, "last")
-                    for s, (t, k), (_, w, _) in zip(together, nexts, jobs)]  # fmt: skip
+        segments = [
+            Segment(s, t, w, k, "last") for s, (t, k), (_, w, _) in zip(together, nexts, jobs)
+        ]
         result = model.forward(segments)
         batched = [result.of(i).clone() for i in range(len(jobs))]
         for i, (s, (t, k), (_, w, _)) in enumerate(zip(alone, nexts, jobs)):

@@ -149,9 +149,12 @@ def test_float32_equals_transformers_own_loading(tmp_path):
         got = engine.score(ids, width=name)
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()
         generated = oracle.generate(
-            torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None,
+            torch.tensor([ids]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
             pad_token_id=0,
-        )  # fmt: skip
+        )
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
         out = engine.generate(ids, params, width=name)
         assert out.token_ids == generated[0, len(ids) :].tolist()
@@ -202,8 +205,9 @@ def their_layer(block, x, choice=None):
         positions = torch.arange(x.shape[1])[None]
         if kind == "full_attention":
             mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
-            out, _ = block.mixer(hidden_states=normed, attention_mask=mask.to(x.dtype),
-                                 position_ids=positions)  # fmt: skip
+            out, _ = block.mixer(
+                hidden_states=normed, attention_mask=mask.to(x.dtype), position_ids=positions
+            )
         else:
             picked.clear()
             out = block.mixer(normed)
@@ -252,8 +256,9 @@ def our_layer(engine, layer, x, width, choice, monkeypatch):
     return b.delta[:R, : width.hidden_size].float().clone()
 
 
-@pytest.mark.parametrize("name", ["seed0", "seed1", "seed4", "per-layer10", "many-experts",
-                                  "eight-groups"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["seed0", "seed1", "seed4", "per-layer10", "many-experts", "eight-groups"]
+)
 def test_bfloat16_layer_by_layer(tmp_path, name, monkeypatch):
     case = CASES[name]
     config = case.write(tmp_path, torch.bfloat16)

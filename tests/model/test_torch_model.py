@@ -16,7 +16,6 @@ from support.torch_models import BASE, TABLE, assert_close, random_model
 transformers = pytest.importorskip("transformers")
 
 
-
 def oracle(config: ModelConfig, state: dict[str, torch.Tensor], folder):
     """transformers' model on the given checkpoint tensors, loaded from a folder."""
     model = ElasticNemotronH(config)

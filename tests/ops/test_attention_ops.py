@@ -50,26 +50,43 @@ class Prompt:
 
     def append(self, begin, end):
         places = [int(self.table[0, t // PAGE]) * PAGE + t % PAGE for t in range(begin, end)]
-        kv_append(self.k[begin:end], self.v[begin:end], *self.pages, slot_mapping=int32(*places),
-                  run=self.runner, **self.scales)  # fmt: skip
+        kv_append(
+            self.k[begin:end],
+            self.v[begin:end],
+            *self.pages,
+            slot_mapping=int32(*places),
+            run=self.runner,
+            **self.scales,
+        )
 
     def read(self, begin, end):
         """Appends tokens [begin, end) and attends from them, as one prefill chunk."""
         self.append(begin, end)
         out = torch.full((end - begin, HQ * K), torch.nan, dtype=self.dtype)
         return attention_prefill(
-            self.q[begin:end], *self.pages, out, page_table=self.table,
-            cu_seqlens=int32(0, end - begin), context=int32(begin), scale=SCALE, **self.widths(),
-        )  # fmt: skip
+            self.q[begin:end],
+            *self.pages,
+            out,
+            page_table=self.table,
+            cu_seqlens=int32(0, end - begin),
+            context=int32(begin),
+            scale=SCALE,
+            **self.widths(),
+        )
 
     def step(self, t):
         """Appends token t and attends from it, as a decode step."""
         self.append(t, t + 1)
         out = torch.full((1, HQ * K), torch.nan, dtype=self.dtype)
         return attention_decode(
-            self.q[t : t + 1], *self.pages, out, page_table=self.table, lengths=int32(t + 1),
-            scale=SCALE, **self.widths(),
-        )  # fmt: skip
+            self.q[t : t + 1],
+            *self.pages,
+            out,
+            page_table=self.table,
+            lengths=int32(t + 1),
+            scale=SCALE,
+            **self.widths(),
+        )
 
     def kept(self, name):
         """Keys or values as the cache holds them."""
@@ -102,10 +119,18 @@ def assert_within_law_1(got, exact, plain):
 
 @pytest.mark.parametrize("isa", _C.usable_isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cuts", [
-    (64,), (64, 128), (128, 192), (192,),
-    (1, 2, 3), (17, 100, 164),  # not on the grid that the scheduler keeps to: also equal
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        (64,),
+        (64, 128),
+        (128, 192),
+        (192,),
+        (1, 2, 3),
+        (17, 100, 164),  # not on the grid that the scheduler keeps to: also equal
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
 def test_cut_prompt_equals_whole_prompt(cuts, dtype, isa, fp8):
     """Bit for bit, on other threads too."""
@@ -152,9 +177,16 @@ def test_every_code_is_read_as_torch_reads_it(dtype, isa):
     pages[0, 0, 0] = codes
     q, out = torch.zeros(1, 256, dtype=dtype), torch.empty(1, 256, dtype=dtype)
     attention_decode(
-        q, torch.zeros_like(pages), pages, out, page_table=int32(0)[None], lengths=int32(1),
-        scale=1.0, run=Pool(1, isa), v_scale=0.5,
-    )  # fmt: skip
+        q,
+        torch.zeros_like(pages),
+        pages,
+        out,
+        page_table=int32(0)[None],
+        lengths=int32(1),
+        scale=1.0,
+        run=Pool(1, isa),
+        v_scale=0.5,
+    )
     want = (codes.view(torch.float8_e4m3fn).float() * 0.5).to(dtype)
     assert torch.equal(out[0].isnan(), want.isnan()) and want.isnan().sum() == 2
     assert torch.equal(out[0].nan_to_num(), want.nan_to_num())
@@ -174,20 +206,28 @@ def test_every_bfloat16_becomes_the_code_that_torch_gives(isa):
             assert (got.flatten()[lost] == NAN_CODE).all()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"k_scale": 0.0}, "k_scale must be finite and above 0"),
-    ({"v_scale": float("inf")}, "v_scale must be finite and above 0"),
-    ({"v_scale": 2.0}, r"v_scale must be 1 unless the pages are uint8 \(E4M3\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k_scale": 0.0}, "k_scale must be finite and above 0"),
+        ({"v_scale": float("inf")}, "v_scale must be finite and above 0"),
+        ({"v_scale": 2.0}, r"v_scale must be 1 unless the pages are uint8 \(E4M3\)"),
+    ],
+)
 def test_page_scales_are_checked(change, message):
     prompt, out = Prompt(9, torch.float32), torch.empty(1, HQ * K)
     with pytest.raises(ValueError, match=f"^kv_append: {message}"):
         kv_append(prompt.k, prompt.v, *prompt.pages, slot_mapping=int32(*range(9)), **change)
     with pytest.raises(ValueError, match=f"^attention_decode: {message}"):
         attention_decode(
-            prompt.q[:1], *prompt.pages, out, page_table=prompt.table, lengths=int32(9),
-            scale=SCALE, **change,
-        )  # fmt: skip
+            prompt.q[:1],
+            *prompt.pages,
+            out,
+            page_table=prompt.table,
+            lengths=int32(9),
+            scale=SCALE,
+            **change,
+        )
 
 
 def test_float8_tensors_go_in_viewed_as_uint8():
@@ -220,23 +260,33 @@ def test_large_scores_and_equal_scores():
 
 def given(prompt):
     return {
-        "page_table": prompt.table, "cu_seqlens": int32(0, 70), "context": int32(60),
-        "scale": SCALE, "seq_width": int32(0), "q_sizes": int32(HQ),
-    }  # fmt: skip
+        "page_table": prompt.table,
+        "cu_seqlens": int32(0, 70),
+        "context": int32(60),
+        "scale": SCALE,
+        "seq_width": int32(0),
+        "q_sizes": int32(HQ),
+    }
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"context": int32(-1)}, "context must be at least 0, got -1 at sequence 0"),
-    ({"context": int32(200)}, "context must give each sequence 0 to 192 tokens"),
-    ({"cu_seqlens": int32(1, 70)}, "cu_seqlens must start at 0"),
-    ({"cu_seqlens": int32(0, 99)}, "cu_seqlens must rise within"),
-    ({"page_table": int32(0, 9, 1)[None]}, "page_table must hold pages in .* got 9 for page 1"),
-    ({"page_table": int32(0, 1, -1)[None]}, "page_table must hold pages in .* got -1 for page 2"),
-    ({"q_sizes": int32(HQ + 1)}, "q_sizes must hold sizes in"),
-    ({"seq_width": int32(1)}, "seq_width must hold indices in"),
-    ({"seq_width": None}, "q_sizes must be absent without seq_width"),
-    ({"scale": float("nan")}, "scale must be finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"context": int32(-1)}, "context must be at least 0, got -1 at sequence 0"),
+        ({"context": int32(200)}, "context must give each sequence 0 to 192 tokens"),
+        ({"cu_seqlens": int32(1, 70)}, "cu_seqlens must start at 0"),
+        ({"cu_seqlens": int32(0, 99)}, "cu_seqlens must rise within"),
+        ({"page_table": int32(0, 9, 1)[None]}, "page_table must hold pages in .* got 9 for page 1"),
+        (
+            {"page_table": int32(0, 1, -1)[None]},
+            "page_table must hold pages in .* got -1 for page 2",
+        ),
+        ({"q_sizes": int32(HQ + 1)}, "q_sizes must hold sizes in"),
+        ({"seq_width": int32(1)}, "seq_width must hold indices in"),
+        ({"seq_width": None}, "q_sizes must be absent without seq_width"),
+        ({"scale": float("nan")}, "scale must be finite"),
+    ],
+)
 def test_prefill_values_are_checked(change, message):
     prompt = Prompt(130, torch.float32)
     out = torch.empty(70, HQ * K)

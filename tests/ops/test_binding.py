@@ -76,17 +76,21 @@ class Sub(torch.Tensor):
     pass
 
 
-@pytest.mark.parametrize("tensor, seen", [
-    (torch.zeros(2, 3), "float32[2, 3] on cpu"),
-    (torch.zeros(6, dtype=torch.bfloat16)[::2], "bfloat16[3] on cpu"),
-    (torch.zeros((), dtype=torch.int64), "int64[] on cpu"),
-    (torch.zeros(0, 3, dtype=torch.int32), "int32[0, 3] on cpu"),
-    (torch.zeros(4, dtype=torch.uint8), "uint8[4] on cpu"),
-    (torch.zeros(4, dtype=torch.float64), "float64[4] on cpu"),
-    (torch.zeros(4, dtype=torch.bool), "bool[4] on cpu"),
-    (torch.nn.Parameter(torch.zeros(2)), "float32[2] on cpu"),
-    (torch.zeros(2).as_subclass(Sub), "float32[2] on cpu"),
-], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor, seen",
+    [
+        (torch.zeros(2, 3), "float32[2, 3] on cpu"),
+        (torch.zeros(6, dtype=torch.bfloat16)[::2], "bfloat16[3] on cpu"),
+        (torch.zeros((), dtype=torch.int64), "int64[] on cpu"),
+        (torch.zeros(0, 3, dtype=torch.int32), "int32[0, 3] on cpu"),
+        (torch.zeros(4, dtype=torch.uint8), "uint8[4] on cpu"),
+        (torch.zeros(4, dtype=torch.float64), "float64[4] on cpu"),
+        (torch.zeros(4, dtype=torch.bool), "bool[4] on cpu"),
+        (torch.nn.Parameter(torch.zeros(2)), "float32[2] on cpu"),
+        (torch.zeros(2).as_subclass(Sub), "float32[2] on cpu"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_tensors_are_seen_as_they_are(tensor, seen):
     assert _C.describe(tensor) == seen
 
@@ -137,11 +141,15 @@ def test_misaligned_memory_is_refused():
         rms_norm(odd, torch.ones(16), torch.zeros(1, 16), eps=1e-5)
 
 
-@pytest.mark.parametrize("tensor, reason", [
-    (torch.empty(2, device="meta"), "meta"),
-    (torch.zeros(2, 2).to_sparse(), "storage"),
-    (torch.zeros((1,) * 7), "at most 6 dimensions, got 7"),
-], ids=["meta", "sparse", "7 dimensions"])  # fmt: skip
+@pytest.mark.parametrize(
+    "tensor, reason",
+    [
+        (torch.empty(2, device="meta"), "meta"),
+        (torch.zeros(2, 2).to_sparse(), "storage"),
+        (torch.zeros((1,) * 7), "at most 6 dimensions, got 7"),
+    ],
+    ids=["meta", "sparse", "7 dimensions"],
+)
 def test_tensors_without_plain_memory_are_refused(tensor, reason):
     with pytest.raises(TypeError, match=reason) as error:
         _C.describe(tensor)
@@ -153,11 +161,17 @@ def test_tensors_without_plain_memory_are_refused(tensor, reason):
 
 class DLTensor(ctypes.Structure):
     _fields_ = [
-        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64),
-    ]  # fmt: skip
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
 
 
 FILL = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))
@@ -165,10 +179,15 @@ FILL = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor
 
 class Table(ctypes.Structure):
     _fields_ = [
-        ("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("prev", ctypes.c_void_p),
-        ("allocator", ctypes.c_void_p), ("from_object", ctypes.c_void_p),
-        ("to_object", ctypes.c_void_p), ("fill", FILL), ("stream", ctypes.c_void_p),
-    ]  # fmt: skip
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("prev", ctypes.c_void_p),
+        ("allocator", ctypes.c_void_p),
+        ("from_object", ctypes.c_void_p),
+        ("to_object", ctypes.c_void_p),
+        ("fill", FILL),
+        ("stream", ctypes.c_void_p),
+    ]
 
 
 MEMORY = (ctypes.c_float * 64)()
@@ -189,13 +208,23 @@ def foreign_type(device=1, major=1, fill=None, prev=None, capsule=b"dlpack_excha
     function = FILL() if fill == "absent" else FILL(fill or fill_in)
     table = Table(major, 0, ctypes.addressof(prev) if prev else None, None, None, None, function)
     make = ctypes.pythonapi.PyCapsule_New
-    make.restype, make.argtypes = ctypes.py_object, [
-        ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p,
-    ]  # fmt: skip
+    make.restype, make.argtypes = (
+        ctypes.py_object,
+        [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_void_p,
+        ],
+    )
     KEPT.append((table, function, capsule))  # capsules keep nothing alive
-    return type("Foreign", (), {
-        "__dlpack_c_exchange_api__": make(ctypes.addressof(table), capsule, None), "table": table,
-    })  # fmt: skip
+    return type(
+        "Foreign",
+        (),
+        {
+            "__dlpack_c_exchange_api__": make(ctypes.addressof(table), capsule, None),
+            "table": table,
+        },
+    )
 
 
 def test_tensors_of_another_framework_work():
@@ -212,11 +241,17 @@ def test_wrong_device_is_refused_by_name():
     cuda = foreign_type(device=2)()
     assert _C.describe(cuda) == "float32[4, 16] on cuda:0"
     ones, out = torch.ones(16), torch.zeros(4, 16)
-    with pytest.raises(ValueError, match=r"rms_norm: residual must be on the CPU .* got "
-                                         r"float32\[4, 16\] on cuda:0"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"rms_norm: residual must be on the CPU .* got "
+        r"float32\[4, 16\] on cuda:0",
+    ):
         rms_norm(cuda, ones, out, eps=1e-5)
-    with pytest.raises(ValueError, match="rms_norm: out must be on the same device as the first "
-                                         r"tensor, got float32\[4, 16\] on cuda:0"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match="rms_norm: out must be on the same device as the first "
+        r"tensor, got float32\[4, 16\] on cuda:0",
+    ):
         rms_norm(out, ones, cuda, eps=1e-5)
     with pytest.raises(TypeError, match="on the CPU or a CUDA device, got device type 7"):
         _C.describe(foreign_type(device=7)())
@@ -344,8 +379,9 @@ def test_threads_may_share_a_pool():
 def test_an_error_leaves_the_pool_usable():
     """A kernel that finds bad data at a replay reports it once; the next replay is clean."""
     embed = registry()["embed"]
-    a = embed.inputs({"R": 3, "V": 5, "D": 16, "widths": None}, torch.float32,
-                     torch.Generator().manual_seed(0))  # fmt: skip
+    a = embed.inputs(
+        {"R": 3, "V": 5, "D": 16, "widths": None}, torch.float32, torch.Generator().manual_seed(0)
+    )
     pool = Pool(2)
     step = Step(pool)
     embed.call(a, step)

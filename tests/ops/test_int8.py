@@ -25,21 +25,40 @@ SPECS = registry()
 CASES = {
     "matmul": [
         {"R": 1, "K": 16, "segments": (16,), "k": (16,), "n": ((16,),), "act": "none"},
-        {"R": 5, "K": 176, "segments": (80, 8), "k": (48, 176), "n": ((40, 4), (80, 8)),
-         "act": "none"},
-        {"R": 29, "K": 208, "segments": (130, 40), "k": (64, 144, 208),
-         "n": ((32, 8), (96, 40), (130, 1)), "act": "relu2"},
+        {
+            "R": 5,
+            "K": 176,
+            "segments": (80, 8),
+            "k": (48, 176),
+            "n": ((40, 4), (80, 8)),
+            "act": "none",
+        },
+        {
+            "R": 29,
+            "K": 208,
+            "segments": (130, 40),
+            "k": (64, 144, 208),
+            "n": ((32, 8), (96, 40), (130, 1)),
+            "act": "relu2",
+        },
         {"R": 270, "K": 80, "segments": (72,), "k": (32, 80), "n": ((24,), (72,)), "act": "none"},
     ],
     "moe_matmul": [
         {"R": 1, "D": 16, "E": 1, "J": 1, "F": 16, "k": (16,), "f": (16,), "shared": False},
         {"R": 3, "D": 80, "E": 5, "J": 3, "F": 48, "k": (48, 80), "f": (32, 48), "shared": True},
-        {"R": 19, "D": 144, "E": 12, "J": 4, "F": 96, "k": (64, 112, 144), "f": (96, 16, 80),
-         "shared": True},
-        {"R": 270, "D": 80, "E": 3, "J": 2, "F": 80, "k": (48, 80), "f": (80, 64),
-         "shared": False},
+        {
+            "R": 19,
+            "D": 144,
+            "E": 12,
+            "J": 4,
+            "F": 96,
+            "k": (64, 112, 144),
+            "f": (96, 16, 80),
+            "shared": True,
+        },
+        {"R": 270, "D": 80, "E": 3, "J": 2, "F": 80, "k": (48, 80), "f": (80, 64), "shared": False},
     ],
-}  # fmt: skip
+}
 
 
 def cells():
@@ -79,9 +98,16 @@ def edges():
     zeros, halves = normal.clone(), torch.arange(9 * 96).reshape(9, 96) % 253 - 126.0
     zeros[2], zeros[:, 16:32] = 0.0, -0.0
     halves[:, ::16] = 127.0
-    return {"normal": normal, "heavy tails": normal**5, "small": normal * 1e-20,
-            "next to nothing": normal * 1e-30, "vanishing": normal * 1e-37, "large": normal * 1e30,
-            "zeros": zeros, "halves": halves / 2}  # fmt: skip
+    return {
+        "normal": normal,
+        "heavy tails": normal**5,
+        "small": normal * 1e-20,
+        "next to nothing": normal * 1e-30,
+        "vanishing": normal * 1e-37,
+        "large": normal * 1e30,
+        "zeros": zeros,
+        "halves": halves / 2,
+    }
 
 
 @pytest.mark.parametrize("isa", _C.usable_isas())
@@ -95,8 +121,18 @@ def test_rows_are_quantized_as_numpy_does(name, dtype, isa):
     weight = TiledWeight.pack_codes(*identity(K), torch.ones(1))
     q, step = numpy_int8(x.float().numpy())
     for rows in (1, 9):
-        got = matmul(x[:rows], weight, torch.empty(rows, K), activation_quantization="int8",
-                     run=Pool(1, isa)).double().numpy().reshape(rows, -1, 16)  # fmt: skip
+        got = (
+            matmul(
+                x[:rows],
+                weight,
+                torch.empty(rows, K),
+                activation_quantization="int8",
+                run=Pool(1, isa),
+            )
+            .double()
+            .numpy()
+            .reshape(rows, -1, 16)
+        )
         want = (q * step)[:rows]
         assert np.array_equal(np.rint(got / np.where(step > 0, step, 1)[:rows]), q[:rows])
         assert np.abs(got - want).max() <= 2e-7 * np.abs(want).max()
@@ -179,12 +215,19 @@ def test_instruction_sets_agree(isa):
 
 
 @pytest.mark.parametrize("op", CASES)
-@pytest.mark.parametrize("weights, wish, message", [
-    ({"weights": "fp8"}, "int8", "be none for a FP8 image, got int8"),
-    ({}, "int8", "be none for a bfloat16 image, got int8"),
-    ({"weights": "nvfp4"}, "int4", "be none, int8 or nvfp4, got int4"),
-    ({"weights": "nvfp4"}, "nvfp4", "be none or int8 on the CPU: compute capability 12.x needed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "weights, wish, message",
+    [
+        ({"weights": "fp8"}, "int8", "be none for a FP8 image, got int8"),
+        ({}, "int8", "be none for a bfloat16 image, got int8"),
+        ({"weights": "nvfp4"}, "int4", "be none, int8 or nvfp4, got int4"),
+        (
+            {"weights": "nvfp4"},
+            "nvfp4",
+            "be none or int8 on the CPU: compute capability 12.x needed",
+        ),
+    ],
+)
 def test_other_weights_and_forms_are_refused(op, weights, wish, message):
     spec = SPECS[op]
     a = _laws.make(spec, CASES[op][0] | weights, BF16) | {"activation_quantization": wish}

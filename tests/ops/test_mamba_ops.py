@@ -54,9 +54,17 @@ class Mixer:
         T, cu, slots = len(x), int32(0, len(x)), int32(1)
         mixed = torch.zeros(T, CHANNELS, dtype=self.dtype)
         causal_conv(
-            x, self.weight, self.bias, self.conv, mixed,
-            cu_seqlens=cu, slots=slots, x_channels=H * P, run=self.runner, **conv_width,
-        )  # fmt: skip
+            x,
+            self.weight,
+            self.bias,
+            self.conv,
+            mixed,
+            cu_seqlens=cu,
+            slots=slots,
+            x_channels=H * P,
+            run=self.runner,
+            **conv_width,
+        )
         y = torch.zeros(T, H * P, dtype=self.dtype)
         given = (*mixed.split([H * P, G * N, G * N], 1), dt, self.A_log, self.D, self.dt_bias)
         if step:
@@ -205,14 +213,27 @@ def test_index_arrays_are_checked(op, change, message):
     with pytest.raises(ValueError, match=f"^{op}: .*{message}"):
         if op == "causal_conv":
             causal_conv(
-                x, mixer.weight, mixer.bias, mixer.conv, torch.empty_like(x),
-                x_channels=H * P, x_sizes=int32(H * P), **indices,
-            )  # fmt: skip
+                x,
+                mixer.weight,
+                mixer.bias,
+                mixer.conv,
+                torch.empty_like(x),
+                x_channels=H * P,
+                x_sizes=int32(H * P),
+                **indices,
+            )
         else:
             ssm_scan(
-                *x.split([H * P, G * N, G * N], 1), dt, mixer.A_log, mixer.D, mixer.dt_bias,
-                mixer.ssm, torch.empty(3, H * P), h_sizes=int32(H), **indices,
-            )  # fmt: skip
+                *x.split([H * P, G * N, G * N], 1),
+                dt,
+                mixer.A_log,
+                mixer.D,
+                mixer.dt_bias,
+                mixer.ssm,
+                torch.empty(3, H * P),
+                h_sizes=int32(H),
+                **indices,
+            )
 
 
 @pytest.mark.parametrize(
@@ -222,15 +243,27 @@ def test_head_prefixes_are_checked(sizes, message):
     y = torch.randn(1, H * P)
     with pytest.raises(ValueError, match=f"^gated_norm: h_sizes must hold sizes .*{message}"):
         gated_norm(
-            y, y, y[0], torch.empty_like(y),
-            groups=G, head_dim=P, row_width=int32(0), h_sizes=int32(sizes),
-        )  # fmt: skip
+            y,
+            y,
+            y[0],
+            torch.empty_like(y),
+            groups=G,
+            head_dim=P,
+            row_width=int32(0),
+            h_sizes=int32(sizes),
+        )
 
 
 def test_conv_refuses_to_overwrite_its_input():
     mixer, (x, _) = Mixer(torch.float32, None), tokens(3, torch.float32)
     with pytest.raises(ValueError, match=r"^causal_conv: out must not share memory with x"):
         causal_conv(
-            x, mixer.weight, mixer.bias, mixer.conv, x,
-            cu_seqlens=int32(0, 3), slots=int32(0), x_channels=H * P,
-        )  # fmt: skip
+            x,
+            mixer.weight,
+            mixer.bias,
+            mixer.conv,
+            x,
+            cu_seqlens=int32(0, 3),
+            slots=int32(0),
+            x_channels=H * P,
+        )

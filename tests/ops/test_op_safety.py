@@ -29,8 +29,11 @@ def fuzzed(tmp_path, *arguments):
     environment = os.environ | {"FUZZ_LOG": str(log), "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     where = log.read_text() if log.exists() else "the start"
     assert done.returncode == 0, f"ended with {done.returncode} at {where}\n{done.stderr[-3000:]}"
     return done.stdout.splitlines()
@@ -70,13 +73,27 @@ def test_sizes_given_as_numbers_are_at_least_zero():
     with pytest.raises(ValueError, match="matmul: K must be at least 0, got -16"):
         matmul(torch.ones(4, 1 << 16), narrow, torch.zeros(4, 64))
     with pytest.raises(ValueError, match="moe_route: D must be at least 0, got -16"):
-        moe_route(torch.ones(2, 1 << 16), narrow, torch.zeros(4), torch.zeros(2, 2, dtype=I32),
-                  torch.zeros(2, 2), scaling_factor=1.0)  # fmt: skip
-    experts = ExpertWeights(empty(2, 1, 0, 16384), 64, -16), ExpertWeights(empty(2, 0, 1, 16384),
-                                                                           -16, 64)  # fmt: skip
+        moe_route(
+            torch.ones(2, 1 << 16),
+            narrow,
+            torch.zeros(4),
+            torch.zeros(2, 2, dtype=I32),
+            torch.zeros(2, 2),
+            scaling_factor=1.0,
+        )
+    experts = (
+        ExpertWeights(empty(2, 1, 0, 16384), 64, -16),
+        ExpertWeights(empty(2, 0, 1, 16384), -16, 64),
+    )
     with pytest.raises(ValueError, match="moe_matmul: D must be at least 0, got -16"):
-        moe_matmul(torch.ones(2, 64), *experts, torch.zeros(2, 1, dtype=I32), torch.ones(2, 1),
-                   torch.zeros(2, 64), workspace=torch.zeros(1 << 16, dtype=U8))  # fmt: skip
+        moe_matmul(
+            torch.ones(2, 64),
+            *experts,
+            torch.zeros(2, 1, dtype=I32),
+            torch.ones(2, 1),
+            torch.zeros(2, 64),
+            workspace=torch.zeros(1 << 16, dtype=U8),
+        )
     far = TiledWeight(torch.zeros(1, 1, 16384, dtype=U8), 64, (Segment(0, 2**62, 2**62),))
     with pytest.raises(ValueError, match=r"matmul: segment rows must be in \[1, 2147483647\]"):
         matmul(torch.ones(4, 64), far, torch.zeros(4, 64))
@@ -88,8 +105,13 @@ def test_sizes_that_divide_are_positive():
         rms_norm(torch.zeros(2, 0), torch.zeros(0), torch.zeros(2, 0), eps=1e-5)
     pages = torch.zeros(1, 1, 64, 0)
     with pytest.raises(ValueError, match=r"kv_append: head size K must be in \[1"):
-        kv_append(torch.zeros(2, 0), torch.zeros(2, 0), pages, pages,
-                  slot_mapping=torch.zeros(2, dtype=I32))  # fmt: skip
+        kv_append(
+            torch.zeros(2, 0),
+            torch.zeros(2, 0),
+            pages,
+            pages,
+            slot_mapping=torch.zeros(2, dtype=I32),
+        )
     spec = registry()["mamba_step"]
     arguments = make(spec, small_cases(spec)[0], torch.float32)
     arguments["state"] = arguments["state"][..., :0]
@@ -115,8 +137,14 @@ def test_images_start_at_words():
         with pytest.raises(ValueError, match="matmul: w must start at a multiple of 16 bytes"):
             matmul(torch.ones(2, 64), weight, torch.zeros(2, 64))
         with pytest.raises(ValueError, match="moe_route: gate must start at a multiple of 16"):
-            moe_route(torch.ones(2, 64), weight, torch.zeros(64), torch.zeros(2, 2, dtype=I32),
-                      torch.zeros(2, 2), scaling_factor=1.0)  # fmt: skip
+            moe_route(
+                torch.ones(2, 64),
+                weight,
+                torch.zeros(64),
+                torch.zeros(2, 2, dtype=I32),
+                torch.zeros(2, 2),
+                scaling_factor=1.0,
+            )
 
 
 def test_tensors_without_elements_are_contiguous():
@@ -138,13 +166,17 @@ def test_a_workspace_shares_no_memory():
     weights = [ExpertWeights.pack(torch.randn(E, D, D)) for _ in range(2)]
     room = torch.zeros(moe_workspace_bytes(R, J, E, D, D, torch.float32), dtype=U8)
     given = {
-        "x": torch.randn(R, D), "ids": torch.zeros(R, J, dtype=I32), "weights": torch.ones(R, J),
-        "out": torch.zeros(R, D), "shared": torch.zeros(R, D),
-    }  # fmt: skip
+        "x": torch.randn(R, D),
+        "ids": torch.zeros(R, J, dtype=I32),
+        "weights": torch.ones(R, J),
+        "out": torch.zeros(R, D),
+        "shared": torch.zeros(R, D),
+    }
 
     def call(**a):
-        moe_matmul(a["x"], *weights, a["ids"], a["weights"], a["out"], shared=a["shared"],
-                   workspace=room)  # fmt: skip
+        moe_matmul(
+            a["x"], *weights, a["ids"], a["weights"], a["out"], shared=a["shared"], workspace=room
+        )
 
     call(**given)
     for name, value in given.items():
@@ -160,7 +192,13 @@ def test_outputs_that_no_row_wants_are_zero(dtype):
     weight = TiledWeight.pack(torch.randn(192, 64).to(dtype))
     for activation in ("none", "relu2"):
         out = torch.full((3, 192), 7.0, dtype=dtype)
-        matmul(torch.randn(3, 64).to(dtype), weight, out, activation=activation,
-               row_width=torch.zeros(3, dtype=I32), k_sizes=torch.tensor([64], dtype=I32),
-               n_sizes=torch.tensor([[10]], dtype=I32))  # fmt: skip
+        matmul(
+            torch.randn(3, 64).to(dtype),
+            weight,
+            out,
+            activation=activation,
+            row_width=torch.zeros(3, dtype=I32),
+            k_sizes=torch.tensor([64], dtype=I32),
+            n_sizes=torch.tensor([[10]], dtype=I32),
+        )
         assert (out[:, 10:] == 0).all()

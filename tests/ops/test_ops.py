@@ -119,8 +119,9 @@ def test_refusal(spec, case):
 
 def test_runner_is_checked():
     with pytest.raises(TypeError, match="run must be"):
-        SPECS["rms_norm"].call(make(SPECS["rms_norm"], small_cases(SPECS["rms_norm"])[0],
-                                    torch.float32), "fast")  # fmt: skip
+        SPECS["rms_norm"].call(
+            make(SPECS["rms_norm"], small_cases(SPECS["rms_norm"])[0], torch.float32), "fast"
+        )
     with pytest.raises(ValueError, match="isa must be"):
         Pool(1, "sse9")
     with pytest.raises(ValueError, match="threads must be"):

@@ -33,9 +33,12 @@ def alone(script, *arguments):
     root = Path(elastic_infer.__file__).parent.parent
     done = subprocess.run(
         [sys.executable, "-c", START + script, *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
         env=os.environ | {"PYTHONPATH": f"{root}:{Path(__file__).resolve().parents[1]}"},
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout + done.stderr
 
 

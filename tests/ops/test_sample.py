@@ -15,10 +15,13 @@ def draw(logits, runner=None, ids=None, **given):
     """Ids of rows of logits [R, V]; parameters are scalars or one per row."""
     R = logits.shape[0]
     kinds = {
-        "temperature": (1.0, torch.float32), "top_k": (0, torch.int32),
-        "top_p": (1.0, torch.float32), "min_p": (0.0, torch.float32),
-        "seed": (7, torch.int64), "position": (0, torch.int64),
-    }  # fmt: skip
+        "temperature": (1.0, torch.float32),
+        "top_k": (0, torch.int32),
+        "top_p": (1.0, torch.float32),
+        "min_p": (0.0, torch.float32),
+        "seed": (7, torch.int64),
+        "position": (0, torch.int64),
+    }
     arguments = {
         name: torch.as_tensor(given.get(name, default), dtype=dtype).expand(R).contiguous()
         for name, (default, dtype) in kinds.items()
@@ -119,10 +122,12 @@ def test_token_does_not_depend_on_the_batch(runner):
     V = 5003
     logits = torch.randn(9, V, generator=g) * 3
     given = {
-        "temperature": torch.tensor([1.0, 0.7, 0.0] * 3), "top_k": torch.tensor([0, 40, 0] * 3),
-        "top_p": torch.tensor([1.0, 0.9, 0.95] * 3), "seed": torch.arange(9) * 1000,
+        "temperature": torch.tensor([1.0, 0.7, 0.0] * 3),
+        "top_k": torch.tensor([0, 40, 0] * 3),
+        "top_p": torch.tensor([1.0, 0.9, 0.95] * 3),
+        "seed": torch.arange(9) * 1000,
         "position": torch.arange(9) % 4,
-    }  # fmt: skip
+    }
     want = draw(logits, **given)
     order = torch.randperm(9, generator=g)
     shuffled = {name: value[order] for name, value in given.items()}
@@ -169,9 +174,15 @@ def test_ties(V, isa):
 def test_rows_without_an_answer():
     """NaN, +inf or nothing finite gives -1 for that row alone, greedy or not."""
     nan, inf = math.nan, math.inf
-    logits = torch.tensor([
-        [0.0, nan, 1.0], [-inf, -inf, -inf], [0.0, inf, 1.0], [-inf, 5.0, -inf], [nan, nan, nan],
-    ])  # fmt: skip
+    logits = torch.tensor(
+        [
+            [0.0, nan, 1.0],
+            [-inf, -inf, -inf],
+            [0.0, inf, 1.0],
+            [-inf, 5.0, -inf],
+            [nan, nan, nan],
+        ]
+    )
     for temperature in (0.0, 1.0, 1e-30):
         for cut in ({}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}):
             ids = draw(logits, temperature=temperature, **cut)
@@ -190,17 +201,22 @@ def test_forbidden_tokens_are_never_drawn():
 def test_philox_matches_its_published_answer():
     """The known answer of Philox4x32-10 for a counter and key of zeros."""
     assert [f"{int(x):08x}" for x in philox(0, 0, 4)] == [
-        "6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8",
-    ]  # fmt: skip
+        "6627e8d5",
+        "e169c58d",
+        "bc57ac4c",
+        "9b00dbd8",
+    ]
 
 
 def test_recorded_step_reads_new_values():
     """A recorded call draws from what its tensors hold at each replay."""
     logits, ids = torch.zeros(2, 9), torch.zeros(2, dtype=torch.int32)
     one = dict.fromkeys(("top_p", "temperature"), torch.ones(2)) | {
-        "min_p": torch.zeros(2), "top_k": torch.zeros(2, dtype=torch.int32),
-        "seed": torch.zeros(2, dtype=torch.int64), "position": torch.zeros(2, dtype=torch.int64),
-    }  # fmt: skip
+        "min_p": torch.zeros(2),
+        "top_k": torch.zeros(2, dtype=torch.int32),
+        "seed": torch.zeros(2, dtype=torch.int64),
+        "position": torch.zeros(2, dtype=torch.int64),
+    }
     step = Step(Pool(1))
     sample(logits, ids, run=step, **one)
     for token in (4, 8):
@@ -209,16 +225,19 @@ def test_recorded_step_reads_new_values():
         assert ids.tolist() == [token, token]
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("temperature", -0.1, "finite values >= 0"),
-    ("temperature", math.inf, "finite values >= 0"),
-    ("temperature", math.nan, "finite values >= 0"),
-    ("top_k", -2, "values >= -1"),
-    ("top_p", 0.0, r"in \(0, 1\]"),
-    ("top_p", 1.5, r"in \(0, 1\]"),
-    ("min_p", -0.5, r"in \[0, 1\]"),
-    ("min_p", math.nan, r"in \[0, 1\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("temperature", -0.1, "finite values >= 0"),
+        ("temperature", math.inf, "finite values >= 0"),
+        ("temperature", math.nan, "finite values >= 0"),
+        ("top_k", -2, "values >= -1"),
+        ("top_p", 0.0, r"in \(0, 1\]"),
+        ("top_p", 1.5, r"in \(0, 1\]"),
+        ("min_p", -0.5, r"in \[0, 1\]"),
+        ("min_p", math.nan, r"in \[0, 1\]"),
+    ],
+)
 def test_values_are_checked(name, value, message):
     with pytest.raises(ValueError, match=f"sample: {name} must hold .*{message}, got .* at row 0"):
         draw(torch.zeros(2, 5), **{name: value})

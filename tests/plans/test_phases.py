@@ -30,8 +30,12 @@ CLOSINGS = st.sampled_from([None, "ab</think>", " </think>\n\nab: ", "</think>E"
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     added = {str(TURN): {"content": "<|turn|>", "special": True}}
-    config = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast",
-              "added_tokens_decoder": added, "chat_template": CHAT}  # fmt: skip
+    config = {
+        "eos_token": "<|end|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": added,
+        "chat_template": CHAT,
+    }
     files = {"tokenizer_config": config}
     with text_engine(tmp_path_factory.mktemp("model"), files, max_model_len=128) as made:
         assert made.tokenizer.token_id("<|turn|>") == TURN
@@ -78,10 +82,17 @@ def labelled(tokenizer, prompt: str, ids: list[int], skip: bool):
 
 @settings(max_examples=250, deadline=None)
 @given(
-    prompt=st.sampled_from(PROMPTS), said=SAID, stop=STOPS, inside=st.booleans(),
-    skip=st.booleans(), by_id=st.booleans(), budget=st.none() | st.integers(0, 3),
-    closing=CLOSINGS, least=st.integers(0, 3), most=st.integers(3, 20),
-)  # fmt: skip
+    prompt=st.sampled_from(PROMPTS),
+    said=SAID,
+    stop=STOPS,
+    inside=st.booleans(),
+    skip=st.booleans(),
+    by_id=st.booleans(),
+    budget=st.none() | st.integers(0, 3),
+    closing=CLOSINGS,
+    least=st.integers(0, 3),
+    most=st.integers(3, 20),
+)
 def test_everything_agrees(
     engine, prompt, said, stop, inside, skip, by_id, budget, closing, least, most
 ):
@@ -90,9 +101,14 @@ def test_everything_agrees(
     tags = {"start_tag": THINK, "end_tag": END_THINK} if by_id else {}
     plan = Plan.think_answer("S", "L", budget, grace=0, closing_text=closing, **tags)
     params = SamplingParams(
-        logits_processors=[script(said)], stop=stop, stop_in_thinking=inside, min_tokens=least,
-        skip_special_tokens=skip, max_tokens=most, logprobs=0,
-    )  # fmt: skip
+        logits_processors=[script(said)],
+        stop=stop,
+        stop_in_thinking=inside,
+        min_tokens=least,
+        skip_special_tokens=skip,
+        max_tokens=most,
+        logprobs=0,
+    )
     request = engine.submit(prompt, params, plan)
     tokens, out = list(request), request.result()
     assert "".join(t.text for t in tokens) == out.text
@@ -131,9 +147,10 @@ def test_every_choice_and_every_width_agrees(engine):
     """n > 1, and plans that change the width in the middle of either phase."""
     said = [*b"so", END_THINK, *b"12", END_THINK, *b"34"]
     plans = (
-        None, Plan.schedule([(0, "S"), (2, "L"), (5, "M")], "exact"),
+        None,
+        Plan.schedule([(0, "S"), (2, "L"), (5, "M")], "exact"),
         Plan.custom(lambda view: "SL"[len(view.token_ids) % 2]),
-    )  # fmt: skip
+    )
     for plan in plans:
         out = say(engine, said, plan=plan, n=3, seed=1, temperature=1.0)
         assert {(c.reasoning, c.answer) for c in out.choices} == {("so", "1234")}
@@ -160,9 +177,12 @@ BLANK = st.sampled_from(["\n", " ", "\n\n", " \n", "\nU", "U", "a"])
 
 @settings(max_examples=150, deadline=None)
 @given(
-    lead=st.text("\n ", max_size=4), answer=st.text("aU\n ", max_size=6),
-    stop=st.lists(BLANK, min_size=1, max_size=3), spelled=st.booleans(), cut=st.integers(1, 5),
-)  # fmt: skip
+    lead=st.text("\n ", max_size=4),
+    answer=st.text("aU\n ", max_size=6),
+    stop=st.lists(BLANK, min_size=1, max_size=3),
+    spelled=st.booleans(),
+    cut=st.integers(1, 5),
+)
 def test_white_space_between_thinking_and_answer_stops_nothing(lead, answer, stop, spelled, cut):
     r"""Stands for "\n\n" and the like as stop strings of models that end their thinking with it:
     it is looked for in the answer, which begins behind the white space; other stop strings may
@@ -184,8 +204,9 @@ def test_white_space_between_thinking_and_answer_stops_nothing(lead, answer, sto
     else:
         shown += stream.finish(True)[0]
     begin = len(said) - len(said.lstrip())
-    found = [(at + len(s), at, s) for s in stop
-             if (at := said.find(s, begin if s.isspace() else 0)) >= 0]  # fmt: skip
+    found = [
+        (at + len(s), at, s) for s in stop if (at := said.find(s, begin if s.isspace() else 0)) >= 0
+    ]
     wanted = (said, None) if not found else (said[: min(found)[1]], min(found)[2])
     assert (shown, hit) == ("<think>t</think>" + wanted[0], wanted[1])
 
@@ -213,10 +234,12 @@ def test_a_stop_string_around_a_special_token_is_refused(engine):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    lead=st.sampled_from(["", "\n ", "x"]), thought=st.text("aE<>/", max_size=8),
-    answer=st.text("aE ", max_size=8), cuts=st.lists(st.integers(1, 9), max_size=9),
+    lead=st.sampled_from(["", "\n ", "x"]),
+    thought=st.text("aE<>/", max_size=8),
+    answer=st.text("aE ", max_size=8),
+    cuts=st.lists(st.integers(1, 9), max_size=9),
     inside=st.booleans(),
-)  # fmt: skip
+)
 def test_tags_that_no_token_stands_for(lead, thought, answer, cuts, inside):
     """A vocabulary without think tags: the text is split by the text of the tags, however tokens
     cut it, and stop strings are looked for after the block."""
@@ -276,13 +299,19 @@ def test_a_prompt_that_quotes_a_tag_can_say_so(engine):
     assert say(engine, "It", quoting).reasoning == "It"
     for prompt in (*PROMPTS, quoting):
         for phase, split in {
-            "undecided": (None, "It"), "answer": (None, "It"), "thinking": ("It", ""),
-        }.items():  # fmt: skip
+            "undecided": (None, "It"),
+            "answer": (None, "It"),
+            "thinking": ("It", ""),
+        }.items():
             plan = Plan.think_answer("S", "L", prompt_phase=phase)
             out = say(engine, "It", prompt, plan)
             assert (out.reasoning, out.answer) == split, (prompt, phase)
-    own = say(engine, [THINK, *b"so", END_THINK, *b"12"], quoting,
-              Plan.think_answer("S", "L", prompt_phase="undecided"))  # fmt: skip
+    own = say(
+        engine,
+        [THINK, *b"so", END_THINK, *b"12"],
+        quoting,
+        Plan.think_answer("S", "L", prompt_phase="undecided"),
+    )
     assert (own.reasoning, own.answer) == ("so", "12")
     with pytest.raises(InvalidRequest, match=r'prompt_phase must be None, "thinking".* got \[3\]'):
         Plan.think_answer("S", "L", prompt_phase=[3])

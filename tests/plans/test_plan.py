@@ -409,8 +409,11 @@ class Failing(list):
 @pytest.mark.parametrize(
     "value",
     [
-        lambda: torch.tensor(3), lambda: torch.ones(2), lambda: Failing([1]),
-        lambda: iter([1, "a"]), lambda: itertools.repeat((0, "S")),
+        lambda: torch.tensor(3),
+        lambda: torch.ones(2),
+        lambda: Failing([1]),
+        lambda: iter([1, "a"]),
+        lambda: itertools.repeat((0, "S")),
     ],
     ids=("tensor", "array", "failing", "mixed", "endless"),
 )
@@ -428,11 +431,21 @@ class Failing(list):
         lambda value: Policy("window", value),
         *(
             lambda value, name=name: Plan.think_answer(**{"think": "S", "answer": "L", name: value})
-            for name in ("think", "answer", "think_tokens", "grace", "closing_text", "start_tag",
-                         "end_tag", "policy", "newline_ids", "prompt_phase")
+            for name in (
+                "think",
+                "answer",
+                "think_tokens",
+                "grace",
+                "closing_text",
+                "start_tag",
+                "end_tag",
+                "policy",
+                "newline_ids",
+                "prompt_phase",
+            )
         ),
     ],
-)  # fmt: skip
+)
 def test_values_that_compare_or_iterate_oddly_are_refused(make, value):
     """Family: tensors, and iterators that fail, are mixed or never end, in every argument."""
     with pytest.raises(InvalidRequest):

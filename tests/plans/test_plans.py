@@ -181,9 +181,10 @@ def test_think_answer_without_a_budget(engine):
 def test_budget_closes_thinking(engine, policy):
     plan = Plan.think_answer("S", "L", think_tokens=5, grace=0, policy=policy)
     tokens = list(
-        engine.stream("q<think>", SamplingParams(logits_processors=[script("abcdefghij")]),
-                      plan=plan)
-    )  # fmt: skip
+        engine.stream(
+            "q<think>", SamplingParams(logits_processors=[script("abcdefghij")]), plan=plan
+        )
+    )
     assert [t.id for t in tokens] == [*b"abcde", END_THINK, *b"ghij", EOS]
     assert [t.width for t in tokens] == ["S"] * 5 + ["L"] * 6
     assert [t.forced for t in tokens] == [False] * 5 + [True] + [False] * 5
@@ -228,8 +229,9 @@ def test_a_budget_of_zero_closes_at_once(engine):
 
 def test_think_answer_greedy_tokens(engine):
     """With real logits: S up to the budget, then the closing token, then L over the same cache."""
-    out = engine.generate("why<think>", greedy(16),
-                          plan=Plan.think_answer("S", "L", think_tokens=6, grace=0))  # fmt: skip
+    out = engine.generate(
+        "why<think>", greedy(16), plan=Plan.think_answer("S", "L", think_tokens=6, grace=0)
+    )
     with engine.open(out.prompt_token_ids, width="S") as sequence:
         ids = [sequence.step().id for _ in range(6)]
         sequence.width = "L"
@@ -337,7 +339,8 @@ def test_widening_needs_what_the_plan_promised(tmp_path):
         engine.generate("x", greedy(2), plan=Plan.schedule([(0, "S"), (1, "L")]))
         engine.generate("x", greedy(2), plan=Plan.schedule([(0, "L"), (1, "S")]))
         engine.generate("x", greedy(2), plan=Plan.schedule([(0, "S"), (1, "L")], policy="exact"))
-        engine.generate("x", greedy(2), plan=Plan.schedule([(0, "S"), (1, "L")],
-                                                           policy=Policy("window", 4)))  # fmt: skip
+        engine.generate(
+            "x", greedy(2), plan=Plan.schedule([(0, "S"), (1, "L")], policy=Policy("window", 4))
+        )
         engine.generate("x", greedy(2), width="S")
         assert seen == [True, False, False, True, False]

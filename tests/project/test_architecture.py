@@ -20,10 +20,21 @@ SPECS = registry()
 
 # The ops that a model's pass is made of.
 OPS = {
-    "embed", "rms_norm", "matmul", "causal_conv", "ssm_scan", "ssm_step", "gated_norm",
-    "mamba_step", "kv_append", "attention_prefill", "attention_decode", "moe_route",
-    "moe_matmul", "sample",
-}  # fmt: skip
+    "embed",
+    "rms_norm",
+    "matmul",
+    "causal_conv",
+    "ssm_scan",
+    "ssm_step",
+    "gated_norm",
+    "mamba_step",
+    "kv_append",
+    "attention_prefill",
+    "attention_decode",
+    "moe_route",
+    "moe_matmul",
+    "sample",
+}
 
 
 def tracked(*patterns):
@@ -264,9 +275,15 @@ def test_native_code_is_free_of(pattern):
 def test_patterns_find_what_they_are_for():
     """The forbidden patterns match what they forbid, and nothing like it."""
     bad = [
-        "#include <torch/extension.h>", "cudaMalloc(&p, 4);", "cudaDeviceSynchronize();",
-        'std::getenv("X")', 'std::printf("x")', "std::exit(1)", "assert(x)", "TODO",
-    ]  # fmt: skip
+        "#include <torch/extension.h>",
+        "cudaMalloc(&p, 4);",
+        "cudaDeviceSynchronize();",
+        'std::getenv("X")',
+        'std::printf("x")',
+        "std::exit(1)",
+        "assert(x)",
+        "TODO",
+    ]
     for pattern, text in zip(FORBIDDEN, bad, strict=True):
         assert re.search(pattern, text), text
     for text in ('snprintf(b, 9, "x")', "on_exit(3)", "static_assert(x)", "#include <string>"):
@@ -354,9 +371,10 @@ def test_the_library_reads_no_environment_variable():
     offenders = [
         path
         for path in SOURCES
-        if path.startswith("elastic_infer/") and path.endswith(".py")
+        if path.startswith("elastic_infer/")
+        and path.endswith(".py")
         and re.search(r"\bos\.(environ|getenv)\b", (ROOT / path).read_text())
-    ]  # fmt: skip
+    ]
     assert not offenders
 
 

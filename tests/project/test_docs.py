@@ -91,8 +91,9 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
 
 def console_lines() -> list[str]:
     """Command lines of all pages that need weights which are not here."""
-    lines = [line for name in PAGES for block in blocks(name, "console")
-             for line in block.splitlines()]  # fmt: skip
+    lines = [
+        line for name in PAGES for block in blocks(name, "console") for line in block.splitlines()
+    ]
     return [line for line in lines if line.startswith("elastic-infer ")]
 
 

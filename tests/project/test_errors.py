@@ -69,11 +69,23 @@ def _deep(levels: int) -> list:
 
 @pytest.mark.parametrize(
     "value",
-    [10**5000, -(10**5000), [10**5000], {"n": (10**5000,)}, _deep(10**5), b"x" * 10**7,
-     "x" * 10**7, list(range(10**6)), Unprintable(ValueError()), Unprintable(MemoryError()),
-     [Unprintable(RecursionError())], "\ud800", Surrogate()],
+    [
+        10**5000,
+        -(10**5000),
+        [10**5000],
+        {"n": (10**5000,)},
+        _deep(10**5),
+        b"x" * 10**7,
+        "x" * 10**7,
+        list(range(10**6)),
+        Unprintable(ValueError()),
+        Unprintable(MemoryError()),
+        [Unprintable(RecursionError())],
+        "\ud800",
+        Surrogate(),
+    ],
     ids=lambda value: type(value).__name__,
-)  # fmt: skip
+)
 def test_values_that_no_format_takes(value):
     assert len(shown(value).encode("utf-8")) <= 3 * 80
 

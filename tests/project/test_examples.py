@@ -252,12 +252,19 @@ def test_embed_cancels_when_the_client_goes_away(tmp_path, version):
 def scope_of(version: str) -> dict:
     """What a server says of a posted question; version: of its ASGI."""
     return {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": version},
-        "http_version": "1.1", "method": "POST", "path": "/generate", "raw_path": b"/generate",
-        "query_string": b"", "root_path": "", "scheme": "http",
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": version},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/generate",
+        "raw_path": b"/generate",
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
         "headers": [(b"content-type", b"application/json")],
-        "server": ("test", 80), "client": ("test", 1),
-    }  # fmt: skip
+        "server": ("test", 80),
+        "client": ("test", 1),
+    }
 
 
 async def _leave_after_first_token(app, version: str) -> None:

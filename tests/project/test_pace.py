@@ -35,8 +35,14 @@ def test_no_test_sleeps_or_waits_for_a_short_time():
 
 def test_it_finds_what_it_is_for():
     bad = ["time.sleep(1)", "event.wait(5)", "t.join(timeout=2.5)", "subprocess.run(x, timeout=9)"]
-    good = ["event.wait()", "event.wait(0)", "event.wait(HANG)", "t.join(60)", "x.get('a')",
-            "', '.join(names)"]  # fmt: skip
+    good = [
+        "event.wait()",
+        "event.wait(0)",
+        "event.wait(HANG)",
+        "t.join(60)",
+        "x.get('a')",
+        "', '.join(names)",
+    ]
     assert all(map(hurried, bad)) and not any(map(hurried, good))
 
 

@@ -15,8 +15,11 @@ import pytest
 import elastic_infer
 from elastic_infer import Checkpoint, ElasticError, Engine, Plan, SamplingParams, demo_model
 
-CLASSES = [value for name in elastic_infer.__all__
-           if inspect.isclass(value := getattr(elastic_infer, name))]  # fmt: skip
+CLASSES = [
+    value
+    for name in elastic_infer.__all__
+    if inspect.isclass(value := getattr(elastic_infer, name))
+]
 
 
 @pytest.fixture(scope="module")

@@ -106,9 +106,10 @@ def test_widths_decide_by_their_weight():
     want = sum(
         share * (found.error * inside).sum() / (found.energy * inside).sum()
         for share, inside in (
-            (2.0, held_blocks(found.energy.shape, kept["S"])), (1.0, torch.ones(64, 16)),
+            (2.0, held_blocks(found.energy.shape, kept["S"])),
+            (1.0, torch.ones(64, 16)),
         )
-    )  # fmt: skip
+    )
     torch.testing.assert_close((found.error * counts).sum(), want)
     for name, shares in (("S", {"S": 1.0, "L": 0.0}), ("L", {"S": 0.0, "L": 1.0})):
         one = quantize_fp8(weight, block_importance(found.energy, kept, shares))
@@ -258,8 +259,9 @@ def test_distillation_brings_every_width_nearer(tmp_path):
         assert found.scale == packed[name].scale
         assert torch.equal(found.codes, quantize_with(state[name], packed[name]).codes)
     quantizer.report.distilled = told
-    quantize_checkpoint(checkpoint, tmp_path / "q", formats, packed=codes, state=state,
-                        report=quantizer.report)  # fmt: skip
+    quantize_checkpoint(
+        checkpoint, tmp_path / "q", formats, packed=codes, state=state, report=quantizer.report
+    )
     found = Checkpoint.open(tmp_path / "q")
     for name in found.names:
         if name in codes:
@@ -276,9 +278,12 @@ def test_a_run_that_diverges_is_stopped(tmp_path):
 
 def test_bad_settings_are_refused():
     for wrong in ({"steps": 0}, {"lr": 0.0}, {"sequence_length": 1.5}, {"clip": float("nan")}):
-        with pytest.raises(InvalidRequest, match=f"distill: {next(iter(wrong))} must be positive|"
-                                                 f"{next(iter(wrong))} must be a positive int"):
-            DistillSettings(**wrong)  # fmt: skip
+        with pytest.raises(
+            InvalidRequest,
+            match=f"distill: {next(iter(wrong))} must be positive|"
+            f"{next(iter(wrong))} must be a positive int",
+        ):
+            DistillSettings(**wrong)
 
 
 # The command ------------------------------------------------------------------------------------
@@ -292,8 +297,20 @@ def run(*arguments, code=0):
 
 def test_the_command(tmp_path):
     folder = base(tmp_path).folder
-    done = run("quantize", folder, "--format", "nvfp4", "--fp8-layers", "mamba",
-               "--keep", "*shared_experts*", "--out", tmp_path / "q", "--threads", 1)  # fmt: skip
+    done = run(
+        "quantize",
+        folder,
+        "--format",
+        "nvfp4",
+        "--fp8-layers",
+        "mamba",
+        "--keep",
+        "*shared_experts*",
+        "--out",
+        tmp_path / "q",
+        "--threads",
+        1,
+    )
     assert "matrices quantized" in done.stdout and "in_proj" in done.stdout
     kinds = Checkpoint.open(tmp_path / "q").formats
     assert not any("shared" in name for name in kinds)
@@ -319,9 +336,23 @@ def test_the_command_distils(tmp_path):
     folder = base(tmp_path).folder
     lines = [json.dumps({"input_ids": [(7 * i + j) % 130 for j in range(40)]}) for i in range(8)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    done = run("quantize", folder, "--out", tmp_path / "q", "--distill", "--data",
-               tmp_path / "data.jsonl", "--steps", 2, "--batch-size", 2, "--sequence-length", 32,
-               "--threads", 1)  # fmt: skip
+    done = run(
+        "quantize",
+        folder,
+        "--out",
+        tmp_path / "q",
+        "--distill",
+        "--data",
+        tmp_path / "data.jsonl",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--sequence-length",
+        32,
+        "--threads",
+        1,
+    )
     assert "KL from the unquantized weights" in done.output
     assert set(load_file(tmp_path / "q" / "model.safetensors")) >= {"lm_head.weight_scale_2"}
 
@@ -329,9 +360,14 @@ def test_the_command_distils(tmp_path):
 def test_the_command_refuses(tmp_path):
     folder = base(tmp_path).folder
     for options in (
-        ("--format", "int4"), ("--layers", "norms"), ("--distill",), ("--width-weights", "S"),
-        ("--width-weights", "S=1"), ("--keep", "nothing"), ("--threads", "0"),
+        ("--format", "int4"),
+        ("--layers", "norms"),
+        ("--distill",),
+        ("--width-weights", "S"),
+        ("--width-weights", "S=1"),
+        ("--keep", "nothing"),
+        ("--threads", "0"),
         ("--out", str(folder)),
-    ):  # fmt: skip
+    ):
         run("quantize", folder, "--out", tmp_path / "q", *options, code=2)
     assert not (tmp_path / "q").exists()

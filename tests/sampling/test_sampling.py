@@ -33,8 +33,9 @@ def fixed(token_ids, row, phase):
 
 def frequencies(engine, **values) -> list[float]:
     """How often each of the four tokens comes in many draws."""
-    params = SamplingParams(max_tokens=DRAWS, ignore_eos=True, logits_processors=[fixed],
-                            **{"seed": 1, **values})  # fmt: skip
+    params = SamplingParams(
+        max_tokens=DRAWS, ignore_eos=True, logits_processors=[fixed], **{"seed": 1, **values}
+    )
     ids = engine.generate("x", params, width="S").token_ids
     assert set(ids) <= set(TOKENS)
     return [ids.count(t) / len(ids) for t in TOKENS]
@@ -61,9 +62,12 @@ def last_row(engine, prompt="x", script_first=(), **values):
             row[script_first[len(token_ids)]] = 0.0
 
     params = SamplingParams(
-        temperature=0, max_tokens=len(script_first) + 1, ignore_eos=True,
-        logits_processors=[see], **values,
-    )  # fmt: skip
+        temperature=0,
+        max_tokens=len(script_first) + 1,
+        ignore_eos=True,
+        logits_processors=[see],
+        **values,
+    )
     engine.generate(prompt, params, width="M")
     return rows[-1]
 
@@ -193,8 +197,9 @@ def test_think_tags_are_text_even_when_special(engine):
 @pytest.mark.parametrize("k", [0, 3])
 def test_logprobs(engine, k):
     """Log-probabilities of the unprocessed row: of the token first, then of the likeliest."""
-    params = SamplingParams(max_tokens=6, seed=2, logprobs=k, logit_bias={4: 20.0}, top_k=2,
-                            ignore_eos=True)  # fmt: skip
+    params = SamplingParams(
+        max_tokens=6, seed=2, logprobs=k, logit_bias={4: 20.0}, top_k=2, ignore_eos=True
+    )
     prompt = list(b"xyz")
     out = engine.generate(prompt, params, width="S")
     rows = engine.score(prompt + out.token_ids, width="S")[2:-1].log_softmax(-1)

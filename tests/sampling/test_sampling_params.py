@@ -274,8 +274,14 @@ def test_bad_words_are_barred_with_and_without_a_space(
     merges: list[str], word: str, before: list[int]
 ) -> None:
     """Vocabularies in which a word has any number of tokens, and another behind a space."""
-    pairs = {"ab": ("a", "b"), "bc": ("b", "c"), "abc": ("ab", "c"), "▁a": ("▁", "a"),
-             "▁ab": ("▁", "ab"), "▁abc": ("▁", "abc")}  # fmt: skip
+    pairs = {
+        "ab": ("a", "b"),
+        "bc": ("b", "c"),
+        "abc": ("ab", "c"),
+        "▁a": ("▁", "a"),
+        "▁ab": ("▁", "ab"),
+        "▁abc": ("▁", "abc"),
+    }
     vocab = {w: i for i, w in enumerate(["[U]", "a", "b", "c", "▁", *pairs])}
     backend = tokenizers.Tokenizer(
         models.BPE(vocab, [pairs[m] for m in merges], unk_token="[U]", fuse_unk=False)

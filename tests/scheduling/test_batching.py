@@ -60,13 +60,14 @@ def test_laws(cs, rows, extra, mixing):
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.integers(1, 400), st.integers(1, 60), st.integers(0, 30)),
-        min_size=1, max_size=12,
+        min_size=1,
+        max_size=12,
     ),
     MIXINGS,
     st.integers(12, 100),
     st.integers(64, 200),
     st.integers(0, 6),
-)  # fmt: skip
+)
 def test_waiting_is_bounded(jobs, mixing, rows, extra, max_wait):
     """Played as a scheduler does: sequences of (width, prompt, steps, pass of arrival) that fit
     the rows of a pass. Everybody ends in time, and nobody who steps waits beyond a bound."""
@@ -81,11 +82,15 @@ def test_waiting_is_bounded(jobs, mixing, rows, extra, max_wait):
         here = [s for s in state if s["at"] <= number and s["read"] < s["prompt"] + s["steps"]]
         candidates = [
             Candidate(
-                i, s["width"], max(1, s["prompt"] - s["read"]),
-                "prefill" if s["read"] < s["prompt"] else "step", s["read"], s["waited"],
+                i,
+                s["width"],
+                max(1, s["prompt"] - s["read"]),
+                "prefill" if s["read"] < s["prompt"] else "step",
+                s["read"],
+                s["waited"],
             )
             for i, s in enumerate(here)
-        ]  # fmt: skip
+        ]
         batch = dict(form_batch(candidates, limits, flat_cost, mixing))
         assert bool(batch) == bool(here)
         for i, s in enumerate(here):

@@ -28,9 +28,14 @@ def work():
     for i, plan in enumerate(plans() * 2):
         prompt = [*draw([3, 64, 65, 130, 17, 200, 1, 90][i * 3 % 8], i), 3]
         params = SamplingParams(
-            max_tokens=24, seed=i, temperature=0.9, top_p=0.95, logprobs=1, ignore_eos=True,
+            max_tokens=24,
+            seed=i,
+            temperature=0.9,
+            top_p=0.95,
+            logprobs=1,
+            ignore_eos=True,
             frequency_penalty=0.3 if i % 3 == 0 else 0.0,
-        )  # fmt: skip
+        )
         jobs.append((prompt, params, plan))
     return jobs
 
@@ -38,8 +43,13 @@ def work():
 def summary(output):
     """What must not depend on scheduling."""
     choice = output.choices[0]
-    return (choice.token_ids, choice.logprobs, choice.width_runs, choice.finish_reason,
-            output.rebuilt_tokens)  # fmt: skip
+    return (
+        choice.token_ids,
+        choice.logprobs,
+        choice.width_runs,
+        choice.finish_reason,
+        output.rebuilt_tokens,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +205,9 @@ def test_one_bad_row_ends_alone(tmp_path):
     """NaN logits end their own request; its neighbours in the same passes keep their bits, and so
     do the requests that get its pages and its slot afterwards."""
     prompts = [draw(70, i, vocabulary=120) for i in range(5)]
-    barred = SamplingParams(max_tokens=20, seed=1, logprobs=0, ignore_eos=True,
-                            logit_bias={125: -100.0})  # fmt: skip
+    barred = SamplingParams(
+        max_tokens=20, seed=1, logprobs=0, ignore_eos=True, logit_bias={125: -100.0}
+    )
     with base_engine(tmp_path, max_num_seqs=5) as engine:
         expected = [summary(o) for o in engine.generate(prompts, barred)]
         poisoned = engine.core.model.weights.embedding[125]

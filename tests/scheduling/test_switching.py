@@ -38,8 +38,10 @@ def same_cache(engine, a, b):
     n = a._sequence.length
     for x, y in zip(first.kv, second.kv):
         for s, t in zip(x, y):
-            flat = [p[i].transpose(1, 2).flatten(0, 1)[:n]
-                    for p, i in ((s, first.pages), (t, second.pages))]  # fmt: skip
+            flat = [
+                p[i].transpose(1, 2).flatten(0, 1)[:n]
+                for p, i in ((s, first.pages), (t, second.pages))
+            ]
             assert torch.equal(*flat)
 
 
@@ -261,9 +263,16 @@ def test_one_call_at_a_time(engine, tmp_path):
             reading = in_threads(a.logits)
             hold.arrived(readers=1)
             assert hold.step() == 1
-            for call in (a.logits, a.step, a.fork, a.snapshot, lambda: a.switch("S"),
-                         lambda: a.append([5]), lambda: a.rollback(3),
-                         lambda: a.save(tmp_path / "s.safetensors")):  # fmt: skip
+            for call in (
+                a.logits,
+                a.step,
+                a.fork,
+                a.snapshot,
+                lambda: a.switch("S"),
+                lambda: a.append([5]),
+                lambda: a.rollback(3),
+                lambda: a.save(tmp_path / "s.safetensors"),
+            ):
                 with pytest.raises(InvalidRequest, match="one call at a time must be made on it"):
                     call()
         assert torch.equal(reading()[0], want)

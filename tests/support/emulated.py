@@ -64,8 +64,12 @@ def run_alone(script: str, *arguments: str) -> subprocess.CompletedProcess:
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        capture_output=True, text=True, timeout=600, env=path, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=path,
+        cwd=ROOT,
+    )
 
 
 @contextmanager

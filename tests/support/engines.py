@@ -15,6 +15,7 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from elastic_infer import ElasticError, SamplingParams
 from elastic_infer.engine.engine import Engine
 from elastic_infer.model.batch import Segment
 from elastic_infer.scheduling.batching import chunk_length
@@ -40,20 +41,36 @@ def tiny_engine(
 
 def open_engine(folder: Path, **limits) -> Engine:
     """An engine on a folder, with limits that suit tests."""
-    given = {"max_model_len": 512, "max_num_seqs": 16, "threads": 2,
-             "kv_cache_memory_bytes": 64 << 20, **limits}  # fmt: skip
+    given = {
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "threads": 2,
+        "kv_cache_memory_bytes": 64 << 20,
+        **limits,
+    }
     return Engine.from_pretrained(folder, **given)
 
 
 def base_config(**overrides):
     """One fixed model with every kind of layer and unaligned sizes."""
     sizes = {
-        "hybrid_override_pattern": "ME*M-E", "hidden_size": 112, "vocab_size": 130,
-        "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 32, "n_groups": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "n_routed_experts": 6,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 80, "intermediate_size": 144,
-        "moe_shared_expert_intermediate_size": 96, "max_position_embeddings": 512,
-    }  # fmt: skip
+        "hybrid_override_pattern": "ME*M-E",
+        "hidden_size": 112,
+        "vocab_size": 130,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 32,
+        "n_groups": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 80,
+        "intermediate_size": 144,
+        "moe_shared_expert_intermediate_size": 96,
+        "max_position_embeddings": 512,
+    }
     return tiny.tiny_config(7, **{**sizes, **overrides})
 
 
@@ -64,14 +81,26 @@ def base_widths():
         "default_width": "L",
         "widths": {
             "L": {},
-            "M": {"hidden_size": 80, "mamba_num_heads": 6, "num_attention_heads": 6,
-                  "n_routed_experts": 5, "moe_intermediate_size": 48, "intermediate_size": 96,
-                  "moe_shared_expert_intermediate_size": 64},
-            "S": {"hidden_size": 48, "mamba_num_heads": 4, "num_attention_heads": 4,
-                  "n_routed_experts": 4, "moe_intermediate_size": 32, "intermediate_size": 48,
-                  "moe_shared_expert_intermediate_size": 32},
+            "M": {
+                "hidden_size": 80,
+                "mamba_num_heads": 6,
+                "num_attention_heads": 6,
+                "n_routed_experts": 5,
+                "moe_intermediate_size": 48,
+                "intermediate_size": 96,
+                "moe_shared_expert_intermediate_size": 64,
+            },
+            "S": {
+                "hidden_size": 48,
+                "mamba_num_heads": 4,
+                "num_attention_heads": 4,
+                "n_routed_experts": 4,
+                "moe_intermediate_size": 32,
+                "intermediate_size": 48,
+                "moe_shared_expert_intermediate_size": 32,
+            },
         },
-    }  # fmt: skip
+    }
 
 
 def base_engine(folder: Path, **limits):
@@ -102,8 +131,11 @@ def write_text_model(folder: Path, **files) -> Path:
     backend.add_tokens(plain)
     backend.add_special_tokens([AddedToken("<|end|>", normalized=False, special=True)])
     backend.save(str(folder / "tokenizer.json"))
-    named = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast",
-             "chat_template": CHAT_TEMPLATE}  # fmt: skip
+    named = {
+        "eos_token": "<|end|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": CHAT_TEMPLATE,
+    }
     for name, value in {"tokenizer_config": named, **files}.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     return folder
@@ -220,6 +252,32 @@ def in_threads(*calls: Callable[[], object]) -> Callable[[], list]:
     started = [pool.submit(call) for call in calls]
     pool.shutdown(wait=False)
     return lambda: [each.result(HANG) for each in started]
+
+
+NEIGHBOUR = SamplingParams(
+    temperature=0.9, seed=3, ignore_eos=True, repetition_penalty=1.1, max_tokens=9
+)
+
+
+def beside(engine, prompt="a", params=None, plan=None):
+    """Runs a request in the same passes as a neighbour, whose tokens must not change.
+
+    Returns: what the request's caller got: its error or its output.
+    """
+    alone = engine.generate("neighbour", NEIGHBOUR).token_ids
+    with held(engine):
+        good = engine.submit("neighbour", NEIGHBOUR)
+        try:
+            bad = engine.submit(prompt, params, plan)
+        except ElasticError as error:
+            bad = error
+    output = good.result(60)
+    assert output.token_ids == alone and output.finish_reason == "length"
+    assert not engine.closed
+    if isinstance(bad, Exception):
+        return bad
+    output = bad.wait(60)
+    return bad.error or output
 
 
 def assert_all_free(engine: Engine) -> None:

@@ -21,14 +21,32 @@ from elastic_infer.ops.testing.laws import make, small_cases
 LOW, HIGH = -(2**31), 2**31 - 1
 # Tables of indices and sizes, by what the functions call them.
 TABLES = (
-    "ids", "row_width", "seq_width", "sizes", "k_sizes", "n_sizes", "f_sizes", "e_sizes", "h_sizes",
-    "out_sizes", "x_sizes", "q_sizes", "slots", "cu_seqlens", "context", "page_table", "lengths",
-    "slot_mapping", "feed",
-)  # fmt: skip
+    "ids",
+    "row_width",
+    "seq_width",
+    "sizes",
+    "k_sizes",
+    "n_sizes",
+    "f_sizes",
+    "e_sizes",
+    "h_sizes",
+    "out_sizes",
+    "x_sizes",
+    "q_sizes",
+    "slots",
+    "cu_seqlens",
+    "context",
+    "page_table",
+    "lengths",
+    "slot_mapping",
+    "feed",
+)
 ALLOWED = {  # what looks outside and is not: no feed at all; any number of tokens read before
-    ("embed", "feed", LOW), ("ssm_scan", "context", HIGH), ("ssm_step", "context", HIGH),
+    ("embed", "feed", LOW),
+    ("ssm_scan", "context", HIGH),
+    ("ssm_step", "context", HIGH),
     ("mamba_step", "context", HIGH),
-}  # fmt: skip
+}
 
 
 class Recorder:
@@ -110,8 +128,24 @@ def wrong_number(rng, value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return rng.choice((0, -1, -16, -64, 1, 16, value + 16, value - 16, 2 * value, 1 << 24, HIGH,
-                           LOW, 1 << 62, -(1 << 62)))  # fmt: skip
+        return rng.choice(
+            (
+                0,
+                -1,
+                -16,
+                -64,
+                1,
+                16,
+                value + 16,
+                value - 16,
+                2 * value,
+                1 << 24,
+                HIGH,
+                LOW,
+                1 << 62,
+                -(1 << 62),
+            )
+        )
     return rng.choice((0.0, -1.0, math.nan, math.inf, 1e-45, 1e39))
 
 
@@ -126,8 +160,9 @@ def resized(rng, t):
     if way == 2 and t.shape[d] > 0:
         return t.narrow(d, rng.randrange(t.shape[d]), 1)
     if way == 3:
-        return t.narrow(d, 0, 1).expand(*(rng.choice((1, 7, 300, 4096)) if i == d else n
-                                          for i, n in enumerate(t.shape)))  # fmt: skip
+        return t.narrow(d, 0, 1).expand(
+            *(rng.choice((1, 7, 300, 4096)) if i == d else n for i, n in enumerate(t.shape))
+        )
     if way == 4:
         return torch.cat([t, t], d)
     shape = [rng.choice((0, 0, 1, 16, n)) if rng.random() < 0.5 else n for n in t.shape]
@@ -173,8 +208,9 @@ def mutated(rng, given):
         if isinstance(v, (int, float)):
             given[i] = wrong_number(rng, v)
         elif isinstance(v, (list, tuple)):
-            given[i] = [tuple(wrong_number(rng, x) if rng.random() < 0.3 else x for x in s)
-                        for s in v]  # fmt: skip
+            given[i] = [
+                tuple(wrong_number(rng, x) if rng.random() < 0.3 else x for x in s) for s in v
+            ]
         elif isinstance(v, torch.Tensor):
             way = rng.randrange(7)
             if way == 0:
@@ -186,8 +222,11 @@ def mutated(rng, given):
             elif way == 3:
                 given[i] = None
             elif way == 4:
-                given[i] = v.to(rng.choice((torch.float32, torch.bfloat16, torch.int32,
-                                            torch.uint8, torch.float16)))  # fmt: skip
+                given[i] = v.to(
+                    rng.choice(
+                        (torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.float16)
+                    )
+                )
             elif way == 5 and not v.is_floating_point() and v.numel():
                 given[i] = v.clone()
                 given[i].view(-1)[rng.randrange(v.numel())] = rng.choice(

@@ -19,10 +19,17 @@ from support.emulated import installed
 
 # What works on the device's memory without being asked to wait in a line.
 AT_ONCE = [
-    (Model, "_run"), (Model, "_logits"), (Cache, "_zero"), (Cache, "_copy_slot"),
-    (Cache, "export"), (Cache, "place"), (Sampler, "_ids"),
-    (Sampler, "_on_host"), (Reader, "take"), (Result, "of"),
-]  # fmt: skip
+    (Model, "_run"),
+    (Model, "_logits"),
+    (Cache, "_zero"),
+    (Cache, "_copy_slot"),
+    (Cache, "export"),
+    (Cache, "place"),
+    (Sampler, "_ids"),
+    (Sampler, "_on_host"),
+    (Reader, "take"),
+    (Result, "of"),
+]
 
 
 class Late(Device):

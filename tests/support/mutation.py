@@ -9,14 +9,60 @@ import random
 from typing import Any
 
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 16, 17, 255, 10**9, 2**31 - 1, 2**31, 2**34, 2**63,
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    16,
+    17,
+    255,
+    10**9,
+    2**31 - 1,
+    2**31,
+    2**34,
+    2**63,
     -(2**63),
-    10**299, 10**400, -0.0, 0.5, 1e-45, 1e39, 1e308, math.inf, -math.inf, math.nan, "", "x", "5",
-    "-", "M" * 3000, "x" * 5000, "\ud800", "\0", "../x", "/etc/passwd", "re:([\\w.]+)+!", "re:(",
-    "*", "{{",
-    [], [[]], [None], [5], ["x"], ["M", "L"], {}, {"": None}, {"a": {"b": []}}, {"__float__": "1"},
-    {"content": 5}, {"name": "x"},
-)  # fmt: skip
+    10**299,
+    10**400,
+    -0.0,
+    0.5,
+    1e-45,
+    1e39,
+    1e308,
+    math.inf,
+    -math.inf,
+    math.nan,
+    "",
+    "x",
+    "5",
+    "-",
+    "M" * 3000,
+    "x" * 5000,
+    "\ud800",
+    "\0",
+    "../x",
+    "/etc/passwd",
+    "re:([\\w.]+)+!",
+    "re:(",
+    "*",
+    "{{",
+    [],
+    [[]],
+    [None],
+    [5],
+    ["x"],
+    ["M", "L"],
+    {},
+    {"": None},
+    {"a": {"b": []}},
+    {"__float__": "1"},
+    {"content": 5},
+    {"name": "x"},
+)
 
 
 DEEP = ("<deep 60>", "<deep 900>", "<deep 20000>")  # in the text, lists in lists
@@ -123,10 +169,17 @@ def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
         entries = json.loads(header)
         name = rng.choice([n for n in entries if n != "__metadata__"])
         entry = entries[name]
-        entry["shape"] = rng.choice((
-            entry["shape"][::-1], [*entry["shape"], 1], [math.prod(entry["shape"])], [2**62], [0],
-            entry["shape"][1:], [2**31, 2**31, 4],
-        ))  # fmt: skip
+        entry["shape"] = rng.choice(
+            (
+                entry["shape"][::-1],
+                [*entry["shape"], 1],
+                [math.prod(entry["shape"])],
+                [2**62],
+                [0],
+                entry["shape"][1:],
+                [2**31, 2**31, 4],
+            )
+        )
         if rng.random() < 0.3:
             kinds = ("F32", "BF16", "U8", "I64", "F8_E4M3", "F4", "C64", "BOOL")
             entry["dtype"] = rng.choice(kinds)

@@ -21,17 +21,24 @@ E4M3 = np.array(
 E2M1 = np.array(
     [m / 2 if e == 0 else (1 + m / 2) * 2.0 ** (e - 1) for e in range(4) for m in (0, 1)]
 )
-EVERY_MATRIX = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj",
-                "down_proj", "lm_head")  # fmt: skip
+EVERY_MATRIX = (
+    "in_proj",
+    "out_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "up_proj",
+    "down_proj",
+    "lm_head",
+)
 
 
 def e4m3(bits: np.ndarray) -> np.ndarray:
     """float64 values of E4M3 bit patterns, from the definition of the format."""
     bits = bits.astype(np.int64)
     exponent, mantissa = bits >> 3 & 15, bits & 7
-    value = np.where(
-        exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0)
-    )
+    value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
     value = np.where((bits & 127) == 127, np.nan, value)
     return np.where(bits & 128, -value, value)
 
@@ -153,12 +160,16 @@ def write_quantized(
 def _config(named: dict[str, str], compressed: bool) -> dict[str, Any]:
     """The quantization_config that goes with {module: format}."""
     if not compressed:
-        algorithms = {"nvfp4": {"quant_algo": "NVFP4", "group_size": 16},
-                      "fp8": {"quant_algo": "FP8"}}  # fmt: skip
+        algorithms = {
+            "nvfp4": {"quant_algo": "NVFP4", "group_size": 16},
+            "fp8": {"quant_algo": "FP8"},
+        }
         return {
-            "quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "ignore": ["mtp*"],
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "ignore": ["mtp*"],
             "quantized_layers": {module: algorithms[kind] for module, kind in named.items()},
-        }  # fmt: skip
+        }
     weights = {
         "nvfp4": ("nvfp4-pack-quantized", 4, "tensor_group", 16),
         "fp8": ("float-quantized", 8, "tensor", None),
@@ -168,18 +179,30 @@ def _config(named: dict[str, str], compressed: bool) -> dict[str, Any]:
         groups[kind] = {
             "format": layout,
             "targets": [module for module, found in named.items() if found == kind],
-            "weights": {"num_bits": bits, "type": "float", "strategy": strategy,
-                        "group_size": size, "symmetric": True, "dynamic": False},
-        }  # fmt: skip
-    return {"quant_method": "compressed-tensors", "format": "mixed-precision",
-            "quantization_status": "compressed", "config_groups": groups,
-            "ignore": []}  # fmt: skip
+            "weights": {
+                "num_bits": bits,
+                "type": "float",
+                "strategy": strategy,
+                "group_size": size,
+                "symmetric": True,
+                "dynamic": False,
+            },
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [],
+    }
 
 
 def plain_folder(
-    folder: Path, config: dict[str, Any], widths: dict[str, Any] | None,
+    folder: Path,
+    config: dict[str, Any],
+    widths: dict[str, Any] | None,
     true: dict[str, torch.Tensor],
-) -> Path:  # fmt: skip
+) -> Path:
     """The same model with its dequantized weights in float32, for transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(tiny._json_config(config, widths, torch.float32, False))

@@ -17,14 +17,26 @@ from support.quantized import dequantize, numpy_nvfp4
 # One K tile, several, and more than the ring holds; every block shape; cut tiles; segments.
 CASES = [
     {"R": 1, "K": 64, "segments": (16,), "k": (64,), "n": ((16,),), "act": "none"},
-    {"R": 7, "K": 208, "segments": (80, 8), "k": (64, 144, 208),
-     "n": ((40, 4), (64, 8), (80, 8)), "act": "none"},
+    {
+        "R": 7,
+        "K": 208,
+        "segments": (80, 8),
+        "k": (64, 144, 208),
+        "n": ((40, 4), (64, 8), (80, 8)),
+        "act": "none",
+    },
     {"R": 13, "K": 1600, "segments": (40,), "k": (1024, 1600), "n": ((32,), (40,)), "act": "none"},
-    {"R": 29, "K": 320, "segments": (130, 40), "k": (64, 192, 320),
-     "n": ((32, 8), (96, 40), (130, 1)), "act": "relu2"},
+    {
+        "R": 29,
+        "K": 320,
+        "segments": (130, 40),
+        "k": (64, 192, 320),
+        "n": ((32, 8), (96, 40), (130, 1)),
+        "act": "relu2",
+    },
     {"R": 50, "K": 128, "segments": (72,), "k": (16, 128), "n": ((24,), (72,)), "act": "none"},
     {"R": 140, "K": 256, "segments": (150,), "k": (128, 256), "n": ((64,), (150,)), "act": "none"},
-]  # fmt: skip
+]
 # Experts: every block shape, up and down; several blocks of entries of one; experts that no row
 # names; more K tiles than the ring holds in both directions; cut tiles; rows of three widths.
 EXPERTS = [
@@ -33,11 +45,19 @@ EXPERTS = [
     {"R": 40, "D": 144, "E": 14, "J": 2, "F": 80, "k": (80, 144), "f": (48, 80), "shared": True},
     {"R": 7, "D": 1680, "E": 2, "J": 1, "F": 1616, "k": (1680,), "f": (1616,), "shared": False},
     {"R": 12, "D": 96, "E": 3, "J": 2, "F": 208, "k": (80, 96), "f": (208, 16), "shared": True},
-    {"R": 19, "D": 208, "E": 6, "J": 4, "F": 144, "k": (64, 112, 208), "f": (144, 16, 80),
-     "shared": True},
+    {
+        "R": 19,
+        "D": 208,
+        "E": 6,
+        "J": 4,
+        "F": 144,
+        "k": (64, 112, 208),
+        "f": (144, 16, 80),
+        "shared": True,
+    },
     {"R": 40, "D": 80, "E": 3, "J": 2, "F": 80, "k": (48, 80), "f": (80, 64), "shared": False},
     {"R": 90, "D": 144, "E": 2, "J": 2, "F": 80, "k": (80, 144), "f": (48, 80), "shared": True},
-]  # fmt: skip
+]
 
 
 def _call(arguments, run):

@@ -151,8 +151,10 @@ def test_parts_that_are_no_text_are_refused_by_name(kind, template) -> None:
 @pytest.mark.parametrize("flat", [True, False])
 def test_arguments_of_tools_may_be_text(flat) -> None:
     """JSON in a string, with "function" around it or without; the messages stay as they were."""
-    template = "{% for c in messages[0].tool_calls %}{% set f = c.function or c %}{{ f.name }}:" \
-        "{% for k, v in f.arguments | items %}{{ k }}={{ v }};{% endfor %}{% endfor %}"  # fmt: skip
+    template = (
+        "{% for c in messages[0].tool_calls %}{% set f = c.function or c %}{{ f.name }}:"
+        "{% for k, v in f.arguments | items %}{{ k }}={{ v }};{% endfor %}{% endfor %}"
+    )
 
     def said(arguments: Any) -> list[dict[str, Any]]:
         call = {"name": "f", "arguments": arguments}
@@ -187,13 +189,13 @@ BOMBS = {
     "format filter": "{{ '%2000000000d' | format(1) }}",
     "format again": "{% set a = 'a' * 9999999 %}{{ ('%(a)s' * 999) % {'a': a} }}",
     "plus": "{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}"
-            "{% endfor %}{{ n.s }}",
+    "{% endfor %}{{ n.s }}",
     "tilde": "{% set n = namespace(s='a') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}"
-             "{% endfor %}{{ n.s }}",
+    "{% endfor %}{{ n.s }}",
     "block": "{% set n = namespace(s='a') %}{% for i in range(40) %}{% set x %}{{ n.s }}{{ n.s }}"
-             "{% endset %}{% set n.s = x %}{% endfor %}",
+    "{% endset %}{% set n.s = x %}{% endfor %}",
     "join": "{% set n = namespace(s='a') %}{% for i in range(40) %}"
-            "{% set n.s = [n.s, n.s] | join %}{% endfor %}",
+    "{% set n.s = [n.s, n.s] | join %}{% endfor %}",
     "join method": "{% set a = 'a' * 9999999 %}{{ a.join([a, a, a, a]) }}",
     "join characters": "{% set a = 'a' * 99999 %}{{ a | join(a) }}",
     "replace": "{% set a = 'a' * 99999 %}{{ a.replace('a', a) }}",
@@ -212,7 +214,7 @@ BOMBS = {
     "time": "{{ strftime_now('%2000000000d') }}",
     "lipsum": "{{ lipsum(n=10000000) }}",
     "macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-}  # fmt: skip
+}
 BROKEN = {
     "deep": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     "25 loops": "{% for a in [1] %}" * 25 + "{% endfor %}" * 25,
@@ -251,18 +253,52 @@ def test_what_went_too_far_is_said() -> None:
 
 
 EXPRESSIONS = [
-    "a ~ 1 ~ none ~ ['x']", "a + a", "a * 3", "[1, 2] * 2 + [3]", "7 % 4", "'%s-%05d' % (a, 3)",
-    "2 ** 10", "a | join('-')", "[1, 2] | join(',')", "ms | join('|', attribute='role')",
-    "ms | map(attribute='role') | list", "ms | selectattr('role', 'eq', 'user') | list | count",
-    "ms | map('length') | sum", "ms | groupby('role') | length", "[3, 1, 2] | sort | first",
-    "a | replace('b', 'xy') | upper", "'{:>5}'.format(a)", "a.center(9)", "'-'.join(['x', 'y'])",
-    "[1, [2]] | string", "ms | tojson(indent=2)", "a | indent(2)", "a | center(12)", "1.5 | round",
-    "[1, 2, 3] | batch(2) | list", "[1, 2, 3] | slice(2) | list", "a | default('z')",
-    "zz | default('z')", "zz is defined", "a is string", "4 is divisibleby 2", "a | truncate(3)",
-    "{'k': 1} | items | list", "{'k': 1} | dictsort", "a | trim | list", "range(3) | list",
-    "dict(k=1).k", "a[1:] if a else ''", "ms[0].role in ['user']", "'a,b'.split(',')",
-    "a | urlencode", "a | e", "cycler('x', 'y').next()", "a.translate({97: 'zz'})", "(1, 2) ~ a",
-]  # fmt: skip
+    "a ~ 1 ~ none ~ ['x']",
+    "a + a",
+    "a * 3",
+    "[1, 2] * 2 + [3]",
+    "7 % 4",
+    "'%s-%05d' % (a, 3)",
+    "2 ** 10",
+    "a | join('-')",
+    "[1, 2] | join(',')",
+    "ms | join('|', attribute='role')",
+    "ms | map(attribute='role') | list",
+    "ms | selectattr('role', 'eq', 'user') | list | count",
+    "ms | map('length') | sum",
+    "ms | groupby('role') | length",
+    "[3, 1, 2] | sort | first",
+    "a | replace('b', 'xy') | upper",
+    "'{:>5}'.format(a)",
+    "a.center(9)",
+    "'-'.join(['x', 'y'])",
+    "[1, [2]] | string",
+    "ms | tojson(indent=2)",
+    "a | indent(2)",
+    "a | center(12)",
+    "1.5 | round",
+    "[1, 2, 3] | batch(2) | list",
+    "[1, 2, 3] | slice(2) | list",
+    "a | default('z')",
+    "zz | default('z')",
+    "zz is defined",
+    "a is string",
+    "4 is divisibleby 2",
+    "a | truncate(3)",
+    "{'k': 1} | items | list",
+    "{'k': 1} | dictsort",
+    "a | trim | list",
+    "range(3) | list",
+    "dict(k=1).k",
+    "a[1:] if a else ''",
+    "ms[0].role in ['user']",
+    "'a,b'.split(',')",
+    "a | urlencode",
+    "a | e",
+    "cycler('x', 'y').next()",
+    "a.translate({97: 'zz'})",
+    "(1, 2) ~ a",
+]
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
@@ -327,11 +363,16 @@ def test_lone_surrogates_are_refused_wherever_text_comes_in(text: str) -> None:
         return
     user = {"role": "user", "content": "x"}
     for talk, more in (
-        ([{**user, "content": text}], {}), ([{**user, "role": text}], {}),
-        ([{**user, "content": [{"text": text}]}], {}), ([{**user, "name": text}], {}),
-        ([{**user, text: "x"}], {}), ([user], {"tools": [{"k": [text]}]}), ([user], {"x": text}),
-        ([user], {"chat_template": text}), ([user], {"documents": [{text: 1}]}),
-    ):  # fmt: skip
+        ([{**user, "content": text}], {}),
+        ([{**user, "role": text}], {}),
+        ([{**user, "content": [{"text": text}]}], {}),
+        ([{**user, "name": text}], {}),
+        ([{**user, text: "x"}], {}),
+        ([user], {"tools": [{"k": [text]}]}),
+        ([user], {"x": text}),
+        ([user], {"chat_template": text}),
+        ([user], {"documents": [{text: 1}]}),
+    ):
         with pytest.raises(InvalidRequest) as refused:
             render(PLAIN, talk, **more)
         assert str(refused.value).isprintable()

@@ -12,8 +12,13 @@ import torch
 
 def _products():
     """Three widths on both sides, two segments, rows that end inside a tile."""
-    base = {"K": 208, "segments": (144, 72), "k": (64, 144, 208),
-            "n": ((40, 8), (144, 72), (130, 72)), "act": "none"}  # fmt: skip
+    base = {
+        "K": 208,
+        "segments": (144, 72),
+        "k": (64, 144, 208),
+        "n": ((40, 8), (144, 72), (130, 72)),
+        "act": "none",
+    }
     for rows in (2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 129):
         yield base | {"R": rows}
     yield base | {"R": 12, "act": "relu2"}
@@ -31,13 +36,24 @@ def _experts():
     """2 to 90 entries of an expert, and experts with more than one block of them."""
     base = {"D": 144, "F": 80, "k": (80, 144), "f": (48, 80), "shared": True}
     for R, E, J in (
-        (4, 12, 3), (5, 12, 3), (40, 14, 2), (20, 9, 3), (40, 4, 2), (60, 3, 2), (90, 2, 2)
-    ):  # fmt: skip
+        (4, 12, 3),
+        (5, 12, 3),
+        (40, 14, 2),
+        (20, 9, 3),
+        (40, 4, 2),
+        (60, 3, 2),
+        (90, 2, 2),
+    ):
         yield base | {"R": R, "E": E, "J": J}
     for weights, R, E, J in (
-        ("nvfp4", 4, 12, 3), ("nvfp4", 40, 14, 2), ("nvfp4", 40, 4, 2), ("nvfp4", 90, 2, 2),
-        ("fp8", 4, 12, 3), ("fp8", 20, 9, 3), ("fp8", 60, 3, 2),
-    ):  # fmt: skip
+        ("nvfp4", 4, 12, 3),
+        ("nvfp4", 40, 14, 2),
+        ("nvfp4", 40, 4, 2),
+        ("nvfp4", 90, 2, 2),
+        ("fp8", 4, 12, 3),
+        ("fp8", 20, 9, 3),
+        ("fp8", 60, 3, 2),
+    ):
         yield base | {"R": R, "E": E, "J": J, "weights": weights}
 
 
@@ -59,8 +75,13 @@ class Native:
 
 def _native():
     """Several K tiles, cut ones, more than a ring holds; more than one block each way."""
-    base = {"K": 208, "segments": (144, 72), "k": (64, 144, 208),
-            "n": ((40, 8), (144, 72), (130, 72)), "act": "none"}  # fmt: skip
+    base = {
+        "K": 208,
+        "segments": (144, 72),
+        "k": (64, 144, 208),
+        "n": ((40, 8), (144, 72), (130, 72)),
+        "act": "none",
+    }
     long = {"K": 720, "segments": (70,), "k": (432, 720), "n": ((64,), (70,)), "act": "relu2"}
     for rows in (9, 129):
         yield base | {"R": rows}
@@ -147,16 +168,21 @@ SHAPES: dict[str, list[dict]] = {
 NATIVE = {
     "wgmma": Native("matmul", 90, False, tuple(c | {"kernel": "wgmma"} for c in _native())),
     "nvfp4 activations": Native(
-        "matmul", 120, True,
+        "matmul",
+        120,
+        True,
         tuple(c | {"weights": "nvfp4", "activation_quantization": "nvfp4"} for c in _native()),
     ),
     # A middle that is rounded to bfloat16 has other codes, here and there, than that of the oracle.
     "nvfp4 experts": Native(
-        "moe_matmul", 120, True,
+        "moe_matmul",
+        120,
+        True,
         tuple(
             c | {"activation_quantization": "nvfp4"}
-            for c in _experts() if c.get("weights") == "nvfp4"
+            for c in _experts()
+            if c.get("weights") == "nvfp4"
         ),
         torch.float32,
     ),
-}  # fmt: skip
+}
