@@ -51,6 +51,8 @@ class DistillSettings:
             check_count(f"distill: {name}", getattr(self, name))
         for name in ("lr", "clip"):
             check_real(f"distill: {name}", getattr(self, name), 0, open_=True)
+            # Anything smaller moves no float32 weight, and its schedule rounds to zero.
+            check_real(f"distill: {name}", getattr(self, name), 1e-30)
         check_count("distill: seed", self.seed, -MOST, MOST)  # generators take 64 bits
         check_count("distill: validation_batches", self.validation_batches, 0)
 

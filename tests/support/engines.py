@@ -181,7 +181,7 @@ def run_read(model, sequence, read: Read, logits: str = "last") -> torch.Tensor:
     while left:
         n = 1
         if read.kind == "prefill":
-            n = chunk_length(sequence.length, len(left), model.max_tokens)
+            n = chunk_length(sequence.length, len(left), model.max_num_batched_tokens)
         wanted = logits if logits == "all" or n == len(left) else "none"
         result = model.forward([Segment(sequence, left[:n], read.width, read.kind, wanted)])
         if wanted != "none":
