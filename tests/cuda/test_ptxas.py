@@ -92,6 +92,7 @@ def test_native_kernels_hold_their_instruction(tmp_path, kernel, arch, instructi
     for one in (arch, elsewhere):
         made = tmp_path / f"{one}.ptx"
         command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-ptx", f"-arch=sm_{one}"]
+        command.append(f"-I{ROOT / 'csrc'}")
         subprocess.run([*command, "-o", made, source], check=True)
         texts.append(made.read_text())
     assert instruction in texts[0] and "trap;" not in texts[0]
