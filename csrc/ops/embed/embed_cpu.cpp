@@ -25,8 +25,8 @@ void embed(const EmbedArgs& a, Pool& pool) {
       }
       const int64_t n = sizes.at(pool, r);
       if (n < 0) continue;
-      std::memcpy(a.out.ptr<char>() + r * a.out.stride[0] * item,
-                  a.table.ptr<char>() + id * a.table.stride[0] * item, n * item);
+      std::memmove(a.out.ptr<char>() + r * a.out.stride[0] * item,
+                   a.table.ptr<char>() + id * a.table.stride[0] * item, n * item);
     }
   });
 }

@@ -30,8 +30,8 @@ void kv_append(const KvAppendArgs& a, Pool& pool) {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t place = ((slot / 64 * heads + h) * 64 + slot % 64) * K, at = start + h * K;
       if (!codes)
-        std::memcpy(to.ptr<char>() + place / K * bytes,
-                    from.ptr<char>() + at * dtype_size(from.dtype), bytes);
+        std::memmove(to.ptr<char>() + place / K * bytes,
+                     from.ptr<char>() + at * dtype_size(from.dtype), bytes);
       else if (from.dtype == DType::bf16)
         encode(from.ptr<bf16>() + at, K, scale, to.ptr<e4m3>() + place);
       else
