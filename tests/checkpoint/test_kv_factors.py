@@ -91,7 +91,7 @@ def test_every_export_has_the_factors_of_its_source(tmp_path, factors, export):
 
 
 def result_of(checkpoint):
-    """What a distillation that changed nothing would return."""
+    """The result of a distillation that changed nothing."""
     from types import SimpleNamespace
 
     from elastic_infer.elastify.torch_model import ElasticNemotronH

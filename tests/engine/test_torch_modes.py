@@ -147,7 +147,7 @@ def test_modes_that_a_processor_leaves_behind_change_nothing(folder, tmp_path, e
 
 
 def written(folder, tmp_path):
-    """What the tools make of a checkpoint: its fingerprint, a slice's bytes, a table derived from
+    """Results of the tools for a checkpoint: its fingerprint, a slice's bytes, a table derived from
     it, the bytes of quantized weights."""
     source = Checkpoint.open(folder)
     cut, codes = tmp_path / "slice", tmp_path / "quantized"

@@ -78,7 +78,7 @@ def plain(value):
 
 
 def result(out: Path) -> dict:
-    """What a finished run leaves, without what it measured of time."""
+    """Files of a finished run, without its measured times."""
     found = content(out)
     found["run/state.pt"] = plain(torch.load(out / "run" / "state.pt", weights_only=True))
     steps = [json.loads(line)["step"] for line in found.pop("run/metrics.jsonl").splitlines()]

@@ -1,4 +1,4 @@
-"""What the library writes is whole or not there, whatever happens while it is written.
+"""Files that the library writes are whole or not there, whatever happens meanwhile.
 
 Families: every call to the file system that fails, meets a full disk, or is the last before the
 process is killed; two writers of one place; places where nothing can be written.

@@ -23,7 +23,7 @@ I32, U8 = torch.int32, torch.uint8
 
 
 def fuzzed(tmp_path, *arguments):
-    """What a process of its own prints; it must live to its end."""
+    """Output of a process of its own, which must live to its end."""
     log = tmp_path / "call"
     root = Path(elastic_infer.__file__).parent.parent  # the module under test, sanitized or not
     environment = os.environ | {"FUZZ_LOG": str(log), "PYTHONPATH": str(root)}

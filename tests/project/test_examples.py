@@ -31,7 +31,7 @@ def load(name: str):
 
 
 def run(monkeypatch, capsys, name: str, *arguments: str) -> str:
-    """What an example prints when it is run as a program."""
+    """Output of an example that is run as a program."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     load(name).main()
     return capsys.readouterr().out
@@ -250,7 +250,7 @@ def test_embed_cancels_when_the_client_goes_away(tmp_path, version):
 
 
 def scope_of(version: str) -> dict:
-    """What a server says of a posted question; version: of its ASGI."""
+    """Answer of a server to a posted question; version: of its ASGI."""
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": version},

@@ -1,4 +1,4 @@
-"""What a user meets by name: public classes say whose they are, and their objects show themselves
+"""Names that users meet: public classes say whose they are, and their objects show themselves
 in one line, whatever state they are in."""
 
 from __future__ import annotations

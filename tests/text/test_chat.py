@@ -94,7 +94,7 @@ def test_a_continued_message_opens_no_other() -> None:
     ids=str,
 )
 def test_arguments_are_refused_by_name(given, message) -> None:
-    """What is no value of theirs, and transformers' arguments that have no meaning here."""
+    """Values that they do not have, and transformers' arguments that have no meaning here."""
     with pytest.raises(InvalidRequest, match=message):
         render(PLAIN, **given)
 
